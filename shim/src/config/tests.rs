@@ -1,0 +1,318 @@
+use super::*;
+
+fn annotated(config: &Config, pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let map = pairs
+        .iter()
+        .map(|(k, v)| (format!("io.katacontainers.config.{k}"), (*v).to_owned()))
+        .collect();
+    config.with_annotations(&map)
+}
+
+#[test]
+fn without_a_file_our_defaults_hold() {
+    let config = Config::parse("", &[]).unwrap();
+    let qemu = &config.hypervisor;
+    assert_eq!(qemu.path, Path::new("/usr/bin/qemu-system-x86_64"));
+    assert_eq!(qemu.kernel, Path::new("/opt/sandpod/current/vmlinux"));
+    assert_eq!((qemu.default_memory_mib, qemu.default_milli_vcpus), (2048, Some(1000)));
+    assert_eq!((qemu.max_memory_mib, qemu.max_vcpus), (None, None));
+    assert!(qemu.virtio_mem && qemu.seccomp_sandbox && qemu.vhost_net);
+    assert_eq!(qemu.accelerator, Accelerator::Kvm);
+    assert!(!config.runtime.disable_guest_seccomp && !config.runtime.static_sizing);
+    assert_eq!(config.runtime.network, NetworkModel::TcFilter);
+    assert_eq!(config.agent.create_container_timeout, Duration::from_secs(30));
+    assert!(config.report.is_empty());
+}
+
+#[test]
+fn katas_own_file_is_understood() {
+    // The keys that kata-containers ships uncommented, with an initrd in place of the image.
+    let config = Config::parse(
+        r#"
+        [hypervisor.qemu]
+        path = "/opt/kata/bin/qemu-system-x86_64"
+        kernel = "/opt/kata/share/kata-containers/vmlinux.container"
+        initrd = "/opt/kata/share/kata-containers/kata-containers-initrd.img"
+        machine_type = "q35"
+        rootfs_type = "ext4"
+        enable_annotations = ["enable_iommu", "virtio_fs_extra_args", "kernel_params"]
+        valid_hypervisor_paths = ["/opt/kata/bin/qemu-system-x86_64"]
+        kernel_params = "cgroup_no_v1=all  systemd.unified_cgroup_hierarchy=1"
+        firmware = ""
+        machine_accelerators = ""
+        cpu_features = "pmu=off"
+        default_vcpus = 1.5
+        default_maxvcpus = 0
+        default_bridges = 1
+        default_memory = 4096
+        overhead_memory = 32
+        memory_slots = 10
+        default_maxmemory = 0
+        disable_block_device_use = false
+        shared_fs = "virtio-fs"
+        virtio_fs_daemon = "/opt/kata/libexec/virtiofsd"
+        valid_virtio_fs_daemon_paths = ["/opt/kata/libexec/virtiofsd"]
+        virtio_fs_cache_size = 0
+        virtio_fs_queue_size = 1024
+        virtio_fs_extra_args = ["--thread-pool-size=1", "-o", "announce_submounts"]
+        virtio_fs_cache = "never"
+        block_device_driver = "virtio-scsi"
+        block_device_aio = "io_uring"
+        enable_iothreads = false
+        enable_vhost_user_store = false
+        vhost_user_store_path = "/var/run/kata-containers/vhost-user"
+        valid_vhost_user_store_paths = ["/var/run/kata-containers/vhost-user"]
+        disable_nesting_checks = true
+        cold_plug_vfio = "no-port"
+        disable_vhost_net = true
+        entropy_source = "/dev/urandom"
+        valid_entropy_sources = ["/dev/urandom", "/dev/random", ""]
+        disable_guest_selinux = true
+        [hypervisor.qemu.factory]
+        enable_template = false
+        [agent.kata]
+        kernel_modules = ["e1000e InterruptThrottleRate=3000,3000 EEE=1", "i915"]
+        dial_timeout_ms = 10
+        reconnect_timeout_ms = 3000
+        create_container_timeout = 60
+        [agent.kata.mem_agent]
+        mem_agent_enable = false
+        memcg_swap = false
+        [runtime]
+        internetworking_model = "tcfilter"
+        name = "virt_container"
+        hypervisor_name = "qemu"
+        agent_name = "kata"
+        disable_guest_seccomp = true
+        sandbox_cgroup_only = true
+        static_sandbox_resource_mgmt = true
+        sandbox_bind_mounts = []
+        vfio_mode = "guest-kernel"
+        emptydir_mode = "shared-fs"
+        experimental = []
+        dan_conf = "/run/kata-containers/dans"
+        "#,
+        &[],
+    )
+    .unwrap();
+    let qemu = &config.hypervisor;
+    assert_eq!(qemu.default_milli_vcpus, Some(1500));
+    assert_eq!(
+        qemu.kernel_params,
+        ["cgroup_no_v1=all", "systemd.unified_cgroup_hierarchy=1"]
+    );
+    assert_eq!(qemu.virtio_fs_cache, Cache::Never);
+    assert!(!qemu.vhost_net);
+    assert_eq!(
+        config.agent.kernel_modules[0].parameters,
+        ["InterruptThrottleRate=3000,3000", "EEE=1"]
+    );
+    assert_eq!(config.agent.connect_timeout, Duration::from_secs(3));
+    assert_eq!(config.agent.create_container_timeout, Duration::from_secs(60));
+    assert!(config.runtime.disable_guest_seccomp && config.runtime.static_sizing);
+    assert!(
+        config.report.contains(
+            &"`hypervisor.qemu.block_device_aio` has no effect: \
+          the shim plugs no block device: files reach the guest through virtio-fs."
+                .to_owned()
+        )
+    );
+}
+
+#[test]
+fn a_file_we_cannot_honour_is_refused_by_the_name_of_the_key() {
+    let cases = [
+        (
+            "[hypervisor.qemu]\ndefualt_memory = 1",
+            "unknown configuration key `hypervisor.qemu.defualt_memory`; the nearest known one is `hypervisor.qemu.default_memory`",
+        ),
+        (
+            "[hypervisor.clh]\npath = ''",
+            "unknown configuration key `hypervisor.clh`",
+        ),
+        (
+            "[runtime]\nsandbox_cgroup_only = false",
+            "configuration key `runtime.sandbox_cgroup_only` = false is not supported: the shim, QEMU and virtiofsd always sit in the pod's cgroup",
+        ),
+        (
+            "[hypervisor.qemu]\nimage = '/x.img'",
+            "`hypervisor.qemu.image` = \"/x.img\" is not supported",
+        ),
+        (
+            "[hypervisor.qemu]\nenable_hugepages = true",
+            "`hypervisor.qemu.enable_hugepages` = true",
+        ),
+        (
+            "[hypervisor.qemu]\nenable_hugepages = 'no'",
+            "`hypervisor.qemu.enable_hugepages` = \"no\"",
+        ),
+        ("[hypervisor.qemu]\ndefault_memory = 'lots'", "default_memory"),
+        (
+            "[hypervisor.qemu]\ndefault_memory = 16",
+            "`hypervisor.qemu.default_memory` is 16 MiB; a guest needs 128",
+        ),
+        (
+            "[hypervisor.qemu]\naccelerator = 'xen'",
+            "`hypervisor.qemu.accelerator` is `xen`, not `kvm` or `tcg`",
+        ),
+        (
+            "[hypervisor.qemu]\nkernel = 'vmlinux'",
+            "`hypervisor.qemu.kernel` is `vmlinux`, not an absolute path",
+        ),
+        (
+            "[hypervisor.qemu]\nvirtio_fs_extra_args = ['--sandbox=none']",
+            "holds `--sandbox=none`, which the shim decides",
+        ),
+        ("[hypervisor.qemu]\nenable_annotations = ['a|b']", "holds `a|b`"),
+        (
+            "[runtime]\ninternetworking_model = 'macvtap'",
+            "is `macvtap`; the models are `tcfilter` and `none`",
+        ),
+        ("[runtime\n", "is not TOML: line 1"),
+    ];
+    for (text, sentence) in cases {
+        let error = Config::parse(text, &[]).unwrap_err().to_string();
+        assert!(error.contains(sentence), "{text}: {error}");
+        assert!(!error.contains('\n'), "one line: {error}");
+    }
+}
+
+#[test]
+fn a_drop_in_changes_one_key_and_later_names_win() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("configuration.toml");
+    std::fs::write(&path, "[hypervisor.qemu]\ndefault_memory = 512\nmemory_slots = 3\n").unwrap();
+    std::fs::create_dir(folder.path().join("config.d")).unwrap();
+    std::fs::write(
+        folder.path().join("config.d/20-b.toml"),
+        "[hypervisor.qemu]\ndefault_memory = 768\n",
+    )
+    .unwrap();
+    std::fs::write(
+        folder.path().join("config.d/10-a.toml"),
+        "[hypervisor.qemu]\ndefault_memory = 640\n",
+    )
+    .unwrap();
+    std::fs::write(folder.path().join("config.d/README"), "not TOML").unwrap();
+    let config = Config::load(Some(&path)).unwrap();
+    assert_eq!(config.hypervisor.default_memory_mib, 768);
+    assert_eq!(config.hypervisor.memory_slots, 3);
+    assert_eq!(config.origin, Some(path));
+}
+
+#[test]
+fn a_named_file_must_exist() {
+    let error = Config::load(Some(Path::new("/nonexistent/configuration.toml"))).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("cannot read configuration /nonexistent/configuration.toml")
+    );
+}
+
+#[test]
+fn a_pod_may_set_what_the_node_enables() {
+    let config = Config::parse("[hypervisor.qemu]\nkernel_params = 'a=1'", &[]).unwrap();
+    let pod = annotated(
+        &config,
+        &[
+            ("hypervisor.default_memory", "512"),
+            ("hypervisor.default_vcpus", "2.5"),
+            ("hypervisor.kernel_params", "b=2"),
+            ("agent.kernel_modules", "tun; loop max_loop=4"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(pod.hypervisor.default_memory_mib, 512);
+    assert_eq!(pod.hypervisor.default_milli_vcpus, Some(2500));
+    assert_eq!(pod.hypervisor.kernel_params, ["a=1", "b=2"]);
+    assert_eq!(pod.agent.kernel_modules[1].name, "loop");
+    assert_eq!(annotated(&config, &[]).unwrap(), config);
+}
+
+#[test]
+fn a_pod_is_told_which_annotation_is_refused_and_why() {
+    let open = Config::parse(
+        "[hypervisor.qemu]\nenable_annotations = ['.*']\nvalid_hypervisor_paths = ['/usr/bin/qemu-*']",
+        &[],
+    )
+    .unwrap();
+    let closed = Config::parse("", &[]).unwrap();
+    let cases = [
+        (
+            &closed,
+            "hypervisor.path",
+            "/bin/sh",
+            "`enable_annotations` of [hypervisor.qemu] does not list `path`",
+        ),
+        (
+            &open,
+            "hypervisor.path",
+            "/bin/sh",
+            "the node's list of valid paths does not hold this one",
+        ),
+        (
+            &open,
+            "hypervisor.path",
+            "/usr/bin/qemu-/../sh",
+            "the node's list of valid paths does not hold this one",
+        ),
+        (
+            &open,
+            "hypervisor.virtio_fs_daemon",
+            "/bin/sh",
+            "the node's list of valid paths does not hold this one",
+        ),
+        (&open, "hypervisor.kernel_hash", "abc", "there is no such key"),
+        (
+            &open,
+            "hypervisor.default_memory",
+            "1GiB",
+            "its value `1GiB` is not a whole number",
+        ),
+        (
+            &open,
+            "hypervisor.enable_iommu",
+            "true",
+            "`hypervisor.qemu.enable_iommu` = true is not supported",
+        ),
+        (
+            &open,
+            "runtime.sandbox_bind_mounts",
+            "/etc",
+            "`runtime.sandbox_bind_mounts`",
+        ),
+        (
+            &open,
+            "runtime.disable_guest_seccomp",
+            "true",
+            "only the node's configuration may switch seccomp off",
+        ),
+        (
+            &open,
+            "sandbox.size",
+            "1",
+            "the groups are hypervisor, agent and runtime",
+        ),
+    ];
+    for (config, key, value, sentence) in cases {
+        let error = annotated(config, &[(key, value)]).unwrap_err().to_string();
+        assert!(error.contains(sentence), "{key}: {error}");
+    }
+    let file = HashMap::from([("io.katacontainers.config_path".to_owned(), "/tmp/mine.toml".to_owned())]);
+    assert!(
+        closed
+            .with_annotations(&file)
+            .unwrap_err()
+            .to_string()
+            .contains("config_path")
+    );
+    assert!(annotated(&open, &[("hypervisor.path", "/usr/bin/qemu-new")]).is_ok());
+    assert!(
+        annotated(&open, &[("hypervisor.default_max_vcpus", "4")])
+            .unwrap()
+            .hypervisor
+            .max_vcpus
+            == Some(4)
+    );
+}

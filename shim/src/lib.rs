@@ -1,0 +1,3 @@
+//! containerd-shim-kata-v2: one pod, one virtual machine.
+
+pub mod config;
