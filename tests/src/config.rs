@@ -1,0 +1,161 @@
+//! The configurations of a node: containerd's, CNI's and Kata's.
+
+use std::{fs, path::Path};
+
+use serde_json::json;
+
+use crate::{failure::Result, images, places};
+
+/// The two guest images that Sandpod builds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// Our own kernel, everything built in.
+    Own,
+    /// Debian's prebuilt cloud kernel with its modules.
+    Debian,
+}
+
+impl Guest {
+    /// The name of its folder and of its handler's suffix.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Guest::Own => "own",
+            Guest::Debian => "debian",
+        }
+    }
+
+    /// Kata's configuration.toml for this guest on this machine.
+    ///
+    /// # Errors
+    /// When the guest image or virtiofsd has not been built.
+    pub fn configuration(self) -> Result<String> {
+        let folder = places::guest(self.name())?;
+        Ok(configuration(&folder, &places::virtiofsd()?, accelerator(), self == Guest::Own))
+    }
+}
+
+/// What runs the containers of a story.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// The reference, which proves the story itself.
+    Runc,
+    /// Sandpod with one of its guests.
+    Kata(Guest),
+}
+
+impl Runtime {
+    /// The name of the CRI's runtime handler.
+    #[must_use]
+    pub fn handler(self) -> String {
+        match self {
+            Runtime::Runc => "runc".into(),
+            Runtime::Kata(guest) => format!("kata-{}", guest.name()),
+        }
+    }
+
+    /// Fails when what this runtime needs has not been built.
+    ///
+    /// # Errors
+    /// One that names what is missing.
+    pub fn require(self) -> Result {
+        if let Runtime::Kata(guest) = self {
+            places::binaries()?;
+            guest.configuration()?;
+        }
+        Ok(())
+    }
+}
+
+/// `kvm` where this machine's processor and device allow it, else `tcg`.
+#[must_use]
+pub fn accelerator() -> &'static str {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let virtualizes = flags.lines().any(|line| {
+        line.starts_with("flags") && line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
+    });
+    let device = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if virtualizes && device.is_ok() { "kvm" } else { "tcg" }
+}
+
+/// A configuration.toml with the keys that differ from Sandpod's defaults.
+#[must_use]
+pub fn configuration(guest: &Path, virtiofsd: &Path, accelerator: &str, virtio_mem: bool) -> String {
+    format!(
+        "[hypervisor.qemu]\n\
+         path = \"/usr/bin/qemu-system-x86_64\"\n\
+         accelerator = \"{accelerator}\"\n\
+         kernel = \"{guest}/vmlinux\"\n\
+         initrd = \"{guest}/initrd\"\n\
+         virtio_fs_daemon = \"{virtiofsd}\"\n\
+         enable_virtio_mem = {virtio_mem}\n",
+        guest = guest.display(),
+        virtiofsd = virtiofsd.display(),
+    )
+}
+
+/// A bridge with addresses of its own for the pods of a node.
+#[must_use]
+pub fn cni() -> String {
+    json!({
+        "cniVersion": "0.4.0",
+        "name": "pods",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": "cni0",
+                "isGateway": true,
+                "ipMasq": false,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": "/run/cni-addresses",
+                    "ranges": [[{ "subnet": "10.88.0.0/16" }]],
+                    "routes": [{ "dst": "0.0.0.0/0" }],
+                },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true } },
+        ],
+    })
+    .to_string()
+}
+
+/// containerd's configuration, understood by 1.6 and (by its migration) by 2.x.
+#[must_use]
+pub fn containerd(node: &Path, handlers: &[(String, String)]) -> String {
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let node = node.display();
+    let mut text = format!(
+        "version = 2\n\
+         root = \"{node}/root\"\n\
+         state = \"/run/containerd\"\n\
+         disabled_plugins = [\"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\", \"io.containerd.internal.v1.tracing\"]\n\
+         [grpc]\naddress = \"/run/containerd/containerd.sock\"\n\
+         [{cri}]\n\
+         sandbox_image = \"{pause}\"\n\
+         restrict_oom_score_adj = true\n\
+         disable_tcp_service = true\n\
+         [{cri}.cni]\n\
+         bin_dir = \"/usr/lib/cni\"\n\
+         conf_dir = \"{node}/cni\"\n\
+         [{cri}.containerd]\n\
+         snapshotter = \"overlayfs\"\n\
+         default_runtime_name = \"runc\"\n\
+         [{cri}.containerd.runtimes.runc]\n\
+         runtime_type = \"io.containerd.runc.v2\"\n\
+         [{cri}.containerd.runtimes.runc.options]\n\
+         SystemdCgroup = false\n",
+        pause = images::PAUSE,
+    );
+    for (name, path) in handlers {
+        text += &format!(
+            "[{cri}.containerd.runtimes.{name}]\n\
+             runtime_type = \"io.containerd.kata.v2\"\n\
+             privileged_without_host_devices = true\n\
+             pod_annotations = [\"io.katacontainers.*\"]\n\
+             container_annotations = [\"io.katacontainers.*\"]\n\
+             [{cri}.containerd.runtimes.{name}.options]\n\
+             ConfigPath = \"{path}\"\n"
+        );
+    }
+    text
+}

@@ -1,0 +1,491 @@
+//! A node: a real containerd with its own mounts, network, processes and images, undone when it is dropped.
+//!
+//! A node is a mount, network and pid namespace made by `unshare`. Its first process holds a pipe from the harness and ends with it; the kernel then ends
+//! every other process of the node, and the mounts go with the last one. /run is a tmpfs of the node's own, so nodes do not see each other's sockets
+//! and state. Only cgroups are the machine's: they live below one folder per node, which is removed last.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::{
+    census::{self, Census, Scope},
+    config::{self, Guest},
+    events::Events,
+    failure::{Failure, Result, Trying},
+    images, places, procs,
+    run::{self, Output, succeed},
+};
+
+/// What runs in the node's first process, as root in new namespaces. `cat` ends with the pipe from the harness; the shell collects orphans.
+const FIRST: &str = "set -e
+mount --make-rshared /
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/netns /run/lock /run/cni /var/lib/cni
+mount --bind /run/cni /var/lib/cni
+ip link set lo up
+sysctl -qw net.ipv4.ip_forward=1
+[ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
+echo ready
+cat >/dev/null || :
+exit 0";
+
+/// The prefix of the cgroup folders of nodes; the harness's pid follows.
+const CGROUP: &str = "sandpod-test-";
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// The containerd of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Containerd {
+    /// Debian's 1.6.
+    Debian,
+    /// 2.4, built from its Go module.
+    Newest,
+}
+
+impl Containerd {
+    /// The name that trials carry.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Containerd::Debian => "containerd-1.6",
+            Containerd::Newest => "containerd-2.4",
+        }
+    }
+
+    /// The folder with its programs.
+    fn folder(self) -> Result<PathBuf> {
+        match self {
+            Containerd::Debian => Ok(PathBuf::from("/usr/bin")),
+            Containerd::Newest => places::peers(),
+        }
+    }
+}
+
+/// What a node is made of.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Its containerd.
+    pub containerd: Containerd,
+    /// Runtime handlers besides runc, kata-own and kata-debian: name and configuration.toml.
+    pub handlers: Vec<(String, String)>,
+    /// Hides /dev/kvm.
+    pub without_kvm: bool,
+}
+
+impl NodeSpec {
+    /// A node with this containerd and nothing special.
+    #[must_use]
+    pub fn new(containerd: Containerd) -> Self {
+        NodeSpec { containerd, handlers: Vec::new(), without_kvm: false }
+    }
+}
+
+/// A running node.
+#[derive(Debug)]
+pub struct Node {
+    folder: TempDir,
+    programs: PathBuf,
+    cgroup: String,
+    init: i32,
+    first: Option<(Child, ChildStdin)>,
+    daemon: Mutex<Option<Daemon>>,
+    identifiers: Mutex<Vec<String>>,
+    serial: AtomicU32,
+    events: Arc<Events>,
+}
+
+/// containerd and the reader of its events.
+#[derive(Debug)]
+struct Daemon {
+    pid: i32,
+    child: Child,
+    listener: Child,
+}
+
+impl Node {
+    /// Starts a node and imports the test images into containerd's namespaces `k8s.io` and `default`.
+    ///
+    /// # Errors
+    /// When something it needs is missing, or does not start.
+    pub fn start(spec: &NodeSpec) -> Result<Node> {
+        let folder =
+            tempfile::Builder::new().prefix("sandpod-node-").tempdir_in("/var/tmp").trying("making a folder for the node")?;
+        sweep_cgroups_of_the_dead();
+        let (first, init) = first_process(spec.without_kvm)?;
+        let node = Node {
+            programs: spec.containerd.folder()?,
+            cgroup: format!("/{CGROUP}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)),
+            init,
+            first: Some(first),
+            daemon: Mutex::default(),
+            identifiers: Mutex::default(),
+            serial: AtomicU32::new(0),
+            events: Arc::default(),
+            folder,
+        };
+        node.configure(spec)?;
+        node.start_containerd()?;
+        let archive = images::archive()?.display().to_string();
+        for namespace in ["k8s.io", "default"] {
+            node.ctr(["-n", namespace, "images", "import", &archive])?;
+        }
+        Ok(node)
+    }
+
+    fn configure(&self, spec: &NodeSpec) -> Result {
+        let mut handlers = Vec::new();
+        let known = [Guest::Own, Guest::Debian].map(|guest| {
+            // A guest that is not built fails the stories that ask for it (see Runtime::require), not those with runc.
+            (format!("kata-{}", guest.name()), guest.configuration().unwrap_or_default())
+        });
+        for (name, text) in known.iter().chain(&spec.handlers) {
+            let path = self.configuration_of(name);
+            self.write(&path, text)?;
+            handlers.push((name.clone(), path.display().to_string()));
+        }
+        self.write(&self.path("cni/pods.conflist"), &config::cni())?;
+        self.write(&self.path("containerd.toml"), &config::containerd(self.folder.path(), &handlers))
+    }
+
+    /// The path of a handler's configuration.toml.
+    #[must_use]
+    pub fn configuration_of(&self, handler: &str) -> PathBuf {
+        self.path(&format!("{handler}/configuration.toml"))
+    }
+
+    /// A path in the node's folder, which is the same inside and outside.
+    #[must_use]
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.folder.path().join(relative)
+    }
+
+    /// Writes a file and makes the folders above it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn write(&self, path: &Path, text: &str) -> Result {
+        let what = || format!("writing {}", path.display());
+        path.parent().map_or(Ok(()), fs::create_dir_all).trying(what())?;
+        fs::write(path, text).trying(what())
+    }
+
+    /// A file or folder of the node (such as one under /run) as seen from outside.
+    #[must_use]
+    pub fn inside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.init))
+    }
+
+    /// A command that runs inside the node.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.init.to_string(), "--mount", "--net", "--pid", "--", program]);
+        command.env("PATH", self.search_path());
+        command
+    }
+
+    /// The peers' programs first, then ours (1.6 finds a shim by its name only), then the system's.
+    fn search_path(&self) -> String {
+        let ours = places::binaries().map(|folder| format!("{}:", folder.display())).unwrap_or_default();
+        format!("{}:{ours}/usr/sbin:/usr/bin:/sbin:/bin", self.programs.display())
+    }
+
+    /// Runs containerd's own client; it must succeed.
+    ///
+    /// # Errors
+    /// What it said when it failed.
+    pub fn ctr<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Output> {
+        succeed(&mut self.ctr_command(arguments), run::ORDINARY)
+    }
+
+    /// A command of containerd's own client.
+    pub fn ctr_command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
+        let mut command = self.command(&self.programs.join("ctr").display().to_string());
+        command.args(arguments);
+        command
+    }
+
+    /// Runs the CRI's client; it must succeed.
+    ///
+    /// # Errors
+    /// What it said when it failed.
+    pub fn crictl<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Output> {
+        succeed(&mut self.crictl_command(arguments)?, run::ORDINARY)
+    }
+
+    /// A command of the CRI's client.
+    ///
+    /// # Errors
+    /// When crictl has not been built.
+    pub fn crictl_command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Command> {
+        let endpoint = "unix:///run/containerd/containerd.sock";
+        let mut command = self.command(&places::peers()?.join("crictl").display().to_string());
+        command.args(["--config", "/dev/null", "--runtime-endpoint", endpoint, "--image-endpoint", endpoint]);
+        command.args(["--timeout", "60s"]).args(arguments);
+        Ok(command)
+    }
+
+    /// Runs `work` in a thread whose network is the node's.
+    ///
+    /// # Errors
+    /// Those of `work`, or when the namespace cannot be entered.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = format!("/proc/{}/ns/net", self.init);
+        let namespace = fs::File::open(&path).trying(format!("opening {path}"))?;
+        let enter = || {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).trying("entering the node's network")?;
+            work()
+        };
+        thread::scope(|scope| scope.spawn(enter).join())
+            .unwrap_or_else(|_| Err(Failure::Claim("the thread in the node's network panicked".into())))
+    }
+
+    /// What containerd tells.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// The cgroup folder below which this node's pods live.
+    #[must_use]
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
+    }
+
+    /// A number that no other thing of this node has.
+    #[must_use]
+    pub fn serial(&self) -> u32 {
+        self.serial.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Remembers the identifier of a pod or task, so that nothing named after it may remain.
+    pub fn remember(&self, identifier: &str) {
+        self.identifiers.lock().unwrap_or_else(PoisonError::into_inner).push(identifier.to_owned());
+    }
+
+    /// The pid of containerd, outside the node.
+    #[must_use]
+    pub fn containerd_pid(&self) -> i32 {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |daemon| daemon.pid)
+    }
+
+    /// How many file descriptors containerd has open.
+    #[must_use]
+    pub fn containerd_descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.containerd_pid())).map_or(0, Iterator::count)
+    }
+
+    /// The processes of a pod: its shim and everything below it.
+    #[must_use]
+    pub fn processes_of(&self, pod: &str) -> Vec<procs::Process> {
+        let everyone = procs::in_namespace_of(self.init);
+        let is_shim = |process: &procs::Process| {
+            process.program().starts_with("containerd-shim-") && process.arguments.iter().any(|word| word == pod)
+        };
+        let shims: Vec<_> = everyone.iter().filter(|process| is_shim(process)).map(|process| process.pid).collect();
+        shims.iter().flat_map(|shim| procs::tree(&everyone, *shim)).collect()
+    }
+
+    /// What the node holds now.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        let identifiers = self.identifiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Census::take(&Scope { init: self.init, cgroup: self.cgroup.clone(), identifiers })
+    }
+
+    /// Waits until the node holds nothing that it did not hold at `before`.
+    ///
+    /// # Errors
+    /// [`Failure::LeftBehind`] with everything that is still there at the deadline.
+    pub fn nothing_left_since(&self, before: &Census, deadline: Duration) -> Result {
+        let mut left = Vec::new();
+        let clean = self.events.bell.until("a clean node", deadline, || {
+            self.remove_empty_parents();
+            left = self.census().since(before);
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        });
+        clean.map_err(|_| Failure::LeftBehind(left))
+    }
+
+    /// Removes the pods' parent cgroups, which a kubelet makes and removes in real life. One that is not empty is somebody's leftover and stays.
+    fn remove_empty_parents(&self) {
+        for hierarchy in census::hierarchies() {
+            let own = hierarchy.join(self.cgroup.trim_start_matches('/'));
+            for parent in fs::read_dir(own).into_iter().flatten().flatten() {
+                drop(fs::remove_dir(parent.path()));
+            }
+        }
+    }
+
+    /// Stops containerd and starts it again, as an upgrade of it would; pods keep running.
+    ///
+    /// # Errors
+    /// When it does not end or start.
+    pub fn restart_containerd(&self) -> Result {
+        self.stop_containerd()?;
+        self.start_containerd()
+    }
+
+    fn start_containerd(&self) -> Result {
+        let program = self.programs.join("containerd").display().to_string();
+        let mut command = self.command(&program);
+        command.arg("--config").arg(self.path("containerd.toml"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().trying("starting containerd")?;
+        let log = child.stderr.take().ok_or_else(|| Failure::Claim("containerd has no log".into()))?;
+        let booted = follow(log, self.path("containerd.log"), "containerd successfully booted");
+        if booted.recv_timeout(run::ORDINARY).is_err() {
+            let log = self.log();
+            drop(child.kill());
+            return Err(Failure::Command { command: program, status: "no word of success".into(), output: log });
+        }
+        let parent = child.id().cast_signed();
+        let pid = procs::all().iter().find(|process| process.parent == parent).map_or(0, |process| process.pid);
+        let listener = self.listen()?;
+        *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(Daemon { pid, child, listener });
+        Ok(())
+    }
+
+    /// Subscribes to containerd's events, and is back when the first one came through.
+    fn listen(&self) -> Result<Child> {
+        let mut command = self.ctr_command(["events"]);
+        let mut listener =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().trying("subscribing to containerd's events")?;
+        if let Some(stream) = listener.stdout.take() {
+            self.events.listen(stream);
+        }
+        let marker = format!("heard-{}", self.serial());
+        self.events.bell.until("an event from containerd", run::ORDINARY, || {
+            self.ctr(["namespaces", "label", "default", &format!("{marker}=yes")]).map_err(|error| error.to_string())?;
+            self.events.mentions("/namespaces/update", &marker).then_some(()).ok_or_else(|| "silence".into())
+        })?;
+        Ok(listener)
+    }
+
+    fn stop_containerd(&self) -> Result {
+        let Some(mut daemon) = self.daemon.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        // One that is gone already needs no signal.
+        let _ = kill(Pid::from_raw(daemon.pid), Signal::SIGTERM);
+        let ended = run::wait(daemon.child, Duration::from_secs(20), "containerd");
+        drop(daemon.listener.kill());
+        drop(daemon.listener.wait());
+        ended.map(drop)
+    }
+
+    /// The last lines of containerd's log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        run::last_of(&fs::read_to_string(self.path("containerd.log")).unwrap_or_default(), 4000)
+    }
+
+    /// Ends the node.
+    ///
+    /// # Errors
+    /// When something of it cannot be ended or removed.
+    pub fn close(mut self) -> Result {
+        self.shut()
+    }
+
+    fn shut(&mut self) -> Result {
+        let stopped = self.stop_containerd();
+        if let Some((first, pipe)) = self.first.take() {
+            drop(pipe);
+            run::wait(first, Duration::from_secs(20), "the node's first process")?;
+        }
+        remove_cgroups(&self.cgroup)?;
+        stopped
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Err(failure) = self.shut() {
+            eprintln!("a node was not undone: {failure}");
+        }
+    }
+}
+
+/// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
+fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]);
+    command.args(["sh", "-c", FIRST]).env("MASK_KVM", if without_kvm { "yes" } else { "" });
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .trying("making the node's namespaces (needs root)")?;
+    let refused = || Failure::Missing { what: "a node's namespaces".into(), remedy: "run as root".into() };
+    let pipe = child.stdin.take().ok_or_else(refused)?;
+    let mut line = String::new();
+    let mut output = BufReader::new(child.stdout.take().ok_or_else(refused)?);
+    output.read_line(&mut line).trying("waiting for the node's first process")?;
+    if line.trim() != "ready" {
+        drop(child.wait());
+        return Err(refused());
+    }
+    let parent = child.id().cast_signed();
+    let init = procs::all().iter().find(|process| process.parent == parent).map(|process| process.pid);
+    Ok(((child, pipe), init.ok_or_else(refused)?))
+}
+
+/// Copies a log to a file, and tells when a line contains `sign`.
+fn follow(log: impl std::io::Read + Send + 'static, path: PathBuf, sign: &'static str) -> mpsc::Receiver<()> {
+    let (told, seen) = mpsc::channel();
+    thread::spawn(move || {
+        let Ok(mut file) = fs::OpenOptions::new().create(true).append(true).open(path) else { return };
+        for line in BufReader::new(log).lines().map_while(std::result::Result::ok) {
+            // A full disk shows elsewhere; nobody listening any more is fine.
+            drop(std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()));
+            if line.contains(sign) {
+                let _ = told.send(());
+            }
+        }
+    });
+    seen
+}
+
+fn remove_cgroups(cgroup: &str) -> Result {
+    for hierarchy in census::hierarchies() {
+        let own = hierarchy.join(cgroup.trim_start_matches('/'));
+        for folder in census::folders(&own).into_iter().filter(|folder| folder.exists()) {
+            fs::remove_dir(&folder).trying(format!("removing {}", folder.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A harness that was killed could not remove its cgroups.
+fn sweep_cgroups_of_the_dead() {
+    for hierarchy in census::hierarchies() {
+        for entry in fs::read_dir(&hierarchy).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let owner = name.strip_prefix(CGROUP).and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
+            if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                // Whatever still lives there is not ours to end, and shows in the next census of the machine.
+                drop(remove_cgroups(&name));
+            }
+        }
+    }
+}

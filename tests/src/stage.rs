@@ -1,0 +1,90 @@
+//! Plays stories, one after another on each node, and fails those that leave anything behind.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use libtest_mimic::Trial;
+
+use crate::{
+    failure::{Failure, Result},
+    node::{Node, NodeSpec},
+};
+
+/// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// A place where a node stands while stories need it.
+pub struct Stage {
+    spec: NodeSpec,
+    node: Mutex<Option<Node>>,
+}
+
+impl Stage {
+    /// A stage whose node is started by the first story.
+    #[must_use]
+    pub fn new(spec: NodeSpec) -> Arc<Stage> {
+        Arc::new(Stage { spec, node: Mutex::default() })
+    }
+
+    /// Plays a story and looks whether the node is as it was before. A node that is not is replaced for the next story.
+    ///
+    /// # Errors
+    /// The story's, or [`Failure::LeftBehind`].
+    pub fn play(&self, story: impl FnOnce(&Node) -> Result) -> Result {
+        let mut place = self.node.lock().unwrap_or_else(PoisonError::into_inner);
+        let node = match place.take() {
+            Some(node) => node,
+            None => Node::start(&self.spec)?,
+        };
+        let before = node.census();
+        let told = catch_unwind(AssertUnwindSafe(|| story(&node)))
+            .unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())));
+        match node.nothing_left_since(&before, SETTLE) {
+            Ok(()) => {
+                *place = Some(node);
+                told
+            }
+            // The story's own failure tells more than what it left.
+            Err(left) => {
+                node.close()?;
+                told.and(Err(left))
+            }
+        }
+    }
+
+    /// Ends the node, if one stands here.
+    ///
+    /// # Errors
+    /// When something of it cannot be undone.
+    pub fn clear(&self) -> Result {
+        self.node.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Node::close)
+    }
+}
+
+/// A story as a trial with a name.
+pub fn trial(name: String, stage: &Arc<Stage>, story: impl FnOnce(&Node) -> Result + Send + 'static) -> Trial {
+    let stage = Arc::clone(stage);
+    Trial::test(name, move || Ok(stage.play(story)?))
+}
+
+/// Runs the trials, clears the stages, and exits.
+pub fn perform(trials: Vec<Trial>, stages: &[Arc<Stage>]) -> ! {
+    let mut arguments = libtest_mimic::Arguments::from_args();
+    // One story at a time on each node.
+    arguments.test_threads = Some(arguments.test_threads.unwrap_or(stages.len()).min(stages.len()));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let mut clean = true;
+    for stage in stages {
+        if let Err(failure) = stage.clear() {
+            eprintln!("a node was not undone: {failure}");
+            clean = false;
+        }
+    }
+    if !clean {
+        std::process::exit(1);
+    }
+    conclusion.exit()
+}
