@@ -21,9 +21,11 @@ for peer; do
   echo "peers: building $peer$(sed -n 's|^// usually|, usually|p' go.mod)" >&2
   # Every program of one peer in one go command: what they share is compiled once. The linker ignores a variable
   # that a program lacks; the tags leave out containerd's snapshotters for file systems that no test has.
-  go list -f '{{.ImportPath}}' tool | nice -n 5 xargs go build -mod=readonly -trimpath -o "$out/bin/" \
-    -tags='no_btrfs no_devmapper no_zfs' \
-    -ldflags="-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$(sed -n 's/^\tsigs.k8s.io.cri-tools \(v[^ ]*\).*/\1/p' go.mod)"
+  version=$(sed -n 's/^\tsigs.k8s.io.cri-tools \(v[^ ]*\).*/\1/p' go.mod)
+  go list -f '{{.ImportPath}}' tool 2>"$out/$peer.log" |
+    nice -n 5 xargs go build -mod=readonly -trimpath -tags='no_btrfs no_devmapper no_zfs' \
+      -ldflags="-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$version" -o "$out/bin/" >>"$out/$peer.log" 2>&1 ||
+    { echo "peers: building $peer failed; $out/$peer.log ends with: $(tail -n 3 "$out/$peer.log")" >&2; exit 1; }
   touch "$out/$peer.built"
 done
 echo "$out/bin"
