@@ -1,0 +1,274 @@
+//! Pure edits that make a specification mean to libcontainer what it means to the runtime specification.
+
+use std::{
+    collections::HashSet,
+    path::{Component, Path, PathBuf},
+};
+
+use oci_spec::runtime::{
+    Capabilities, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
+    LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+};
+
+/// The search path of a process without `PATH`, as containerd and CRI-O set it.
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why a specification cannot be honoured.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SpecError {
+    #[error("the specification has no {0}")]
+    Missing(&'static str),
+    #[error("root.path is not absolute")]
+    RelativeRoot,
+    #[error("{0} is not supported in the guest")]
+    Unsupported(String),
+    #[error("the cgroup path {0:?} leaves the cgroup file system")]
+    CgroupPath(PathBuf),
+}
+
+/// Refuses what cannot be honoured and fills what libcontainer would read otherwise. `id` names the default cgroup.
+pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
+    refuse(&spec)?;
+    let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
+    if !root.path().is_absolute() {
+        return Err(SpecError::RelativeRoot);
+    }
+    let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
+    complete_process(&mut process, None);
+    spec.set_process(Some(process));
+
+    let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
+    linux.set_cgroups_path(Some(cgroup_path(linux.cgroups_path().as_deref(), id)?));
+    if let Some(resources) = linux.resources_mut() {
+        complete_resources(resources);
+    }
+    spec.set_linux(Some(linux));
+    Ok(spec)
+}
+
+/// The fields that libcontainer ignores, although ignoring them weakens or changes the container.
+fn refuse(spec: &Spec) -> Result<(), SpecError> {
+    let unsupported = |what: &str| Err(SpecError::Unsupported(what.to_owned()));
+    if let Some(process) = spec.process() {
+        refuse_process(process)?;
+    }
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    if !has_namespace(linux, LinuxNamespaceType::Mount) {
+        return unsupported("a container without a mount namespace");
+    }
+    if linux.mount_label().as_deref().is_some_and(|l| !l.is_empty()) {
+        return unsupported("linux.mountLabel (the guest has no SELinux)");
+    }
+    if linux.intel_rdt().is_some() {
+        return unsupported("linux.intelRdt");
+    }
+    for mount in spec.mounts().iter().flatten() {
+        let mapped = |m: &Option<Vec<LinuxIdMapping>>| m.as_ref().is_some_and(|m| !m.is_empty());
+        let idmap = mount.options().iter().flatten().any(|o| o == "idmap" || o == "ridmap");
+        if idmap || mapped(mount.uid_mappings()) || mapped(mount.gid_mappings()) {
+            let destination = mount.destination().display();
+            return Err(SpecError::Unsupported(format!("the id-mapped mount on {destination}")));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_process(process: &Process) -> Result<(), SpecError> {
+    let given = |label: &Option<String>| label.as_ref().is_some_and(|l| !l.is_empty());
+    if given(process.selinux_label()) {
+        return Err(SpecError::Unsupported(
+            "process.selinuxLabel (the guest has no SELinux)".to_owned(),
+        ));
+    }
+    if given(process.apparmor_profile()) {
+        return Err(SpecError::Unsupported(
+            "process.apparmorProfile (the guest has no AppArmor)".to_owned(),
+        ));
+    }
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(SpecError::Missing("command (process.args is empty)"));
+    }
+    Ok(())
+}
+
+/// Fills a process; `init` is the container's own, for an exec.
+fn complete_process(process: &mut Process, init: Option<&Process>) {
+    // An empty profile would be applied, as a profile without a name.
+    process.set_apparmor_profile(None);
+    // To libcontainer `Some(false)` says to load seccomp after the capabilities are gone, which fails.
+    let locked =
+        process.no_new_privileges() == Some(true) || init.is_some_and(|init| init.no_new_privileges() == Some(true));
+    process.set_no_new_privileges(locked.then_some(true));
+    // libcontainer keeps every capability if there is no list, and those of a missing list.
+    let inherited = init.and_then(|init| init.capabilities().clone());
+    let capabilities = process.capabilities().clone().or(inherited);
+    process.set_capabilities(Some(complete_capabilities(capabilities)));
+    if process.oom_score_adj().is_none() {
+        // The agent protects itself from the OOM killer, which would be inherited.
+        let adjustment = init.and_then(Process::oom_score_adj).unwrap_or(0);
+        process.set_oom_score_adj(Some(adjustment));
+    }
+    process.set_env(Some(environment(process.env().as_deref().unwrap_or_default())));
+    if process.cwd().as_os_str().is_empty() {
+        process.set_cwd(PathBuf::from("/"));
+    }
+}
+
+fn complete_capabilities(given: Option<LinuxCapabilities>) -> LinuxCapabilities {
+    let mut all = given.unwrap_or_else(|| {
+        let mut none = LinuxCapabilities::default();
+        let empty = || Some(Capabilities::new());
+        none.set_bounding(empty()).set_effective(empty()).set_permitted(empty());
+        none.set_inheritable(empty()).set_ambient(empty());
+        none
+    });
+    let or_empty = |list: &Option<Capabilities>| Some(list.clone().unwrap_or_default());
+    all.set_bounding(or_empty(all.bounding()));
+    all.set_effective(or_empty(all.effective()));
+    all.set_permitted(or_empty(all.permitted()));
+    all.set_inheritable(or_empty(all.inheritable()));
+    all.set_ambient(or_empty(all.ambient()));
+    all
+}
+
+/// The last value of each variable, in the order of first mention, with a `PATH`.
+fn environment(given: &[String]) -> Vec<String> {
+    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
+    let mut seen = HashSet::new();
+    let mut env: Vec<String> = given
+        .iter()
+        .rev()
+        .filter(|entry| seen.insert(name(entry)))
+        .cloned()
+        .collect();
+    env.reverse();
+    if !seen.contains("PATH") {
+        env.push(DEFAULT_PATH.to_owned());
+    }
+    env
+}
+
+/// Adds `HOME` to a completed process that has none.
+pub(super) fn set_home(process: &mut Process, home: &str) {
+    let mut env = process.env().clone().unwrap_or_default();
+    env.retain(|entry| entry != "HOME=");
+    env.push(format!("HOME={home}"));
+    process.set_env(Some(env));
+}
+
+/// Whether a process names its home directory.
+pub(super) fn has_home(process: &Process) -> bool {
+    process
+        .env()
+        .iter()
+        .flatten()
+        .any(|entry| entry.starts_with("HOME=") && entry.len() > "HOME=".len())
+}
+
+/// Adds the limit of locked memory (bytes) to a process that sets none.
+pub(super) fn set_memlock(process: &mut Process, soft: u64, hard: u64) {
+    let mut limits = process.rlimits().clone().unwrap_or_default();
+    if limits.iter().any(|l| l.typ() == PosixRlimitType::RlimitMemlock) {
+        return;
+    }
+    let limit = PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitMemlock)
+        .soft(soft)
+        .hard(hard);
+    limits.push(limit.build().unwrap_or_else(|_| PosixRlimit::default()));
+    process.set_rlimits(Some(limits));
+}
+
+/// Makes limits of a container's cgroup mean what they say.
+pub(super) fn complete_resources(resources: &mut LinuxResources) {
+    // 0 is "no limit" to runc and to the CRI's clients; libcontainer would allow a single task.
+    if resources.pids().as_ref().is_some_and(|pids| pids.limit() <= 0) {
+        let mut pids = LinuxPids::default();
+        pids.set_limit(-1);
+        resources.set_pids(Some(pids));
+    }
+}
+
+/// Drops the limit of swap where the kernel has none: there is nothing to limit, and the write would fail.
+pub(super) fn drop_swap(resources: &mut LinuxResources) {
+    if let Some(mut memory) = *resources.memory() {
+        memory.set_swap(None);
+        resources.set_memory(Some(memory));
+    }
+}
+
+/// A container's cgroup, relative to the root of the hierarchy. `a:b:c` (systemd's form) becomes `a/b/c`.
+pub(super) fn cgroup_path(given: Option<&Path>, id: &str) -> Result<PathBuf, SpecError> {
+    let given = given.filter(|path| !path.as_os_str().is_empty());
+    let path = match given {
+        None => Path::new("kata").join(id),
+        Some(path) => PathBuf::from(path.to_string_lossy().replace(':', "/")),
+    };
+    let mut relative = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => relative.push(name),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(SpecError::CgroupPath(path)),
+        }
+    }
+    if relative.as_os_str().is_empty() {
+        return Err(SpecError::CgroupPath(path));
+    }
+    Ok(relative)
+}
+
+/// The specification of a further process in a container whose init has the pid `init`.
+///
+/// libcontainer's own (`TenantContainerBuilder`) drops seccomp, rlimits, the umask and the OOM score.
+pub(super) fn for_exec(container: &Spec, mut process: Process, init: i32) -> Result<Spec, SpecError> {
+    refuse_process(&process)?;
+    complete_process(&mut process, container.process().as_ref());
+    let from = container.linux().as_ref().ok_or(SpecError::Missing("linux section"))?;
+    let mut linux = Linux::default();
+    linux.set_namespaces(Some(joined(from, init)));
+    linux.set_cgroups_path(from.cgroups_path().clone());
+    linux.set_seccomp(from.seccomp().clone());
+    linux.set_personality(from.personality().clone());
+    linux.set_resources(None);
+    let mut spec = Spec::default();
+    spec.set_root(container.root().clone());
+    spec.set_mounts(None).set_hooks(None).set_hostname(None);
+    spec.set_process(Some(process)).set_linux(Some(linux));
+    Ok(spec)
+}
+
+fn joined(linux: &Linux, init: i32) -> Vec<LinuxNamespace> {
+    let mut joined = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &mut joined {
+        let file = match namespace.typ() {
+            LinuxNamespaceType::Mount => "mnt",
+            LinuxNamespaceType::Cgroup => "cgroup",
+            LinuxNamespaceType::Uts => "uts",
+            LinuxNamespaceType::Ipc => "ipc",
+            LinuxNamespaceType::User => "user",
+            LinuxNamespaceType::Pid => "pid",
+            LinuxNamespaceType::Network => "net",
+            LinuxNamespaceType::Time => "time",
+        };
+        namespace.set_path(Some(PathBuf::from(format!("/proc/{init}/ns/{file}"))));
+    }
+    joined
+}
+
+pub(super) fn has_namespace(linux: &Linux, typ: LinuxNamespaceType) -> bool {
+    linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == typ)
+}
+
+/// A container's id as the guest sees it; identity without a user namespace.
+pub(super) fn guest_id(mappings: &Option<Vec<LinuxIdMapping>>, id: u32) -> u32 {
+    let found = mappings.iter().flatten().find_map(|m| {
+        let offset = id.checked_sub(m.container_id())?;
+        (offset < m.size()).then(|| m.host_id() + offset)
+    });
+    found.unwrap_or(id)
+}
