@@ -1,0 +1,350 @@
+//! From the host's OCI spec to the one the agent gets: what speaks of the host is shared, dropped with a reason, or refused by name.
+//!
+//! Source of the edits: `virt_container/src/container_manager/container.rs` of kata-containers; of the fields, the OCI runtime
+//! specification 1.3.
+
+mod mounts;
+mod resources;
+
+pub use mounts::{Propagation, ShareMount};
+pub use resources::guest_resources;
+
+use crate::annotations::Role;
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// Where the guest finds what the host shares (the virtio-fs tag `kataShared`).
+pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
+/// The pod's `/dev/shm` in the guest.
+pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
+
+/// The network namespace that a spec asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetNs {
+    /// One that exists, by its path on the host.
+    Path(PathBuf),
+    /// A new one, which the shim has to make.
+    New,
+}
+
+/// What a container becomes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GuestContainer {
+    /// The spec for the agent.
+    pub spec: Spec,
+    /// What has to be in the share before the agent is called.
+    pub shares: Vec<ShareMount>,
+    /// The container is to run in the PID namespace of its pod.
+    pub sandbox_pidns: bool,
+    /// One sentence for each thing that was left out. For the log.
+    pub warnings: Vec<String>,
+}
+
+/// What the translation has to know besides the spec.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Id of the container.
+    pub container_id: &'a str,
+    /// Its bundle on the host.
+    pub bundle: &'a Path,
+    /// What it is to its pod.
+    pub role: &'a Role,
+    /// `disable_guest_seccomp`
+    pub disable_guest_seccomp: bool,
+    /// The sysctls of the sandbox's spec: nothing runs in the guest for the sandbox itself, so its containers set them.
+    pub pod_sysctls: &'a HashMap<String, String>,
+}
+
+/// Why a container cannot run in a guest.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SpecError {
+    /// No network namespace, or the host's.
+    #[error("a pod in a VM cannot use the host's network: remove `hostNetwork: true`")]
+    HostNetwork,
+    /// A part that every spec has.
+    #[error("the OCI spec has no `{0}`")]
+    Missing(&'static str),
+    /// A field that cannot be honoured.
+    #[error("{what} cannot be had in a VM: {reason}")]
+    Unsupported {
+        /// The field and its value.
+        what: String,
+        /// Why, or what to do instead.
+        reason: &'static str,
+    },
+}
+
+pub(crate) fn unsupported(what: impl Into<String>, reason: &'static str) -> SpecError {
+    SpecError::Unsupported {
+        what: what.into(),
+        reason,
+    }
+}
+
+/// The network namespace that the spec of a pod (or of a single container) asks for.
+///
+/// # Errors
+/// [`SpecError::HostNetwork`] when it asks for none of its own. A path may still lead to the host's namespace: the
+/// network code checks that again by its inode.
+pub fn pod_netns(spec: &Spec) -> Result<NetNs, SpecError> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let network = namespaces.and_then(|all| all.iter().find(|ns| ns.typ() == LinuxNamespaceType::Network));
+    match network.ok_or(SpecError::HostNetwork)?.path() {
+        None => Ok(NetNs::New),
+        Some(path) if path.as_os_str().is_empty() => Ok(NetNs::New),
+        Some(path) if path == Path::new("/proc/1/ns/net") || path == Path::new("/proc/self/ns/net") => {
+            Err(SpecError::HostNetwork)
+        }
+        Some(path) => Ok(NetNs::Path(path.clone())),
+    }
+}
+
+/// The path of a container's rootfs on the host: absolute as CRI-O writes it, below the bundle as containerd does.
+///
+/// # Errors
+/// A spec without root.
+pub fn host_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
+    let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
+    Ok(bundle.join(root.path()))
+}
+
+/// Translates the spec of a container.
+///
+/// # Errors
+/// A field that would be silently lost in the guest, by name.
+pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, SpecError> {
+    let mut warnings = Vec::new();
+    let mut guest = spec.clone();
+    let root = guest.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
+    root.set_path(PathBuf::from(format!("{GUEST_SHARE}/{}/rootfs", context.container_id)));
+
+    let process = guest.process_mut().take().ok_or(SpecError::Missing("process"))?;
+    guest.set_process(Some(guest_process(process, &mut warnings)?));
+
+    let (mounts, shares) = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
+    guest.set_mounts(Some(mounts));
+
+    let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
+    guest.set_linux(Some(linux));
+
+    if let Some(hooks) = guest.hooks().as_ref() {
+        let kept = hooks.start_container().clone().filter(|kept| !kept.is_empty());
+        let kept = kept.map(|kept| {
+            let mut hooks = oci_spec::runtime::Hooks::default();
+            hooks.set_start_container(Some(kept));
+            hooks
+        });
+        if kept.as_ref() != Some(hooks) && *hooks != oci_spec::runtime::Hooks::default() {
+            warnings
+                .push("hooks that run on the host are left out: the container is not a process of the host.".into());
+        }
+        guest.set_hooks(kept);
+    }
+    if guest.domainname().as_ref().is_some_and(|name| !name.is_empty()) {
+        return Err(unsupported("`domainname`", "the agent's protocol does not carry it"));
+    }
+    guest
+        .set_domainname(None)
+        .set_windows(None)
+        .set_solaris(None)
+        .set_vm(None)
+        .set_zos(None);
+
+    let annotations = guest.annotations_mut().get_or_insert_default();
+    let kind = match context.role {
+        Role::Sandbox => "pod_sandbox",
+        Role::Container { .. } => "pod_container",
+        Role::Single => "single_container",
+    };
+    annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
+    annotations.insert(
+        "io.katacontainers.pkg.oci.bundle_path".into(),
+        context.bundle.display().to_string(),
+    );
+    Ok(GuestContainer {
+        spec: guest,
+        shares,
+        sandbox_pidns,
+        warnings,
+    })
+}
+
+/// The process of a container, or of an exec, as the guest runs it.
+///
+/// # Errors
+/// A scheduling attribute that the agent's protocol does not carry.
+pub fn guest_process(mut process: Process, warnings: &mut Vec<String>) -> Result<Process, SpecError> {
+    const LOST: &str = "the agent's protocol does not carry it";
+    if process.io_priority().is_some() {
+        return Err(unsupported("`process.ioPriority`", LOST));
+    }
+    if process.scheduler().is_some() {
+        return Err(unsupported("`process.scheduler`", LOST));
+    }
+    if process.exec_cpu_affinity().is_some() {
+        return Err(unsupported("`process.execCPUAffinity`", LOST));
+    }
+    let set = |label: &Option<String>| label.as_ref().is_some_and(|label| !label.is_empty());
+    if set(process.selinux_label()) {
+        warnings.push("the SELinux label is left out: the guest has no SELinux, the VM is the boundary.".into());
+    }
+    if set(process.apparmor_profile()) && process.apparmor_profile().as_deref() != Some("unconfined") {
+        warnings.push("the AppArmor profile is left out: the guest has no AppArmor, the VM is the boundary.".into());
+    }
+    process.set_selinux_label(None).set_apparmor_profile(None);
+    Ok(process)
+}
+
+fn guest_linux(
+    mut linux: Linux,
+    context: &Context<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<(Linux, bool), SpecError> {
+    refuse_lost(&linux)?;
+    let namespaces = linux.namespaces_mut().take().unwrap_or_default();
+    let (namespaces, sandbox_pidns) = guest_namespaces(namespaces, context.role, warnings)?;
+    linux.set_namespaces(Some(namespaces));
+
+    for device in linux.devices().iter().flatten() {
+        check_device(device)?;
+    }
+    let resources = linux.resources_mut().take();
+    linux.set_resources(resources.map(|resources| guest_resources(resources, warnings)));
+    linux.set_cgroups_path(Some(PathBuf::from(format!("/kata/{}", context.container_id))));
+
+    if let Some(seccomp) = linux.seccomp() {
+        if seccomp.listener_path().is_some() {
+            return Err(unsupported("`linux.seccomp.listenerPath`", "its socket is the host's"));
+        }
+        if context.disable_guest_seccomp {
+            warnings.push("the seccomp filter is left out: the configuration says `disable_guest_seccomp`.".into());
+            linux.set_seccomp(None);
+        }
+    }
+    // The label of the process has been spoken of already.
+    linux.set_mount_label(None);
+
+    if !context.pod_sysctls.is_empty() {
+        let own = linux.sysctl_mut().take().unwrap_or_default();
+        let mut all = context.pod_sysctls.clone();
+        all.extend(own);
+        linux.set_sysctl(Some(all));
+    }
+    Ok((linux, sandbox_pidns))
+}
+
+/// Fields of the host's kernel or hardware, and fields that the agent's protocol has no room for.
+fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|all| !all.is_empty());
+    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
+        return Err(unsupported(
+            "a user namespace (`linux.uidMappings`)",
+            "remove `hostUsers: false`",
+        ));
+    }
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(unsupported(
+            "`linux.netDevices`",
+            "the host's devices are not passed to the guest",
+        ));
+    }
+    if linux.intel_rdt().is_some() {
+        return Err(unsupported(
+            "`linux.intelRdt`",
+            "the guest does not see the host's caches",
+        ));
+    }
+    if linux.memory_policy().is_some() {
+        return Err(unsupported("`linux.memoryPolicy`", "the guest has one NUMA node"));
+    }
+    if linux.personality().is_some() {
+        return Err(unsupported(
+            "`linux.personality`",
+            "the agent's protocol does not carry it",
+        ));
+    }
+    if linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()) {
+        return Err(unsupported(
+            "`linux.timeOffsets`",
+            "the agent's protocol does not carry it",
+        ));
+    }
+    Ok(())
+}
+
+/// The agent makes the PID namespace and there is one network namespace, the guest's; the others lose the host's path.
+fn guest_namespaces(
+    namespaces: Vec<LinuxNamespace>,
+    role: &Role,
+    warnings: &mut Vec<String>,
+) -> Result<(Vec<LinuxNamespace>, bool), SpecError> {
+    let mut kept = Vec::new();
+    let mut pid = None;
+    let mut ipc = false;
+    for mut namespace in namespaces {
+        match namespace.typ() {
+            LinuxNamespaceType::Pid => pid = Some(namespace.path().is_some()),
+            LinuxNamespaceType::Network | LinuxNamespaceType::Time => {}
+            LinuxNamespaceType::User => return Err(unsupported("a user namespace", "remove `hostUsers: false`")),
+            other => {
+                ipc |= other == LinuxNamespaceType::Ipc;
+                namespace.set_path(None);
+                kept.push(namespace);
+            }
+        }
+    }
+    if pid.is_none() {
+        warnings.push("hostPID is the PID namespace of the pod: the host's processes are not in the guest.".into());
+    }
+    if !ipc {
+        warnings.push("hostIPC is the IPC namespace of the guest: the host's segments are not in it.".into());
+    }
+    // A sandbox that is given a path would share with another pod; it is the one the others share with.
+    let shared = pid.unwrap_or(true) && *role != Role::Sandbox;
+    Ok((kept, shared))
+}
+
+/// Devices that every Linux kernel has under the same numbers: (type, major, minor).
+const STANDARD_DEVICES: &[(LinuxDeviceType, i64, i64)] = &[
+    (LinuxDeviceType::C, 1, 3),    // null
+    (LinuxDeviceType::C, 1, 5),    // zero
+    (LinuxDeviceType::C, 1, 7),    // full
+    (LinuxDeviceType::C, 1, 8),    // random
+    (LinuxDeviceType::C, 1, 9),    // urandom
+    (LinuxDeviceType::C, 1, 11),   // kmsg
+    (LinuxDeviceType::C, 5, 0),    // tty
+    (LinuxDeviceType::C, 5, 1),    // console
+    (LinuxDeviceType::C, 5, 2),    // ptmx
+    (LinuxDeviceType::C, 10, 200), // net/tun
+    (LinuxDeviceType::C, 10, 229), // fuse
+];
+
+fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
+    // `u` is an unbuffered character device, the same as `c`.
+    let typ = if device.typ() == LinuxDeviceType::U {
+        LinuxDeviceType::C
+    } else {
+        device.typ()
+    };
+    let standard = STANDARD_DEVICES.contains(&(typ, device.major(), device.minor()));
+    if standard || typ == LinuxDeviceType::P {
+        return Ok(());
+    }
+    let what = format!(
+        "host device {} ({} {}:{})",
+        device.path().display(),
+        typ.as_str(),
+        device.major(),
+        device.minor()
+    );
+    Err(unsupported(
+        what,
+        "no host device is passed to the guest; for privileged pods set `privileged_without_host_devices = true` in the CRI's runtime",
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,318 @@
+use super::*;
+use serde_json::{Value, json};
+
+const CRIO_SANDBOX: &str = include_str!("samples/crio-sandbox.json");
+const CRIO_CONTAINER: &str = include_str!("samples/crio-container.json");
+const CONTAINERD_SANDBOX: &str = include_str!("samples/containerd-sandbox.json");
+const CONTAINERD_CONTAINER: &str = include_str!("samples/containerd-container.json");
+
+fn spec(sample: &str) -> Spec {
+    serde_json::from_str(sample).unwrap()
+}
+
+/// `sample` with the value at `pointer` replaced.
+fn with(sample: &str, pointer: &str, value: Value) -> Spec {
+    let mut json: Value = serde_json::from_str(sample).unwrap();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    match json.pointer_mut(parent).unwrap() {
+        Value::Array(list) => list.push(value),
+        parent => parent[key] = value,
+    }
+    serde_json::from_value(json).unwrap()
+}
+
+fn in_guest(spec: &Spec, id: &str) -> Result<GuestContainer, SpecError> {
+    let role = crate::annotations::identify(spec.annotations().as_ref().unwrap())
+        .unwrap()
+        .role;
+    let none = HashMap::new();
+    let bundle = Path::new("/run/bundle");
+    translate(
+        spec,
+        &Context {
+            container_id: id,
+            bundle,
+            role: &role,
+            disable_guest_seccomp: false,
+            pod_sysctls: &none,
+        },
+    )
+}
+
+fn mount<'a>(guest: &'a GuestContainer, destination: &str) -> &'a oci_spec::runtime::Mount {
+    let mounts = guest.spec.mounts().as_ref().unwrap();
+    mounts
+        .iter()
+        .find(|mount| mount.destination() == Path::new(destination))
+        .unwrap()
+}
+
+#[test]
+fn a_crio_container_finds_its_files_in_the_share() {
+    let guest = in_guest(&spec(CRIO_CONTAINER), "c0ffee").unwrap();
+    let root = guest.spec.root().as_ref().unwrap();
+    assert_eq!(
+        root.path(),
+        Path::new("/run/kata-containers/shared/containers/c0ffee/rootfs")
+    );
+
+    let shares: Vec<_> = guest
+        .shares
+        .iter()
+        .map(|share| {
+            (
+                share.destination.to_str().unwrap(),
+                share.share_path.to_str().unwrap(),
+                share.readonly,
+            )
+        })
+        .collect();
+    assert_eq!(
+        shares,
+        [
+            ("/etc/resolv.conf", "c0ffee/mounts/7-resolv.conf", true),
+            ("/run/.containerenv", "c0ffee/mounts/8-.containerenv", false),
+            ("/etc/nginx", "c0ffee/mounts/9-nginx", true),
+            ("/srv", "c0ffee/mounts/10-mount", false),
+        ]
+    );
+    assert!(guest.shares[2].recursive && !guest.shares[0].recursive);
+    assert_eq!(guest.shares[2].propagation, Propagation::Private);
+    assert_eq!(guest.shares[3].propagation, Propagation::Slave);
+    assert_eq!(
+        guest.shares[3].source,
+        Path::new("/var/lib/kubelet/pods/0e5b/volumes/kubernetes.io~csi/pvc-1/mount")
+    );
+
+    let srv = mount(&guest, "/srv");
+    let source = Path::new("/run/kata-containers/shared/containers/c0ffee/mounts/10-mount");
+    assert_eq!(srv.source().as_deref(), Some(source));
+    let shm = mount(&guest, "/dev/shm");
+    assert_eq!(shm.source().as_deref(), Some(Path::new(GUEST_SHM)));
+    assert_eq!(shm.options().as_ref().unwrap(), &["rbind"]);
+    assert_eq!(mount(&guest, "/proc").typ().as_deref(), Some("proc"));
+}
+
+#[test]
+fn a_crio_containers_limits_and_filter_hold_in_the_guest_and_the_hosts_own_things_do_not() {
+    let guest = in_guest(&spec(CRIO_CONTAINER), "c0ffee").unwrap();
+    let json = serde_json::to_value(&guest.spec).unwrap();
+    assert_eq!(json["linux"]["resources"]["memory"], json!({"limit": 134_217_728}));
+    assert_eq!(
+        json["linux"]["resources"]["cpu"],
+        json!({"shares": 512, "quota": 50000, "period": 100_000})
+    );
+    assert_eq!(json["linux"]["resources"]["pids"]["limit"], 1024);
+    assert_eq!(json["linux"]["resources"]["devices"].as_array().unwrap().len(), 3);
+    assert_eq!(json["linux"]["resources"]["blockIO"], Value::Null);
+    assert_eq!(json["linux"]["seccomp"]["defaultErrnoRet"], 38);
+    assert_eq!(json["linux"]["cgroupsPath"], "/kata/c0ffee");
+    assert_eq!(
+        json["linux"]["namespaces"],
+        json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}])
+    );
+    assert_eq!(json["linux"]["maskedPaths"].as_array().unwrap().len(), 3);
+    assert_eq!(json["process"]["user"]["additionalGids"], json!([1000]));
+    assert_eq!(json["process"]["noNewPrivileges"], true);
+    assert_eq!(json["hooks"], Value::Null);
+    assert_eq!(
+        json["annotations"]["io.katacontainers.pkg.oci.container_type"],
+        "pod_container"
+    );
+    assert!(!guest.sandbox_pidns);
+    for what in ["SELinux", "AppArmor", "cpu.cpus", "blockIO", "hooks"] {
+        assert!(
+            guest.warnings.iter().any(|warning| warning.contains(what)),
+            "{what}: {:?}",
+            guest.warnings
+        );
+    }
+}
+
+#[test]
+fn a_containerd_container_of_a_pod_with_one_pid_namespace_joins_it() {
+    let guest = in_guest(&spec(CONTAINERD_CONTAINER), "c1").unwrap();
+    assert!(guest.sandbox_pidns);
+    let json = serde_json::to_value(&guest.spec).unwrap();
+    let kinds = json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]);
+    assert_eq!(json["linux"]["namespaces"], kinds);
+    assert_eq!(json["process"]["terminal"], true);
+    let log = mount(&guest, "/dev/termination-log");
+    assert!(
+        log.source().as_ref().unwrap().starts_with(GUEST_SHARE),
+        "its source is not a device"
+    );
+    assert_eq!(
+        mount(&guest, "/host/proc").source().as_deref(),
+        Some(Path::new("/proc"))
+    );
+    assert!(
+        guest
+            .warnings
+            .contains(&"the mount of /proc shows the guest's own, not the host's.".to_owned())
+    );
+    let bundle = Path::new("/run/bundle");
+    assert_eq!(
+        host_rootfs(&spec(CONTAINERD_CONTAINER), bundle).unwrap(),
+        Path::new("/run/bundle/rootfs")
+    );
+    assert!(
+        host_rootfs(&spec(CRIO_CONTAINER), bundle)
+            .unwrap()
+            .starts_with("/var/lib/containers")
+    );
+}
+
+#[test]
+fn a_pause_container_can_be_translated_too() {
+    for (sample, id) in [(CRIO_SANDBOX, "5ab1"), (CONTAINERD_SANDBOX, "77")] {
+        let guest = in_guest(&spec(sample), id).unwrap();
+        assert!(!guest.sandbox_pidns);
+        let annotations = guest.spec.annotations().as_ref().unwrap();
+        assert_eq!(annotations["io.katacontainers.pkg.oci.container_type"], "pod_sandbox");
+        assert!(
+            guest
+                .shares
+                .iter()
+                .any(|share| share.destination == Path::new("/etc/resolv.conf"))
+        );
+    }
+}
+
+#[test]
+fn a_pods_sysctls_reach_its_containers() {
+    let pod = HashMap::from([
+        ("net.core.somaxconn".into(), "9".into()),
+        ("kernel.shmmax".into(), "1".into()),
+    ]);
+    let spec = with(CRIO_CONTAINER, "/linux/sysctl", json!({"kernel.shmmax": "2"}));
+    let context = Context {
+        container_id: "c",
+        bundle: Path::new("/b"),
+        role: &Role::Container { sandbox_id: "s".into() },
+        disable_guest_seccomp: true,
+        pod_sysctls: &pod,
+    };
+    let guest = translate(&spec, &context).unwrap();
+    let linux = guest.spec.linux().as_ref().unwrap();
+    let sysctl = linux.sysctl().as_ref().unwrap();
+    assert_eq!(
+        (sysctl["net.core.somaxconn"].as_str(), sysctl["kernel.shmmax"].as_str()),
+        ("9", "2")
+    );
+    assert!(linux.seccomp().is_none(), "the node's configuration says so");
+    assert!(
+        guest
+            .warnings
+            .iter()
+            .any(|warning| warning.contains("disable_guest_seccomp"))
+    );
+}
+
+#[test]
+fn the_network_namespace_is_the_pods_or_there_is_no_pod() {
+    assert_eq!(
+        pod_netns(&spec(CRIO_SANDBOX)),
+        Ok(NetNs::Path("/var/run/netns/8d1c".into()))
+    );
+    let new = with(CRIO_SANDBOX, "/linux/namespaces", json!([{"type": "network"}]));
+    assert_eq!(pod_netns(&new), Ok(NetNs::New));
+    for namespaces in [
+        json!([{"type": "pid"}]),
+        json!([{"type": "network", "path": "/proc/1/ns/net"}]),
+    ] {
+        let host = with(CRIO_SANDBOX, "/linux/namespaces", namespaces);
+        assert_eq!(pod_netns(&host), Err(SpecError::HostNetwork));
+    }
+}
+
+#[test]
+fn what_a_guest_cannot_have_is_refused_by_name() {
+    let bind = |source: &str, options: Value| json!({"destination": "/x", "type": "bind", "source": source, "options": options});
+    let device = |path: &str, typ: &str, major: i64, minor: i64| json!([{"path": path, "type": typ, "major": major, "minor": minor}]);
+    let cases = [
+        (
+            "/mounts/-",
+            bind("/dev/sda", json!(["rbind"])),
+            "host device /dev/sda cannot be had in a VM",
+        ),
+        (
+            "/mounts/-",
+            bind("/etc/../dev/sda", json!(["rbind"])),
+            "host device /dev/sda",
+        ),
+        (
+            "/mounts/-",
+            bind("/mnt", json!(["rbind", "rshared"])),
+            "`Bidirectional` at /x",
+        ),
+        (
+            "/mounts/-",
+            bind("/mnt", json!(["rbind", "ridmap"])),
+            "the ID-mapped mount at /x",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "overlay", "source": "overlay", "options": ["lowerdir=/a:/b"]}),
+            "the image volume at /x",
+        ),
+        (
+            "/mounts/-",
+            json!({"destination": "/x", "type": "nfs", "source": "server:/"}),
+            "the mount of type `nfs` at /x",
+        ),
+        (
+            "/linux/devices",
+            device("/dev/sda", "b", 8, 0),
+            "host device /dev/sda (b 8:0)",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"containerID": 0, "hostID": 65536, "size": 65536}]),
+            "a user namespace",
+        ),
+        (
+            "/linux/personality",
+            json!({"domain": "LINUX32"}),
+            "`linux.personality`",
+        ),
+        ("/linux/intelRdt", json!({"closID": "x"}), "`linux.intelRdt`"),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_NOTIFY", "listenerPath": "/run/s"}),
+            "`linux.seccomp.listenerPath`",
+        ),
+        ("/domainname", json!("example.org"), "`domainname`"),
+    ];
+    for (pointer, value, sentence) in cases {
+        let error = in_guest(&with(CRIO_CONTAINER, pointer, value), "c")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(sentence), "{pointer}: {error}");
+    }
+}
+
+#[test]
+fn what_every_kernel_has_stays_as_it_is() {
+    for (path, typ, major, minor) in [
+        ("/dev/fuse", "c", 10, 229),
+        ("/dev/net/tun", "c", 10, 200),
+        ("/dev/tty", "u", 5, 0),
+    ] {
+        let devices = json!([{"path": path, "type": typ, "major": major, "minor": minor}]);
+        let guest = in_guest(&with(CRIO_CONTAINER, "/linux/devices", devices), "c").unwrap();
+        assert_eq!(
+            guest.spec.linux().as_ref().unwrap().devices().as_ref().unwrap().len(),
+            1
+        );
+    }
+    let null = json!({"destination": "/etc/secret", "type": "bind", "source": "/dev/null", "options": ["bind"]});
+    let guest = in_guest(&with(CRIO_CONTAINER, "/mounts/-", null), "c").unwrap();
+    assert_eq!(
+        mount(&guest, "/etc/secret").source().as_deref(),
+        Some(Path::new("/dev/null"))
+    );
+    let root = json!({"destination": "/host", "type": "bind", "source": "/", "options": ["rbind", "ro"]});
+    let guest = in_guest(&with(CRIO_CONTAINER, "/mounts/-", root), "c").unwrap();
+    assert_eq!(guest.shares.last().unwrap().share_path, Path::new("c/mounts/11-root"));
+}
