@@ -1,26 +1,221 @@
 //! Containers come, run, end and go.
 
+use std::time::{Duration, Instant};
+
 use tests::{
     config::Runtime,
-    cri::Exit,
-    failure::{Result, same},
+    cri::{self, Exit},
+    failure::{Result, claim, contains, same},
     node::Node,
+    run,
 };
 
-/// A story and its name.
-pub type Story = (&'static str, fn(&Node, Runtime) -> Result);
+use crate::Story;
 
-pub const STORIES: &[Story] = &[("exit_codes", exit_codes)];
+pub const STORIES: &[Story] = &[
+    ("exit_codes", exit_codes),
+    ("signals", signals),
+    ("stopping_is_gentle_then_firm", stopping_is_gentle_then_firm),
+    ("twenty_containers", twenty_containers),
+    ("a_missing_program_is_named", a_missing_program_is_named),
+    ("statistics", statistics),
+    ("events", events),
+    ("a_pod_outlives_its_containerd", a_pod_outlives_its_containerd),
+    ("a_task_without_kubernetes", a_task_without_kubernetes),
+];
+
+/// Prints "ready", and answers signals until it is killed.
+const SIGNALLED: &str =
+    "trap 'echo got USR1' USR1; trap 'echo got TERM; exit 3' TERM; echo ready; sleep infinity & while :; do wait; done";
 
 /// A container's exit code is the one its caller sees.
 fn exit_codes(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "codes")?.run()?;
     for (code, reason) in [(0, "Completed"), (7, "Error")] {
         let container = pod.shell(&format!("ends-with-{code}"), &format!("exit {code}")).run()?;
-        same("exit", container.wait_exit()?, Exit { code, reason: reason.into() })?;
+        same(
+            "exit",
+            container.wait_exit()?,
+            Exit {
+                code,
+                reason: reason.into(),
+            },
+        )?;
     }
     let killed = pod.container("killed", &["sleep", "infinity"]).run()?;
     killed.kill("SIGKILL")?;
-    same("exit", killed.wait_exit()?, Exit { code: 137, reason: "Error".into() })?;
+    same(
+        "exit",
+        killed.wait_exit()?,
+        Exit {
+            code: 137,
+            reason: "Error".into(),
+        },
+    )?;
     pod.remove()
+}
+
+/// A signal reaches the container's first process.
+fn signals(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "signals")?.run()?;
+    let container = pod.shell("signalled", SIGNALLED).run()?;
+    container.wait_for_log("ready")?;
+    container.kill("SIGUSR1")?;
+    container.wait_for_log("got USR1")?;
+    container.kill("SIGTERM")?;
+    same("exit code", container.wait_exit()?.code, 3)?;
+    contains("log", &container.logs()?, "got TERM")?;
+    pod.remove()
+}
+
+/// A stop sends TERM; a container that ignores it is killed after the grace period, and not earlier.
+fn stopping_is_gentle_then_firm(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "stopping")?.run()?;
+    let polite = pod.shell("polite", SIGNALLED).run()?;
+    let stubborn = pod
+        .shell(
+            "stubborn",
+            "trap '' TERM; echo ready; sleep infinity & while :; do wait; done",
+        )
+        .run()?;
+    polite.wait_for_log("ready")?;
+    stubborn.wait_for_log("ready")?;
+
+    let start = Instant::now();
+    polite.stop(20)?;
+    same("exit code of the polite", polite.wait_exit()?.code, 3)?;
+    claim(
+        start.elapsed() < Duration::from_secs(10),
+        "a container that obeys must not be waited for",
+    )?;
+
+    let start = Instant::now();
+    stubborn.stop(1)?;
+    same("exit code of the stubborn", stubborn.wait_exit()?.code, 137)?;
+    claim(
+        start.elapsed() >= Duration::from_secs(1),
+        "the grace period must be kept",
+    )?;
+    stubborn.stop(1)?;
+    pod.remove()
+}
+
+/// Twenty containers run side by side in one pod.
+fn twenty_containers(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "twenty")?.run()?;
+    let script = |number| format!("echo I am {number}; exec sleep infinity");
+    let containers: Vec<_> = (0..20)
+        .map(|number| pod.shell(&format!("number-{number}"), &script(number)).run())
+        .collect::<Result<_>>()?;
+    for (number, container) in containers.iter().enumerate() {
+        container.wait_for_log(&format!("I am {number}"))?;
+        same(
+            "state",
+            container.status()?["state"].as_str(),
+            Some("CONTAINER_RUNNING"),
+        )?;
+    }
+    same("the last one's exec", containers[19].shell("echo hello")?, "hello")?;
+    pod.remove()
+}
+
+/// A program that does not exist fails the start by its name, and the pod goes on.
+fn a_missing_program_is_named(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "missing")?.run()?;
+    let broken = pod.container("broken", &["no-such-program"]).create()?;
+    contains(
+        "refusal",
+        &cri::refused(node, &["start", broken.id()], run::ORDINARY)?,
+        "no-such-program",
+    )?;
+    broken.remove()?;
+    let whole = pod.shell("whole", "echo fine").run()?;
+    same("exit code", whole.wait_exit()?.code, 0)?;
+    pod.remove()
+}
+
+/// Statistics are there from a container's creation on, and grow with its use.
+fn statistics(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "statistics")?.run()?;
+    let container = pod
+        .shell(
+            "busy",
+            "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; exec sleep infinity",
+        )
+        .create()?;
+    container.stats()?;
+    container.start()?;
+    container.wait_for_log("done")?;
+    let stats = container.stats()?;
+    let number = |part: &str, field: &str| {
+        let value = &stats[part][field]["value"];
+        value
+            .as_str()
+            .and_then(|text| text.parse::<u64>().ok())
+            .or(value.as_u64())
+            .unwrap_or(0)
+    };
+    claim(
+        number("cpu", "usageCoreNanoSeconds") > 1_000_000,
+        format!("it used the processor: {stats}"),
+    )?;
+    claim(
+        number("memory", "workingSetBytes") > 10_000,
+        format!("it holds memory: {stats}"),
+    )?;
+    pod.remove()
+}
+
+/// containerd hears of each step of a task and of an exec.
+fn events(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "events")?.run()?;
+    let container = pod.container("told", &["sleep", "infinity"]).run()?;
+    container.shell("true")?;
+    container.kill("SIGKILL")?;
+    container.wait_exit()?;
+    let wanted = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/delete",
+    ];
+    node.events().bell.until("every event of a task", run::ORDINARY, || {
+        let topics = node.events().topics_of(container.id());
+        if wanted.iter().all(|topic| topics.iter().any(|heard| heard == topic)) {
+            Ok(())
+        } else {
+            Err(topics.join(" "))
+        }
+    })?;
+    pod.remove()
+}
+
+/// A containerd that is restarted finds its pods again, running, with their logs and exit codes.
+fn a_pod_outlives_its_containerd(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "survivor")?.run()?;
+    let container = pod.shell("survivor", SIGNALLED).run()?;
+    container.wait_for_log("ready")?;
+    node.restart_containerd()?;
+    same("pod", pod.state()?.as_str(), "SANDBOX_READY")?;
+    same("exec", container.shell("echo still here")?, "still here")?;
+    container.kill("SIGTERM")?;
+    same("exit code", container.wait_exit()?.code, 3)?;
+    contains("log", &container.logs()?, "got TERM")?;
+    pod.remove()
+}
+
+/// `ctr run` sets none of the CRI's annotations and no network: still a pod of one container, with its output and exit code.
+fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
+    let task = node.task(runtime, "plain")?;
+    let output = task.run(&["sh", "-c", "ls /sys/class/net; echo to stderr >&2; exit 7"])?;
+    same("exit code", output.code, 7)?;
+    same("network devices", output.text().as_str(), "lo")?;
+    contains("standard error", &output.errors(), "to stderr")?;
+
+    let task = node.task(runtime, "running")?.start(&["sleep", "infinity"])?;
+    let output = task.exec(&["sh", "-c", "echo hello; exit 5"])?;
+    same("exec", (output.code, output.text().as_str()), (5, "hello"))?;
+    task.remove()
 }

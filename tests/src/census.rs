@@ -37,7 +37,11 @@ impl Census {
         let mut found = BTreeSet::new();
         for process in procs::in_namespace_of(scope.init) {
             if !HARNESS.contains(&process.program()) {
-                found.insert(format!("process {} {}", process.pid, crate::run::last_of(&process.arguments.join(" "), 200)));
+                found.insert(format!(
+                    "process {} {}",
+                    process.pid,
+                    crate::run::last_of(&process.arguments.join(" "), 200)
+                ));
             }
         }
         let own = PathBuf::from(format!("/proc/{}", scope.init));
@@ -54,7 +58,10 @@ impl Census {
             }
         }
         for line in read("net/dev").lines().skip(2) {
-            found.insert(format!("network device {}", line.split(':').next().unwrap_or(line).trim()));
+            found.insert(format!(
+                "network device {}",
+                line.split(':').next().unwrap_or(line).trim()
+            ));
         }
         walk(&own.join("root/run"), Path::new("/run"), &mut found);
         found.extend(cgroups(scope));
@@ -74,7 +81,8 @@ pub fn hierarchies() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mount_of = |line: &str| {
         let (mount, kind) = line.split_once(" - ")?;
-        kind.starts_with("cgroup").then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+        kind.starts_with("cgroup")
+            .then(|| mount.split(' ').nth(4).map(PathBuf::from))?
     };
     table.lines().filter_map(mount_of).collect()
 }
@@ -86,7 +94,11 @@ pub fn folders(root: &Path) -> Vec<PathBuf> {
     let mut next = 0;
     while let Some(folder) = found.get(next).cloned() {
         let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
-        found.extend(entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()));
+        found.extend(
+            entries
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|entry| entry.path()),
+        );
         next += 1;
     }
     found.reverse();
@@ -100,7 +112,12 @@ fn cgroups(scope: &Scope) -> Vec<String> {
         for folder in folders(&hierarchy) {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
             let below = folder.starts_with(&own) && folder != own;
-            if below || scope.identifiers.iter().any(|identifier| name.contains(identifier.as_str())) {
+            if below
+                || scope
+                    .identifiers
+                    .iter()
+                    .any(|identifier| name.contains(identifier.as_str()))
+            {
                 found.push(format!("cgroup {}", folder.display()));
             }
         }

@@ -31,7 +31,12 @@ impl Guest {
     /// When the guest image or virtiofsd has not been built.
     pub fn configuration(self) -> Result<String> {
         let folder = places::guest(self.name())?;
-        Ok(configuration(&folder, &places::virtiofsd()?, accelerator(), self == Guest::Own))
+        Ok(configuration(
+            &folder,
+            &places::virtiofsd()?,
+            accelerator(),
+            self == Guest::Own,
+        ))
     }
 }
 
@@ -71,9 +76,9 @@ impl Runtime {
 #[must_use]
 pub fn accelerator() -> &'static str {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let virtualizes = flags.lines().any(|line| {
-        line.starts_with("flags") && line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
-    });
+    let virtualizes = flags
+        .lines()
+        .any(|line| line.starts_with("flags") && line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"));
     let device = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if virtualizes && device.is_ok() { "kvm" } else { "tcg" }
 }

@@ -38,8 +38,13 @@ struct Screen {
 
 impl Console {
     /// Starts a client (a command of the node) with a new 80×24 terminal as its controlling one.
-    pub(crate) fn start(node: &Node, client: Command) -> Result<Console> {
-        let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    pub(crate) fn start(node: &Node, client: &Command) -> Result<Console> {
+        let size = Winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         let pair = openpty(&size, None).trying("making a terminal")?;
         let end = || pair.slave.try_clone().trying("sharing the terminal");
         // The client must lead a session to be told of the terminal's new sizes.
@@ -47,12 +52,21 @@ impl Console {
         let program = words.next().unwrap_or_default().to_string_lossy().into_owned();
         let mut command = node.command("setsid");
         command.args(["--ctty", "--wait", &program]).args(words);
-        let client =
-            command.stdin(end()?).stdout(end()?).stderr(end()?).spawn().trying(format!("starting {program}"))?;
+        let client = command
+            .stdin(end()?)
+            .stdout(end()?)
+            .stderr(end()?)
+            .spawn()
+            .trying(format!("starting {program}"))?;
         let screen = Arc::new(Screen::default());
         let keyboard = File::from(pair.master);
         screen.show(keyboard.try_clone().trying("sharing the terminal")?);
-        Ok(Console { client, keyboard, screen, terminal: pair.slave })
+        Ok(Console {
+            client,
+            keyboard,
+            screen,
+            terminal: pair.slave,
+        })
     }
 
     /// Types a line.
@@ -68,10 +82,16 @@ impl Console {
     /// # Errors
     /// [`Failure::Deadline`] with what it shows instead.
     pub fn expect(&self, text: &str) -> Result {
-        self.screen.bell.until(&format!("{text:?} on the terminal"), run::ORDINARY, || {
-            let shown = self.shown();
-            if shown.contains(text) { Ok(()) } else { Err(run::last_of(&shown, 1000)) }
-        })
+        self.screen
+            .bell
+            .until(&format!("{text:?} on the terminal"), run::ORDINARY, || {
+                let shown = self.shown();
+                if shown.contains(text) {
+                    Ok(())
+                } else {
+                    Err(run::last_of(&shown, 1000))
+                }
+            })
     }
 
     /// Everything shown so far.
@@ -87,7 +107,10 @@ impl Console {
     pub fn resize(&self, columns: u16, rows: u16) -> Result {
         let device = ttyname(&self.terminal).trying("naming the terminal")?;
         let mut command = Command::new("stty");
-        command.arg("-F").arg(device).args(["cols", &columns.to_string(), "rows", &rows.to_string()]);
+        command
+            .arg("-F")
+            .arg(device)
+            .args(["cols", &columns.to_string(), "rows", &rows.to_string()]);
         run::succeed(&mut command, run::ORDINARY).map(drop)
     }
 
@@ -97,12 +120,16 @@ impl Console {
     /// [`Failure::Deadline`] when it has to be killed.
     pub fn wait(self, deadline: Duration) -> Result<i32> {
         let shown = self.shown();
-        run::wait(self.client, deadline, "a client on a terminal").map(run::code_of).map_err(|failure| match failure {
-            Failure::Deadline { what, deadline, .. } => {
-                Failure::Deadline { what, deadline, detail: format!("; on its screen: {}", run::last_of(&shown, 1000)) }
-            }
-            other => other,
-        })
+        run::wait(self.client, deadline, "a client on a terminal")
+            .map(run::code_of)
+            .map_err(|failure| match failure {
+                Failure::Deadline { what, deadline, .. } => Failure::Deadline {
+                    what,
+                    deadline,
+                    detail: format!("; on its screen: {}", run::last_of(&shown, 1000)),
+                },
+                other => other,
+            })
     }
 }
 
@@ -113,7 +140,11 @@ impl Screen {
             let mut bytes = [0; 4096];
             while let Ok(count @ 1..) = terminal.read(&mut bytes) {
                 let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
-                screen.shown.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+                screen
+                    .shown
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_str(&text);
                 screen.bell.ring();
             }
         });

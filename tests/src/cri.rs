@@ -53,7 +53,12 @@ impl Node {
                 "security_context": { "namespace_options": { "network": POD, "pid": CONTAINER, "ipc": POD } },
             },
         });
-        PodSpec { node: self, runtime: handler.to_owned(), name, configuration }
+        PodSpec {
+            node: self,
+            runtime: handler.to_owned(),
+            name,
+            configuration,
+        }
     }
 }
 
@@ -105,7 +110,14 @@ impl<'n> PodSpec<'n> {
         let output = node.crictl(["runp", "--runtime", &self.runtime, &file.display().to_string()])?;
         let id = output.text();
         node.remember(&id);
-        Ok(Pod { node, id, name: self.name, configuration: self.configuration, file, removed: false })
+        Ok(Pod {
+            node,
+            id,
+            name: self.name,
+            configuration: self.configuration,
+            file,
+            removed: false,
+        })
     }
 }
 
@@ -155,7 +167,11 @@ impl Pod<'_> {
             "log_path": format!("{name}.log"),
             "linux": { "security_context": { "namespace_options": options } },
         });
-        ContainerSpec { pod: self, name: name.to_owned(), configuration }
+        ContainerSpec {
+            pod: self,
+            name: name.to_owned(),
+            configuration,
+        }
     }
 
     /// The address that CNI gave it.
@@ -174,7 +190,10 @@ impl Pod<'_> {
     /// # Errors
     /// What the CRI answers.
     pub fn state(&self) -> Result<String> {
-        Ok(self.status()?["status"]["state"].as_str().unwrap_or_default().to_owned())
+        Ok(self.status()?["status"]["state"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned())
     }
 
     fn status(&self) -> Result<Value> {
@@ -297,7 +316,12 @@ impl<'p> ContainerSpec<'p> {
         let (pod, node) = (self.pod, self.pod.node);
         let file = node.path(&format!("pods/{}.{}.json", pod.name, self.name));
         node.write(&file, &self.configuration.to_string())?;
-        let arguments = ["create", &pod.id, &file.display().to_string(), &pod.file.display().to_string()];
+        let arguments = [
+            "create",
+            &pod.id,
+            &file.display().to_string(),
+            &pod.file.display().to_string(),
+        ];
         let id = node.crictl(arguments)?.text();
         node.remember(&id);
         Ok(Container { node, id })
@@ -350,7 +374,9 @@ impl Container<'_> {
     /// # Errors
     /// What the CRI answers, and any exit code but 0.
     pub fn shell(&self, script: &str) -> Result<String> {
-        let mut command = self.node.crictl_command(["exec", "--sync", &self.id, "sh", "-c", script])?;
+        let mut command = self
+            .node
+            .crictl_command(["exec", "--sync", &self.id, "sh", "-c", script])?;
         run::succeed(&mut command, run::ORDINARY).map(|output| output.text())
     }
 
@@ -367,7 +393,10 @@ impl Container<'_> {
         let mut output = finish(&mut client, input, deadline)?;
         // crictl itself always ends with 1 and says the code.
         if let Some((_, code)) = output.errors().rsplit_once("exit code ") {
-            output.code = code.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(output.code);
+            output.code = code
+                .trim_matches(|c: char| !c.is_ascii_digit())
+                .parse()
+                .unwrap_or(output.code);
         }
         Ok(output)
     }
@@ -378,7 +407,12 @@ impl Container<'_> {
     /// When the client cannot be started.
     pub fn exec_on_terminal(&self, command: &[&str]) -> Result<Console> {
         let arguments = ["exec", "--interactive", "--tty", &self.id];
-        Console::start(self.node, self.node.crictl_command(arguments.into_iter().chain(command.iter().copied()))?)
+        Console::start(
+            self.node,
+            &self
+                .node
+                .crictl_command(arguments.into_iter().chain(command.iter().copied()))?,
+        )
     }
 
     /// What it wrote to standard output and standard error so far, as the CRI's log has it.
@@ -387,7 +421,7 @@ impl Container<'_> {
     /// What the CRI answers.
     pub fn logs(&self) -> Result<String> {
         let output = self.node.crictl(["logs", &self.id])?;
-        Ok(format!("{}{}", output.text(), output.errors()))
+        Ok(format!("{}\n{}", output.text(), output.errors()))
     }
 
     /// Waits until its log contains `text`.
@@ -423,7 +457,10 @@ impl Container<'_> {
                 return Err(state.to_owned());
             }
             let reason = status["reason"].as_str().unwrap_or_default().to_owned();
-            Ok(Exit { code: status["exitCode"].as_i64().unwrap_or(0), reason })
+            Ok(Exit {
+                code: status["exitCode"].as_i64().unwrap_or(0),
+                reason,
+            })
         })
     }
 
@@ -450,7 +487,9 @@ impl Container<'_> {
     /// # Errors
     /// What containerd answers.
     pub fn kill(&self, signal: &str) -> Result {
-        self.node.ctr(["-n", "k8s.io", "tasks", "kill", "--signal", signal, &self.id]).map(drop)
+        self.node
+            .ctr(["-n", "k8s.io", "tasks", "kill", "--signal", signal, &self.id])
+            .map(drop)
     }
 
     /// Asks it to end, and kills it after `grace` seconds.
@@ -458,7 +497,9 @@ impl Container<'_> {
     /// # Errors
     /// What the CRI answers.
     pub fn stop(&self, grace: u32) -> Result {
-        self.node.crictl(["stop", "--timeout", &grace.to_string(), &self.id]).map(drop)
+        self.node
+            .crictl(["stop", "--timeout", &grace.to_string(), &self.id])
+            .map(drop)
     }
 
     /// Removes it, running or not.
@@ -477,10 +518,16 @@ impl Container<'_> {
 pub fn refused(node: &Node, arguments: &[&str], deadline: Duration) -> Result<String> {
     let mut command = node.crictl_command(arguments.iter().copied())?;
     let output = finish(&mut command, None, deadline)?;
-    claim(output.code != 0, format!("`{}` should have failed", run::describe(&command)))?;
+    claim(
+        output.code != 0,
+        format!("`{}` should have failed", run::describe(&command)),
+    )?;
     Ok(refusal(&command, &output).to_string())
 }
 
 fn parse(what: &str, output: &Output) -> Result<Value> {
-    serde_json::from_slice(&output.stdout).map_err(|source| Failure::Json { what: what.into(), source })
+    serde_json::from_slice(&output.stdout).map_err(|source| Failure::Json {
+        what: what.into(),
+        source,
+    })
 }

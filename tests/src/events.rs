@@ -24,7 +24,10 @@ impl Event {
     fn parse(line: &str) -> Option<Event> {
         let (head, body) = line.split_at(line.find(" {")?);
         let topic = head.split_whitespace().next_back()?.to_owned();
-        Some(Event { topic, body: serde_json::from_str(body.trim()).ok()? })
+        Some(Event {
+            topic,
+            body: serde_json::from_str(body.trim()).ok()?,
+        })
     }
 
     /// The container it is about, empty if none.
@@ -59,13 +62,19 @@ impl Events {
     /// The topics of the events about a container, in order.
     #[must_use]
     pub fn topics_of(&self, container: &str) -> Vec<String> {
-        self.heard().iter().filter(|event| event.container() == container).map(|event| event.topic.clone()).collect()
+        self.heard()
+            .iter()
+            .filter(|event| event.container() == container)
+            .map(|event| event.topic.clone())
+            .collect()
     }
 
     /// Whether an event with this topic was heard whose fields mention `text`.
     #[must_use]
     pub fn mentions(&self, topic: &str, text: &str) -> bool {
-        self.heard().iter().any(|event| event.topic == topic && event.body.to_string().contains(text))
+        self.heard()
+            .iter()
+            .any(|event| event.topic == topic && event.body.to_string().contains(text))
     }
 
     fn heard(&self) -> MutexGuard<'_, Vec<Event>> {
@@ -79,7 +88,8 @@ mod tests {
 
     #[test]
     fn an_event_line_is_taken_apart() {
-        let line = r#"2026-01-02 03:04:05.678 +0000 UTC k8s.io /tasks/exit {"container_id":"c1","id":"c1","exit_status":7}"#;
+        let line =
+            r#"2026-01-02 03:04:05.678 +0000 UTC k8s.io /tasks/exit {"container_id":"c1","id":"c1","exit_status":7}"#;
         let event = Event::parse(line).unwrap();
         assert_eq!((event.topic.as_str(), event.container()), ("/tasks/exit", "c1"));
         assert_eq!(event.body["exit_status"], 7);

@@ -71,7 +71,10 @@ pub trait Trying<T> {
 
 impl<T, E: Into<std::io::Error>> Trying<T> for std::result::Result<T, E> {
     fn trying(self, what: impl Into<String>) -> Result<T> {
-        self.map_err(|error| Failure::Io { what: what.into(), source: error.into() })
+        self.map_err(|error| Failure::Io {
+            what: what.into(),
+            source: error.into(),
+        })
     }
 }
 
@@ -80,13 +83,21 @@ impl<T, E: Into<std::io::Error>> Trying<T> for std::result::Result<T, E> {
 /// # Errors
 /// [`Failure::Claim`] when it does not hold.
 pub fn claim(holds: bool, claim: impl Into<String>) -> Result {
-    if holds { Ok(()) } else { Err(Failure::Claim(claim.into())) }
+    if holds {
+        Ok(())
+    } else {
+        Err(Failure::Claim(claim.into()))
+    }
 }
 
 /// Fails unless `got` equals `want`, saying both.
 ///
 /// # Errors
 /// [`Failure::Claim`] when they differ.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "claims read better without references, and their values are small"
+)]
 pub fn same<T: PartialEq<U> + Debug, U: Debug>(what: &str, got: T, want: U) -> Result {
     claim(got == want, format!("{what}: expected {want:?}, got {got:?}"))
 }

@@ -38,7 +38,10 @@ const PACKAGES: &[(&str, &[&str])] = &[
     ("util-linux", &["usr/bin/setarch"]),
     ("libacl1", &["usr/lib/x86_64-linux-gnu/"]),
     ("libattr1", &["usr/lib/x86_64-linux-gnu/"]),
-    ("libc6", &["lib/x86_64-linux-gnu/ld-", "lib/x86_64-linux-gnu/libc.", "lib64/"]),
+    (
+        "libc6",
+        &["lib/x86_64-linux-gnu/ld-", "lib/x86_64-linux-gnu/libc.", "lib64/"],
+    ),
     ("libgmp10", &["usr/lib/x86_64-linux-gnu/"]),
     ("libpcre2-8-0", &["usr/lib/x86_64-linux-gnu/"]),
     ("libselinux1", &["lib/x86_64-linux-gnu/"]),
@@ -48,7 +51,10 @@ const PACKAGES: &[(&str, &[&str])] = &[
 const PAUSE_SCRIPT: &str = "trap 'exit 0' TERM INT; while :; do busybox sleep 2147483647 & wait $!; done";
 
 const FILES: &[(&str, &str)] = &[
-    ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n"),
+    (
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n",
+    ),
     ("etc/group", "root:x:0:\napp:x:1000:\nextra:x:2000:app\n"),
     ("www/index.html", PAGE),
 ];
@@ -66,7 +72,12 @@ const FOLDERS: &[(&str, u32, u64)] = &[
 ];
 
 /// Debian's merged /usr: old place, new place.
-const MERGED: &[(&str, &str)] = &[("bin", "usr/bin"), ("lib", "usr/lib"), ("lib64", "usr/lib64"), ("sbin", "usr/sbin")];
+const MERGED: &[(&str, &str)] = &[
+    ("bin", "usr/bin"),
+    ("lib", "usr/lib"),
+    ("lib64", "usr/lib64"),
+    ("sbin", "usr/sbin"),
+];
 
 /// One thing in a layer.
 enum Node {
@@ -92,7 +103,11 @@ pub fn archive() -> Result<PathBuf> {
     let build = tempfile::tempdir_in(&folder).trying("making a build folder")?;
     let packages = fetch(build.path())?;
     let unfinished = build.path().join("images.tar");
-    write_layout(&unfinished, &base_tree(&packages)?, &test_tree(&packages, build.path())?)?;
+    write_layout(
+        &unfinished,
+        &base_tree(&packages)?,
+        &test_tree(&packages, build.path())?,
+    )?;
     // Whoever is first wins, and both made the same.
     fs::rename(&unfinished, &archive).trying("putting the archive in its place")?;
     Ok(archive)
@@ -101,7 +116,10 @@ pub fn archive() -> Result<PathBuf> {
 fn fetch(folder: &Path) -> Result<Vec<(&'static [&'static str], PathBuf)>> {
     let download = |deadline| {
         let mut command = Command::new("apt-get");
-        command.current_dir(folder).args(["--quiet", "download"]).args(PACKAGES.iter().map(|(name, _)| name));
+        command
+            .current_dir(folder)
+            .args(["--quiet", "download"])
+            .args(PACKAGES.iter().map(|(name, _)| name));
         succeed(&mut command, deadline)
     };
     let patience = Duration::from_secs(300);
@@ -117,7 +135,10 @@ fn fetch(folder: &Path) -> Result<Vec<(&'static [&'static str], PathBuf)>> {
             .trying("reading the build folder")?
             .flatten()
             .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-            .ok_or_else(|| Failure::Missing { what: format!("package {name}"), remedy: "run `apt-get update`".into() })?;
+            .ok_or_else(|| Failure::Missing {
+                what: format!("package {name}"),
+                remedy: "run `apt-get update`".into(),
+            })?;
         found.push((*wanted, file.path()));
     }
     Ok(found)
@@ -130,7 +151,13 @@ fn base_tree(packages: &[(&[&str], PathBuf)]) -> Result<Tree> {
         tree.insert((*new).into(), Node::Folder { mode: 0o755, owner: 0 });
     }
     for (path, mode, owner) in FOLDERS {
-        tree.insert((*path).into(), Node::Folder { mode: *mode, owner: *owner });
+        tree.insert(
+            (*path).into(),
+            Node::Folder {
+                mode: *mode,
+                owner: *owner,
+            },
+        );
     }
     let (wanted, package) = &packages[0];
     unpack(package, wanted, &mut tree)?;
@@ -144,10 +171,17 @@ fn test_tree(packages: &[(&[&str], PathBuf)], build: &Path) -> Result<Tree> {
         unpack(package, wanted, &mut tree)?;
     }
     for applet in applets(&packages[0], build)? {
-        tree.entry(format!("usr/bin/{applet}")).or_insert_with(|| Node::Link("busybox".into()));
+        tree.entry(format!("usr/bin/{applet}"))
+            .or_insert_with(|| Node::Link("busybox".into()));
     }
     for (path, text) in FILES {
-        tree.insert((*path).into(), Node::File { mode: 0o644, bytes: text.as_bytes().to_vec() });
+        tree.insert(
+            (*path).into(),
+            Node::File {
+                mode: 0o644,
+                bytes: text.as_bytes().to_vec(),
+            },
+        );
     }
     Ok(tree)
 }
@@ -162,15 +196,28 @@ fn applets(busybox: &(&[&str], PathBuf), build: &Path) -> Result<Vec<String>> {
     }
     succeed(Command::new("chmod").arg("0755").arg(&program), run::ORDINARY)?;
     let list = succeed(Command::new(&program).arg("--list"), run::ORDINARY)?.text();
-    Ok(list.lines().filter(|name| *name != "busybox").map(str::to_owned).collect())
+    Ok(list
+        .lines()
+        .filter(|name| *name != "busybox")
+        .map(str::to_owned)
+        .collect())
 }
 
 fn unpack(package: &Path, wanted: &[&str], tree: &mut Tree) -> Result {
-    let stream = succeed(Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package), run::ORDINARY)?.stdout;
+    let stream = succeed(
+        Command::new("dpkg-deb").arg("--fsys-tarfile").arg(package),
+        run::ORDINARY,
+    )?
+    .stdout;
     let what = || format!("unpacking {}", package.display());
     for entry in tar::Archive::new(stream.as_slice()).entries().trying(what())? {
         let mut entry = entry.trying(what())?;
-        let path = entry.path().trying(what())?.to_string_lossy().trim_start_matches("./").to_owned();
+        let path = entry
+            .path()
+            .trying(what())?
+            .to_string_lossy()
+            .trim_start_matches("./")
+            .to_owned();
         if path.ends_with('/') || !wanted.iter().any(|prefix| path.starts_with(prefix)) {
             continue;
         }
@@ -178,11 +225,19 @@ fn unpack(package: &Path, wanted: &[&str], tree: &mut Tree) -> Result {
             tar::EntryType::Regular => {
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes).trying(what())?;
-                Node::File { mode: entry.header().mode().trying(what())? & 0o7777, bytes }
+                Node::File {
+                    mode: entry.header().mode().trying(what())? & 0o7777,
+                    bytes,
+                }
             }
-            tar::EntryType::Symlink => {
-                Node::Link(entry.link_name().trying(what())?.unwrap_or_default().to_string_lossy().into_owned())
-            }
+            tar::EntryType::Symlink => Node::Link(
+                entry
+                    .link_name()
+                    .trying(what())?
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned(),
+            ),
             _ => continue,
         };
         tree.insert(merged(&path), node);
@@ -192,7 +247,9 @@ fn unpack(package: &Path, wanted: &[&str], tree: &mut Tree) -> Result {
 
 fn merged(path: &str) -> String {
     let moved = MERGED.iter().find_map(|(old, new)| {
-        path.strip_prefix(old).filter(|rest| rest.starts_with('/')).map(|rest| format!("{new}{rest}"))
+        path.strip_prefix(old)
+            .filter(|rest| rest.starts_with('/'))
+            .map(|rest| format!("{new}{rest}"))
     });
     moved.unwrap_or_else(|| path.to_owned())
 }
@@ -201,7 +258,12 @@ fn merged(path: &str) -> String {
 fn write_layout(path: &Path, base: &Tree, test: &Tree) -> Result {
     let mut blobs = BTreeMap::new();
     let layers = [layer(base)?, layer(test)?].map(|bytes| add_blob(&mut blobs, bytes));
-    let pause = image(&mut blobs, &layers[..1], &["/bin/busybox", "sh", "-c", PAUSE_SCRIPT], PAUSE);
+    let pause = image(
+        &mut blobs,
+        &layers[..1],
+        &["/bin/busybox", "sh", "-c", PAUSE_SCRIPT],
+        PAUSE,
+    );
     let shell = image(&mut blobs, &layers, &["/bin/sh"], TEST);
     let index = json!({ "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [pause, shell] });
     let file = File::create(path).trying(format!("making {}", path.display()))?;
@@ -211,7 +273,10 @@ fn write_layout(path: &Path, base: &Tree, test: &Tree) -> Result {
     for (digest, bytes) in &blobs {
         append(&mut archive, &format!("blobs/sha256/{digest}"), 0o644, bytes)?;
     }
-    archive.into_inner().and_then(|mut file| file.flush()).trying("writing the archive")
+    archive
+        .into_inner()
+        .and_then(|mut file| file.flush())
+        .trying("writing the archive")
 }
 
 /// Adds configuration and manifest of an image, and returns the descriptor for the index.
@@ -262,7 +327,9 @@ fn layer(tree: &Tree) -> Result<Vec<u8>> {
             Node::File { mode, bytes } => {
                 header.set_mode(*mode);
                 header.set_size(bytes.len() as u64);
-                archive.append_data(&mut header, path, bytes.as_slice()).trying(adding)?;
+                archive
+                    .append_data(&mut header, path, bytes.as_slice())
+                    .trying(adding)?;
             }
             Node::Link(target) => {
                 header.set_entry_type(tar::EntryType::Symlink);
@@ -273,7 +340,9 @@ fn layer(tree: &Tree) -> Result<Vec<u8>> {
                 header.set_mode(*mode);
                 header.set_uid(*owner);
                 header.set_gid(*owner);
-                archive.append_data(&mut header, format!("{path}/"), std::io::empty()).trying(adding)?;
+                archive
+                    .append_data(&mut header, format!("{path}/"), std::io::empty())
+                    .trying(adding)?;
             }
         }
     }
@@ -285,7 +354,9 @@ fn append(archive: &mut tar::Builder<File>, path: &str, mode: u32, bytes: &[u8])
     header.set_mtime(0);
     header.set_mode(mode);
     header.set_size(bytes.len() as u64);
-    archive.append_data(&mut header, path, bytes).trying(format!("adding {path}"))
+    archive
+        .append_data(&mut header, path, bytes)
+        .trying(format!("adding {path}"))
 }
 
 fn digest(bytes: &[u8]) -> String {

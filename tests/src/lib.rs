@@ -15,4 +15,6 @@ pub mod places;
 pub mod procs;
 pub mod run;
 pub mod stage;
+pub mod tasks;
 pub mod wait;
+pub mod web;

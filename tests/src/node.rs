@@ -28,9 +28,9 @@ use tempfile::TempDir;
 
 use crate::{
     census::{self, Census, Scope},
-    config::{self, Guest},
+    config::{self, Guest, Runtime},
     events::Events,
-    failure::{Failure, Result, Trying},
+    failure::{Failure, Result, Trying, same},
     images, places, procs,
     run::{self, Output, succeed},
 };
@@ -39,8 +39,10 @@ use crate::{
 const FIRST: &str = "set -e
 mount --make-rshared /
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/netns /run/lock /run/cni /var/lib/cni
+mkdir -p /run/netns /run/lock /run/cni /run/kata /var/lib/cni
 mount --bind /run/cni /var/lib/cni
+mount --bind /run/netns /run/netns
+mount --make-shared /run/netns
 ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1
 [ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
@@ -96,7 +98,11 @@ impl NodeSpec {
     /// A node with this containerd and nothing special.
     #[must_use]
     pub fn new(containerd: Containerd) -> Self {
-        NodeSpec { containerd, handlers: Vec::new(), without_kvm: false }
+        NodeSpec {
+            containerd,
+            handlers: Vec::new(),
+            without_kvm: false,
+        }
     }
 }
 
@@ -128,13 +134,19 @@ impl Node {
     /// # Errors
     /// When something it needs is missing, or does not start.
     pub fn start(spec: &NodeSpec) -> Result<Node> {
-        let folder =
-            tempfile::Builder::new().prefix("sandpod-node-").tempdir_in("/var/tmp").trying("making a folder for the node")?;
+        let folder = tempfile::Builder::new()
+            .prefix("sandpod-node-")
+            .tempdir_in("/var/tmp")
+            .trying("making a folder for the node")?;
         sweep_cgroups_of_the_dead();
         let (first, init) = first_process(spec.without_kvm)?;
         let node = Node {
             programs: spec.containerd.folder()?,
-            cgroup: format!("/{CGROUP}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)),
+            cgroup: format!(
+                "/{CGROUP}{}-{}",
+                std::process::id(),
+                COUNTER.fetch_add(1, Ordering::Relaxed)
+            ),
             init,
             first: Some(first),
             daemon: Mutex::default(),
@@ -149,14 +161,27 @@ impl Node {
         for namespace in ["k8s.io", "default"] {
             node.ctr(["-n", namespace, "images", "import", &archive])?;
         }
+        node.settle_in()?;
         Ok(node)
+    }
+
+    /// Runs a first pod and a first task with runc: what a node keeps ever after (its bridge, the folders of its programs) is there from then on.
+    fn settle_in(&self) -> Result {
+        let pod = self.pod(Runtime::Runc, "first")?.run()?;
+        pod.shell("first", "exit 0").run()?.wait_exit()?;
+        pod.remove()?;
+        let task = self.task(Runtime::Runc, "first")?.run(&["true"])?;
+        same("the first task's exit code", task.code, 0)
     }
 
     fn configure(&self, spec: &NodeSpec) -> Result {
         let mut handlers = Vec::new();
         let known = [Guest::Own, Guest::Debian].map(|guest| {
             // A guest that is not built fails the stories that ask for it (see Runtime::require), not those with runc.
-            (format!("kata-{}", guest.name()), guest.configuration().unwrap_or_default())
+            (
+                format!("kata-{}", guest.name()),
+                guest.configuration().unwrap_or_default(),
+            )
         });
         for (name, text) in known.iter().chain(&spec.handlers) {
             let path = self.configuration_of(name);
@@ -164,7 +189,10 @@ impl Node {
             handlers.push((name.clone(), path.display().to_string()));
         }
         self.write(&self.path("cni/pods.conflist"), &config::cni())?;
-        self.write(&self.path("containerd.toml"), &config::containerd(self.folder.path(), &handlers))
+        self.write(
+            &self.path("containerd.toml"),
+            &config::containerd(self.folder.path(), &handlers),
+        )
     }
 
     /// The path of a handler's configuration.toml.
@@ -199,14 +227,24 @@ impl Node {
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--mount", "--net", "--pid", "--", program]);
+        command.args([
+            "--target",
+            &self.init.to_string(),
+            "--mount",
+            "--net",
+            "--pid",
+            "--",
+            program,
+        ]);
         command.env("PATH", self.search_path());
         command
     }
 
     /// The peers' programs first, then ours (1.6 finds a shim by its name only), then the system's.
     fn search_path(&self) -> String {
-        let ours = places::binaries().map(|folder| format!("{}:", folder.display())).unwrap_or_default();
+        let ours = places::binaries()
+            .map(|folder| format!("{}:", folder.display()))
+            .unwrap_or_default();
         format!("{}:{ours}/usr/sbin:/usr/bin:/sbin:/bin", self.programs.display())
     }
 
@@ -240,7 +278,14 @@ impl Node {
     pub fn crictl_command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Command> {
         let endpoint = "unix:///run/containerd/containerd.sock";
         let mut command = self.command(&places::peers()?.join("crictl").display().to_string());
-        command.args(["--config", "/dev/null", "--runtime-endpoint", endpoint, "--image-endpoint", endpoint]);
+        command.args([
+            "--config",
+            "/dev/null",
+            "--runtime-endpoint",
+            endpoint,
+            "--image-endpoint",
+            endpoint,
+        ]);
         command.args(["--timeout", "60s"]).args(arguments);
         Ok(command)
     }
@@ -280,13 +325,20 @@ impl Node {
 
     /// Remembers the identifier of a pod or task, so that nothing named after it may remain.
     pub fn remember(&self, identifier: &str) {
-        self.identifiers.lock().unwrap_or_else(PoisonError::into_inner).push(identifier.to_owned());
+        self.identifiers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(identifier.to_owned());
     }
 
     /// The pid of containerd, outside the node.
     #[must_use]
     pub fn containerd_pid(&self) -> i32 {
-        self.daemon.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |daemon| daemon.pid)
+        self.daemon
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map_or(0, |daemon| daemon.pid)
     }
 
     /// How many file descriptors containerd has open.
@@ -302,7 +354,11 @@ impl Node {
         let is_shim = |process: &procs::Process| {
             process.program().starts_with("containerd-shim-") && process.arguments.iter().any(|word| word == pod)
         };
-        let shims: Vec<_> = everyone.iter().filter(|process| is_shim(process)).map(|process| process.pid).collect();
+        let shims: Vec<_> = everyone
+            .iter()
+            .filter(|process| is_shim(process))
+            .map(|process| process.pid)
+            .collect();
         shims.iter().flat_map(|shim| procs::tree(&everyone, *shim)).collect()
     }
 
@@ -310,7 +366,11 @@ impl Node {
     #[must_use]
     pub fn census(&self) -> Census {
         let identifiers = self.identifiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Census::take(&Scope { init: self.init, cgroup: self.cgroup.clone(), identifiers })
+        Census::take(&Scope {
+            init: self.init,
+            cgroup: self.cgroup.clone(),
+            identifiers,
+        })
     }
 
     /// Waits until the node holds nothing that it did not hold at `before`.
@@ -322,7 +382,11 @@ impl Node {
         let clean = self.events.bell.until("a clean node", deadline, || {
             self.remove_empty_parents();
             left = self.census().since(before);
-            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+            if left.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{left:?}"))
+            }
         });
         clean.map_err(|_| Failure::LeftBehind(left))
     }
@@ -350,17 +414,30 @@ impl Node {
         let program = self.programs.join("containerd").display().to_string();
         let mut command = self.command(&program);
         command.arg("--config").arg(self.path("containerd.toml"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().trying("starting containerd")?;
-        let log = child.stderr.take().ok_or_else(|| Failure::Claim("containerd has no log".into()))?;
+        let log = child
+            .stderr
+            .take()
+            .ok_or_else(|| Failure::Claim("containerd has no log".into()))?;
         let booted = follow(log, self.path("containerd.log"), "containerd successfully booted");
         if booted.recv_timeout(run::ORDINARY).is_err() {
             let log = self.log();
             drop(child.kill());
-            return Err(Failure::Command { command: program, status: "no word of success".into(), output: log });
+            return Err(Failure::Command {
+                command: program,
+                status: "no word of success".into(),
+                output: log,
+            });
         }
         let parent = child.id().cast_signed();
-        let pid = procs::all().iter().find(|process| process.parent == parent).map_or(0, |process| process.pid);
+        let pid = procs::all()
+            .iter()
+            .find(|process| process.parent == parent)
+            .map_or(0, |process| process.pid);
         let listener = self.listen()?;
         *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(Daemon { pid, child, listener });
         Ok(())
@@ -369,21 +446,31 @@ impl Node {
     /// Subscribes to containerd's events, and is back when the first one came through.
     fn listen(&self) -> Result<Child> {
         let mut command = self.ctr_command(["events"]);
-        let mut listener =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().trying("subscribing to containerd's events")?;
+        let mut listener = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .trying("subscribing to containerd's events")?;
         if let Some(stream) = listener.stdout.take() {
             self.events.listen(stream);
         }
         let marker = format!("heard-{}", self.serial());
         self.events.bell.until("an event from containerd", run::ORDINARY, || {
-            self.ctr(["namespaces", "label", "default", &format!("{marker}=yes")]).map_err(|error| error.to_string())?;
-            self.events.mentions("/namespaces/update", &marker).then_some(()).ok_or_else(|| "silence".into())
+            self.ctr(["namespaces", "label", "default", &format!("{marker}=yes")])
+                .map_err(|error| error.to_string())?;
+            self.events
+                .mentions("/namespaces/update", &marker)
+                .then_some(())
+                .ok_or_else(|| "silence".into())
         })?;
         Ok(listener)
     }
 
     fn stop_containerd(&self) -> Result {
-        let Some(mut daemon) = self.daemon.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(mut daemon) = self.daemon.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok(());
+        };
         // One that is gone already needs no signal.
         let _ = kill(Pid::from_raw(daemon.pid), Signal::SIGTERM);
         let ended = run::wait(daemon.child, Duration::from_secs(20), "containerd");
@@ -395,7 +482,10 @@ impl Node {
     /// The last lines of containerd's log.
     #[must_use]
     pub fn log(&self) -> String {
-        run::last_of(&fs::read_to_string(self.path("containerd.log")).unwrap_or_default(), 4000)
+        run::last_of(
+            &fs::read_to_string(self.path("containerd.log")).unwrap_or_default(),
+            4000,
+        )
     }
 
     /// Ends the node.
@@ -428,25 +518,44 @@ impl Drop for Node {
 /// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
 fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]);
-    command.args(["sh", "-c", FIRST]).env("MASK_KVM", if without_kvm { "yes" } else { "" });
+    command.args([
+        "--mount",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--propagation",
+        "private",
+    ]);
+    command
+        .args(["sh", "-c", FIRST])
+        .env("MASK_KVM", if without_kvm { "yes" } else { "" });
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
         .trying("making the node's namespaces (needs root)")?;
-    let refused = || Failure::Missing { what: "a node's namespaces".into(), remedy: "run as root".into() };
+    let refused = || Failure::Missing {
+        what: "a node's namespaces".into(),
+        remedy: "run as root".into(),
+    };
     let pipe = child.stdin.take().ok_or_else(refused)?;
     let mut line = String::new();
     let mut output = BufReader::new(child.stdout.take().ok_or_else(refused)?);
-    output.read_line(&mut line).trying("waiting for the node's first process")?;
+    output
+        .read_line(&mut line)
+        .trying("waiting for the node's first process")?;
     if line.trim() != "ready" {
         drop(child.wait());
         return Err(refused());
     }
     let parent = child.id().cast_signed();
-    let init = procs::all().iter().find(|process| process.parent == parent).map(|process| process.pid);
+    let init = procs::all()
+        .iter()
+        .find(|process| process.parent == parent)
+        .map(|process| process.pid);
     Ok(((child, pipe), init.ok_or_else(refused)?))
 }
 
@@ -454,7 +563,9 @@ fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
 fn follow(log: impl std::io::Read + Send + 'static, path: PathBuf, sign: &'static str) -> mpsc::Receiver<()> {
     let (told, seen) = mpsc::channel();
     thread::spawn(move || {
-        let Ok(mut file) = fs::OpenOptions::new().create(true).append(true).open(path) else { return };
+        let Ok(mut file) = fs::OpenOptions::new().create(true).append(true).open(path) else {
+            return;
+        };
         for line in BufReader::new(log).lines().map_while(std::result::Result::ok) {
             // A full disk shows elsewhere; nobody listening any more is fine.
             drop(std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()));
@@ -481,7 +592,9 @@ fn sweep_cgroups_of_the_dead() {
     for hierarchy in census::hierarchies() {
         for entry in fs::read_dir(&hierarchy).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let owner = name.strip_prefix(CGROUP).and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
+            let owner = name
+                .strip_prefix(CGROUP)
+                .and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
             if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
                 // Whatever still lives there is not ours to end, and shows in the next census of the machine.
                 drop(remove_cgroups(&name));

@@ -18,8 +18,10 @@ pub fn cache() -> PathBuf {
 /// # Errors
 /// When the shim has not been built.
 pub fn binaries() -> Result<PathBuf> {
-    let folder = env::var_os("SANDPOD_BIN")
-        .map_or_else(|| workspace().join("target/x86_64-unknown-linux-gnu/release"), PathBuf::from);
+    let folder = env::var_os("SANDPOD_BIN").map_or_else(
+        || workspace().join("target/x86_64-unknown-linux-gnu/release"),
+        PathBuf::from,
+    );
     holding(folder, "containerd-shim-kata-v2", "cargo build --release --workspace")
 }
 
@@ -83,9 +85,16 @@ fn holding(folder: PathBuf, file: &str, remedy: &str) -> Result<PathBuf> {
 }
 
 fn exists(path: PathBuf, remedy: &str) -> Result<PathBuf> {
-    if path.exists() { Ok(path) } else { Err(missing(&path, remedy)) }
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(missing(&path, remedy))
+    }
 }
 
 fn missing(path: &Path, remedy: &str) -> Failure {
-    Failure::Missing { what: path.display().to_string(), remedy: format!("run `{remedy}`") }
+    Failure::Missing {
+        what: path.display().to_string(),
+        remedy: format!("run `{remedy}`"),
+    }
 }

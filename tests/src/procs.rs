@@ -46,7 +46,11 @@ fn memory_of(smaps: &str) -> Memory {
     for line in smaps.lines() {
         if let Some(rest) = line.strip_prefix("Pss:") {
             let kib = rest.trim().trim_end_matches(" kB").parse().unwrap_or(0);
-            *(if of_guest { &mut memory.guest_kib } else { &mut memory.own_kib }) += kib;
+            *(if of_guest {
+                &mut memory.guest_kib
+            } else {
+                &mut memory.own_kib
+            }) += kib;
         } else if line.as_bytes().first().is_some_and(u8::is_ascii_hexdigit) && !line.contains(": ") {
             of_guest = line.contains("/memfd:") || line.contains("/dev/shm/");
         }
@@ -58,20 +62,29 @@ fn memory_of(smaps: &str) -> Memory {
 #[must_use]
 pub fn all() -> Vec<Process> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    pids.filter_map(|entry| process(entry.file_name().to_str()?.parse().ok()?)).collect()
+    pids.filter_map(|entry| process(entry.file_name().to_str()?.parse().ok()?))
+        .collect()
 }
 
 /// Every process that lives in the pid namespace of `init` or below it, without `init`.
 #[must_use]
 pub fn in_namespace_of(init: i32) -> Vec<Process> {
     let namespace = |pid| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let Some(wanted) = namespace(init) else { return Vec::new() };
+    let Some(wanted) = namespace(init) else {
+        return Vec::new();
+    };
     let everyone = all();
-    let mut members: BTreeSet<i32> =
-        everyone.iter().map(|process| process.pid).filter(|pid| namespace(*pid).as_ref() == Some(&wanted)).collect();
+    let mut members: BTreeSet<i32> = everyone
+        .iter()
+        .map(|process| process.pid)
+        .filter(|pid| namespace(*pid).as_ref() == Some(&wanted))
+        .collect();
     grow(&everyone, &mut members);
     members.remove(&init);
-    everyone.into_iter().filter(|process| members.contains(&process.pid)).collect()
+    everyone
+        .into_iter()
+        .filter(|process| members.contains(&process.pid))
+        .collect()
 }
 
 /// Every process below `root`, with it.
@@ -79,7 +92,11 @@ pub fn in_namespace_of(init: i32) -> Vec<Process> {
 pub fn tree(everyone: &[Process], root: i32) -> Vec<Process> {
     let mut members = BTreeSet::from([root]);
     grow(everyone, &mut members);
-    everyone.iter().filter(|process| members.contains(&process.pid)).cloned().collect()
+    everyone
+        .iter()
+        .filter(|process| members.contains(&process.pid))
+        .cloned()
+        .collect()
 }
 
 fn grow(everyone: &[Process], members: &mut BTreeSet<i32>) {
@@ -89,7 +106,13 @@ fn grow(everyone: &[Process], members: &mut BTreeSet<i32>) {
     }
     let mut fresh: Vec<i32> = members.iter().copied().collect();
     while let Some(parent) = fresh.pop() {
-        fresh.extend(children.get(&parent).into_iter().flatten().filter(|child| members.insert(**child)));
+        fresh.extend(
+            children
+                .get(&parent)
+                .into_iter()
+                .flatten()
+                .filter(|child| members.insert(**child)),
+        );
     }
 }
 
@@ -100,12 +123,18 @@ fn process(pid: i32) -> Option<Process> {
     let state = fields.next()?;
     let parent = fields.next()?.parse().ok()?;
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let mut arguments: Vec<String> =
-        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+    let mut arguments: Vec<String> = line
+        .split(|byte| *byte == 0)
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
     arguments.pop();
     if arguments.is_empty() {
         let name = stat.get(stat.find('(')? + 1..stat.rfind(')')?)?;
-        arguments.push(if state == "Z" { format!("{name} (zombie)") } else { name.to_owned() });
+        arguments.push(if state == "Z" {
+            format!("{name} (zombie)")
+        } else {
+            name.to_owned()
+        });
     }
     Some(Process { pid, parent, arguments })
 }
@@ -118,7 +147,13 @@ mod tests {
     fn guest_ram_is_told_apart_from_what_the_process_itself_holds() {
         let smaps = "7f0000000000-7f0080000000 rw-s 00000000 00:01 1027   /memfd:ram0 (deleted)\nSize: 2097152 kB\nPss:               70000 kB\n\
                      Pss_Dirty: 1 kB\n55d000000000-55d000001000 r--p 00000000 fe:00 7 /usr/bin/qemu-system-x86_64\nPss:                  12 kB\n";
-        assert_eq!(memory_of(smaps), Memory { guest_kib: 70000, own_kib: 12 });
+        assert_eq!(
+            memory_of(smaps),
+            Memory {
+                guest_kib: 70000,
+                own_kib: 12
+            }
+        );
     }
 
     #[test]

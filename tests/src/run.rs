@@ -52,8 +52,11 @@ pub fn finish(command: &mut Command, input: Option<Vec<u8>>, deadline: Duration)
     let line = describe(command);
     command.process_group(0);
     command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
-    let mut child =
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().trying(format!("starting `{line}`"))?;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .trying(format!("starting `{line}`"))?;
     let writer = input.zip(child.stdin.take()).map(|(bytes, mut pipe)| {
         // An early exit of the reader is seen in its exit code, not here.
         thread::spawn(move || drop(pipe.write_all(&bytes)))
@@ -109,7 +112,11 @@ pub fn wait(mut child: Child, deadline: Duration, line: &str) -> Result<ExitStat
             // Already gone is as good as killed.
             let _ = killpg(group, Signal::SIGKILL);
             drop(waiter.join());
-            return Err(Failure::Deadline { what: format!("the end of `{line}`"), deadline, detail: String::new() });
+            return Err(Failure::Deadline {
+                what: format!("the end of `{line}`"),
+                deadline,
+                detail: String::new(),
+            });
         }
     };
     drop(waiter.join());

@@ -26,7 +26,10 @@ impl Stage {
     /// A stage whose node is started by the first story.
     #[must_use]
     pub fn new(spec: NodeSpec) -> Arc<Stage> {
-        Arc::new(Stage { spec, node: Mutex::default() })
+        Arc::new(Stage {
+            spec,
+            node: Mutex::default(),
+        })
     }
 
     /// Plays a story and looks whether the node is as it was before. A node that is not is replaced for the next story.
@@ -60,7 +63,11 @@ impl Stage {
     /// # Errors
     /// When something of it cannot be undone.
     pub fn clear(&self) -> Result {
-        self.node.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Node::close)
+        self.node
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .map_or(Ok(()), Node::close)
     }
 }
 

@@ -52,7 +52,11 @@ impl Bell {
                 Err(seen) => seen,
             };
             if start.elapsed() >= deadline {
-                return Err(Failure::Deadline { what: what.into(), deadline, detail: format!("; last seen: {seen}") });
+                return Err(Failure::Deadline {
+                    what: what.into(),
+                    deadline,
+                    detail: format!("; last seen: {seen}"),
+                });
             }
             let silent = |rings: &mut u64| *rings == heard;
             // Both a ring and the end of the pause mean the same: look again.

@@ -1,0 +1,121 @@
+//! What a container may not do, and whose kernel it runs on.
+
+use nix::sys::utsname::uname;
+use tests::{
+    config::Runtime,
+    cri::Container,
+    failure::{Result, claim, contains, same},
+    node::Node,
+    run,
+};
+
+use crate::Story;
+
+pub const COMMON: &[Story] = &[
+    ("a_restricted_container", a_restricted_container),
+    ("a_kernel_parameter", a_kernel_parameter),
+    ("a_shared_process_namespace", a_shared_process_namespace),
+];
+
+pub const OF_A_VM: &[Story] = &[("its_own_kernel", its_own_kernel)];
+
+/// Turning off address randomization (personality(2)) needs no privilege; the runtime's seccomp profile refuses it.
+const REFUSED: &[&str] = &["setarch", "x86_64", "--addr-no-randomize", "true"];
+
+/// User 1000 without capabilities, seccomp and no_new_privs are in force where the container runs.
+fn a_restricted_container(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "restricted")?.run()?;
+    let restricted = pod.container("restricted", &["sleep", "infinity"]).restricted().run()?;
+    let status = restricted.shell("id -u; id -g; cat /proc/1/status")?;
+    claim(
+        status.starts_with("1000\n1000\n"),
+        format!("user and group are 1000 in {status}"),
+    )?;
+    for (field, value) in [
+        ("CapEff", "0000000000000000"),
+        ("CapBnd", "0000000000000000"),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+    ] {
+        contains("status of the first process", &status, &format!("{field}:\t{value}\n"))?;
+    }
+    let refusal = restricted.exec(REFUSED, None, run::ORDINARY)?;
+    claim(refusal.code != 0, "the profile refuses a personality")?;
+    contains("refusal", &refusal.errors(), "Operation not permitted")?;
+
+    let ordinary = pod.container("ordinary", &["sleep", "infinity"]).run()?;
+    same(
+        "the same call without the profile",
+        ordinary.exec(REFUSED, None, run::ORDINARY)?.code,
+        0,
+    )?;
+    // Kata's containers get what the CRI grants by default: CAP_SYS_ADMIN (bit 21) is not among it.
+    claim(
+        capabilities(&ordinary)? & (1 << 21) == 0,
+        "an ordinary container is no administrator",
+    )?;
+    pod.remove()
+}
+
+fn capabilities(container: &Container<'_>) -> Result<u64> {
+    let mask = container.shell("sed -n 's/^CapEff:\\s*//p' /proc/1/status")?;
+    u64::from_str_radix(&mask, 16).map_err(|_| tests::failure::Failure::Claim(format!("{mask:?} is no mask")))
+}
+
+/// A pod's kernel parameter holds in its containers.
+fn a_kernel_parameter(node: &Node, runtime: Runtime) -> Result {
+    let pod = node
+        .pod(runtime, "sysctl")?
+        .sysctl("net.ipv4.ip_unprivileged_port_start", "80")
+        .run()?;
+    let container = pod.container("host", &["sleep", "infinity"]).run()?;
+    same(
+        "parameter",
+        container
+            .shell("cat /proc/sys/net/ipv4/ip_unprivileged_port_start")?
+            .as_str(),
+        "80",
+    )?;
+    same(
+        "host name",
+        container.shell("hostname")?.split('-').next(),
+        Some("sysctl"),
+    )?;
+    pod.remove()
+}
+
+/// Containers of a pod that shares its processes see each other's; those of another pod do not.
+fn a_shared_process_namespace(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "sharing")?.sharing_processes().run()?;
+    pod.container("neighbour", &["sleep", "12345678"]).run()?;
+    let observer = pod.container("observer", &["sleep", "infinity"]).run()?;
+    contains("processes", &observer.shell("ps")?, "sleep 12345678")?;
+    pod.remove()?;
+
+    let pod = node.pod(runtime, "separate")?.run()?;
+    pod.container("neighbour", &["sleep", "12345678"]).run()?;
+    let observer = pod.container("observer", &["sleep", "infinity"]).run()?;
+    claim(
+        !observer.shell("ps")?.contains("sleep 12345678"),
+        "a neighbour's processes are hidden by default",
+    )?;
+    pod.remove()
+}
+
+/// The kernel inside is not the kernel outside, and neither are its processes, memory and boot.
+fn its_own_kernel(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "kernel")?.run()?;
+    let container = pod.container("host", &["sleep", "infinity"]).run()?;
+    let inside = container.shell("uname -r; cat /proc/sys/kernel/random/boot_id")?;
+    let host = uname().map_err(std::io::Error::from);
+    let host = host
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    claim(
+        !inside.starts_with(&format!("{host}\n")),
+        format!("another kernel than {host} in {inside}"),
+    )?;
+    claim(!inside.ends_with(boot.trim()), "another boot")?;
+    pod.remove()
+}

@@ -1,0 +1,115 @@
+//! Memory: limits, the machine's bounds, and who is charged.
+
+use std::time::Duration;
+
+use tests::{
+    config::{Guest, Runtime},
+    cri::{Container, Exit},
+    failure::{Failure, Result, claim, same},
+    node::Node,
+};
+
+use crate::Story;
+
+pub const COMMON: &[Story] = &[(
+    "too_much_memory_kills_only_the_culprit",
+    too_much_memory_kills_only_the_culprit,
+)];
+
+pub const OF_A_VM: &[Story] = &[
+    (
+        "memory_comes_and_goes_with_a_container",
+        memory_comes_and_goes_with_a_container,
+    ),
+    (
+        "without_a_limit_the_machine_is_the_bound",
+        without_a_limit_the_machine_is_the_bound,
+    ),
+];
+
+/// Keeps what it reads, for ever.
+const GREEDY: &[&str] = &["tail", "/dev/zero"];
+
+/// How long a greedy program may take to fill the memory of an emulated machine.
+const FILLING: Duration = Duration::from_secs(90);
+
+/// A container that exceeds its limit is killed, and everyone is told why; its neighbour lives.
+fn too_much_memory_kills_only_the_culprit(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "greedy")?.run()?;
+    let neighbour = pod
+        .container("neighbour", &["sleep", "infinity"])
+        .memory_mib(64)
+        .run()?;
+    let culprit = pod.container("culprit", GREEDY).memory_mib(64).run()?;
+    same(
+        "exit",
+        culprit.wait_exit_within(FILLING)?,
+        Exit {
+            code: 137,
+            reason: "OOMKilled".into(),
+        },
+    )?;
+    same("the neighbour", neighbour.shell("echo alive")?.as_str(), "alive")?;
+    pod.remove()
+}
+
+/// The limit of a container is added to the machine before the container starts, and taken away when it is removed.
+fn memory_comes_and_goes_with_a_container(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "growing")?.run()?;
+    let observer = pod.container("observer", &["sleep", "infinity"]).run()?;
+    let before = total_mib(&observer)?;
+    let container = pod
+        .shell("limited", "grep MemTotal /proc/meminfo; exec sleep infinity")
+        .memory_mib(512)
+        .run()?;
+    container.wait_for_log("kB")?;
+    let at_start = parse(&container.logs()?)?;
+    // The page structures of the new memory come out of it.
+    claim(
+        at_start >= before + 512 - 16,
+        format!("512 MiB were there when it began: {before} MiB before, {at_start} MiB then"),
+    )?;
+    container.remove()?;
+    let patience = if runtime == Runtime::Kata(Guest::Own) {
+        Duration::from_secs(2)
+    } else {
+        Duration::from_secs(10)
+    };
+    node.events()
+        .bell
+        .until("the return of the memory", patience, || match total_mib(&observer) {
+            // virtio-mem keeps one block of 2 MiB.
+            Ok(now) if now <= before + 2 => Ok(()),
+            Ok(now) => Err(format!("{before} MiB before, {now} MiB now")),
+            Err(failure) => Err(failure.to_string()),
+        })?;
+    pod.remove()
+}
+
+/// A container without a limit can use the machine's memory and no more.
+fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "unbound")?.run()?;
+    let neighbour = pod.container("neighbour", &["sleep", "infinity"]).run()?;
+    let total = total_mib(&neighbour)?;
+    claim(
+        (1900..=2048).contains(&total),
+        format!("a machine without limits has 2048 MiB less its kernel, not {total}"),
+    )?;
+    let culprit = pod.container("culprit", GREEDY).run()?;
+    same("exit code", culprit.wait_exit_within(FILLING)?.code, 137)?;
+    same("the neighbour", neighbour.shell("echo alive")?.as_str(), "alive")?;
+    pod.remove()
+}
+
+fn total_mib(observer: &Container<'_>) -> Result<u64> {
+    parse(&observer.shell("grep MemTotal /proc/meminfo")?)
+}
+
+fn parse(line: &str) -> Result<u64> {
+    let kib = line
+        .split_whitespace()
+        .nth(1)
+        .and_then(|number| number.parse::<u64>().ok());
+    kib.map(|kib| kib >> 10)
+        .ok_or_else(|| Failure::Claim(format!("{line:?} is no MemTotal")))
+}
