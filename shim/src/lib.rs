@@ -2,4 +2,6 @@
 
 pub mod annotations;
 pub mod config;
+pub mod net;
 pub mod spec;
+pub mod sys;

@@ -1,0 +1,306 @@
+//! The pod's network on its way into the guest.
+//!
+//! ```text
+//!   host ── veth ══ eth0 (addresses stay, traffic does not reach them)
+//!                     │ ▲      ingress of each is redirected to the egress of the other
+//!                     ▼ │
+//!                   tap0_kata ══ virtio-net ══ eth0 in the guest: same name, MAC, MTU, addresses, routes
+//! ```
+//!
+//! What the CNI has set up is read once ([`snapshot`]); then each interface gets a tap ([`Snapshot::attach`]), which lives as long as QEMU
+//! holds its file descriptor. A namespace that is the host's is refused before anything is looked at.
+//! Source of the model: `docs/design/architecture/networking.md` of kata-containers ("tcfilter").
+
+mod links;
+mod namespace;
+
+use namespace::Namespace;
+use nix::net::if_::if_nametoindex;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// An interface of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Name in the pod's network namespace, and in the guest.
+    pub name: String,
+    /// Ethernet address.
+    pub mac: [u8; 6],
+    /// Bytes.
+    pub mtu: u32,
+    /// Addresses and their prefix lengths, without the link-local ones that every kernel makes for itself.
+    pub addresses: Vec<(IpAddr, u8)>,
+    /// The interface does not answer ARP (`IFF_NOARP`).
+    pub noarp: bool,
+    index: u32,
+}
+
+impl Interface {
+    /// The Ethernet address as text, `02:00:0a:01:02:03`.
+    pub fn mac_text(&self) -> String {
+        mac_text(&self.mac)
+    }
+}
+
+/// A route of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Destination and prefix length; `None` for the default route.
+    pub destination: Option<(IpAddr, u8)>,
+    /// Next hop.
+    pub gateway: Option<IpAddr>,
+    /// Name of the interface.
+    pub device: String,
+    /// Preferred source address.
+    pub source: Option<IpAddr>,
+    /// `rt_scope` of rtnetlink(7).
+    pub scope: u8,
+    /// `rtm_flags` of rtnetlink(7), of which only `RTNH_F_ONLINK` survives a snapshot.
+    pub flags: u32,
+    /// MTU of the route; zero when it has none.
+    pub mtu: u32,
+    /// The route is one of IPv6.
+    pub ipv6: bool,
+}
+
+/// A permanent entry of the pod's neighbour table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbor {
+    /// Its address.
+    pub address: IpAddr,
+    /// Name of the interface it is behind.
+    pub device: String,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// `ndm_flags` of rtnetlink(7).
+    pub flags: u8,
+}
+
+/// What the CNI has set up, as it was when the sandbox was made. Later changes do not reach the guest.
+#[derive(Debug)]
+pub struct Snapshot {
+    namespace: Namespace,
+    interfaces: Vec<Interface>,
+    routes: Vec<Route>,
+    neighbors: Vec<Neighbor>,
+}
+
+/// The pod's network, attached to taps.
+#[derive(Debug)]
+pub struct Network {
+    interfaces: Vec<Interface>,
+    routes: Vec<Route>,
+    neighbors: Vec<Neighbor>,
+    taps: Vec<OwnedFd>,
+}
+
+/// What `attach` changes on the host, for whoever has to take it back later, in another process if need be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    netns: PathBuf,
+    device: u64,
+    inode: u64,
+    interfaces: Vec<String>,
+}
+
+/// Why a pod's network cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetError {
+    /// The namespace cannot be opened.
+    #[error("cannot open network namespace {path}: {source}")]
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The path leads to something else.
+    #[error("{0} is not a network namespace")]
+    NotANamespace(PathBuf),
+    /// The namespace is the host's.
+    #[error("network namespace {0} is the host's: a pod in a VM cannot use the host's network")]
+    Host(PathBuf),
+    /// An interface without Ethernet frames.
+    #[error("interface {0} is not an Ethernet device: a VM cannot be connected to it")]
+    NotEthernet(String),
+    /// A route over several interfaces.
+    #[error("the pod has a multipath route to {0}: the agent's protocol does not carry it")]
+    Multipath(String),
+    /// The kernel refused a change or a question.
+    #[error("cannot {action}: {source}")]
+    Netlink {
+        /// What was tried.
+        action: String,
+        /// What it said.
+        source: rtnetlink::Error,
+    },
+    /// A system call failed.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl NetError {
+    fn system(action: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::System {
+            action: action.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Reads the network namespace at `netns`: every interface but the loopback that has an address, its routes and its
+/// permanent neighbours. Blocks for some milliseconds.
+///
+/// # Errors
+/// [`NetError::Host`] when it is the host's, or this process's own; something in it that no guest can have.
+pub fn snapshot(netns: &Path) -> Result<Snapshot, NetError> {
+    let namespace = Namespace::open(netns)?;
+    let found = namespace.inside(async |handle| links::read(&handle).await)?;
+    let (interfaces, routes, neighbors) = found;
+    Ok(Snapshot {
+        namespace,
+        interfaces,
+        routes,
+        neighbors,
+    })
+}
+
+impl Snapshot {
+    /// What [`Snapshot::attach`] is going to change.
+    pub fn record(&self) -> Record {
+        let (device, inode) = self.namespace.id();
+        let interfaces = self.interfaces.iter().map(|interface| interface.name.clone()).collect();
+        Record {
+            netns: self.namespace.path().to_owned(),
+            device,
+            inode,
+            interfaces,
+        }
+    }
+
+    /// Makes a tap for each interface and redirects the traffic of the one to the other, both ways. Blocks for some
+    /// milliseconds.
+    ///
+    /// # Errors
+    /// No `/dev/net/tun`, or the kernel refuses a queueing discipline or a filter; [`Record::remove`] takes back what was
+    /// done.
+    pub fn attach(self) -> Result<Network, NetError> {
+        let Self {
+            namespace,
+            interfaces,
+            routes,
+            neighbors,
+        } = self;
+        let taps = namespace.inside(async |handle| {
+            let mut taps = Vec::with_capacity(interfaces.len());
+            for (number, interface) in interfaces.iter().enumerate() {
+                taps.push(connect(&handle, interface, number).await?);
+            }
+            Ok(taps)
+        })?;
+        Ok(Network {
+            interfaces,
+            routes,
+            neighbors,
+            taps,
+        })
+    }
+}
+
+/// In the pod's namespace: a tap for `interface`, connected to it.
+async fn connect(handle: &rtnetlink::Handle, interface: &Interface, number: usize) -> Result<OwnedFd, NetError> {
+    let name = format!("tap{number}_kata");
+    let tap = crate::sys::open_tap(&name).map_err(|error| NetError::system(format!("make {name}"), error))?;
+    let index = if_nametoindex(name.as_str()).map_err(|error| NetError::system(format!("find {name}"), error))?;
+    links::prepare_tap(handle, index, interface.mtu)
+        .await
+        .map_err(|source| netlink(format!("set up {name}"), source))?;
+    for (from, to) in [(interface.index, index), (index, interface.index)] {
+        links::redirect(handle, from, to)
+            .await
+            .map_err(|source| netlink(format!("connect {} with {name}", interface.name), source))?;
+    }
+    Ok(tap)
+}
+
+impl Network {
+    /// The interfaces, in the order of the taps.
+    pub fn interfaces(&self) -> &[Interface] {
+        &self.interfaces
+    }
+
+    /// The routes, those that others depend on first.
+    pub fn routes(&self) -> &[Route] {
+        &self.routes
+    }
+
+    /// The permanent neighbours.
+    pub fn neighbors(&self) -> &[Neighbor] {
+        &self.neighbors
+    }
+
+    /// The taps, one for each interface, opened with `IFF_VNET_HDR`: duplicates, for QEMU. A tap vanishes with its last duplicate.
+    ///
+    /// # Errors
+    /// Too many open files.
+    pub fn taps(&self) -> io::Result<Vec<OwnedFd>> {
+        self.taps.iter().map(OwnedFd::try_clone).collect()
+    }
+}
+
+impl Record {
+    /// Gives the pod's interfaces their traffic back. Succeeds on what is already gone; the taps have gone with QEMU.
+    /// Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove(&self) -> Result<(), NetError> {
+        let namespace = match Namespace::open(&self.netns) {
+            // The path now leads to nothing, or to something that cannot be the pod's.
+            Err(NetError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(NetError::NotANamespace(_) | NetError::Host(_)) => return Ok(()),
+            other => other?,
+        };
+        if namespace.id() != (self.device, self.inode) {
+            return Ok(());
+        }
+        namespace.inside(async |handle| {
+            for name in &self.interfaces {
+                if let Ok(index) = if_nametoindex(name.as_str()) {
+                    links::remove_redirect(&handle, index)
+                        .await
+                        .map_err(|source| netlink(format!("disconnect {name}"), source))?;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A new network namespace with nothing but a loopback that is down. It lives as long as somebody holds it or is in it.
+///
+/// # Errors
+/// No right to make one.
+pub fn empty_namespace() -> Result<OwnedFd, NetError> {
+    namespace::new_anonymous()
+}
+
+fn netlink(action: String, source: rtnetlink::Error) -> NetError {
+    NetError::Netlink { action, source }
+}
+
+fn mac_text(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,298 @@
+//! The conversation with the kernel, in the pod's namespace. Source: rtnetlink(7), tc-matchall(8), tc-mirred(8).
+
+use super::{Interface, Neighbor, NetError, Route, netlink};
+use futures::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkLayerType, LinkMessage,
+};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType,
+};
+use rtnetlink::packet_route::tc::TcHandle;
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Where filters of incoming packets hang: `tc ... parent ffff:`.
+const INGRESS_PARENT: u32 = 0xffff_0000;
+
+type Found = (Vec<Interface>, Vec<Route>, Vec<Neighbor>);
+
+/// Everything of the namespace that the guest is to have.
+pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
+    let asked = |action: &'static str| move |source| netlink(action.to_owned(), source);
+    let links: Vec<_> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(asked("list the pod's interfaces"))?;
+    let addresses: Vec<_> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(asked("list the pod's addresses"))?;
+
+    let mut interfaces = BTreeMap::new();
+    for link in links
+        .iter()
+        .filter(|link| !link.header.flags.contains(LinkFlags::Loopback))
+    {
+        let own = addresses
+            .iter()
+            .filter(|address| address.header.index == link.header.index);
+        let all: Vec<_> = own
+            .map(|address| {
+                (
+                    address.header.scope,
+                    address_of(&address.attributes),
+                    address.header.prefix_len,
+                )
+            })
+            .collect();
+        if all.is_empty() {
+            continue;
+        }
+        let kept = all.into_iter().filter_map(|(scope, address, length)| {
+            // Every kernel makes fe80::/64 by itself, and with the same MAC the same one.
+            address
+                .filter(|address| !(address.is_ipv6() && scope == AddressScope::Link))
+                .map(|address| (address, length))
+        });
+        interfaces.insert(link.header.index, interface(link, kept.collect())?);
+    }
+
+    let name = |index: u32| {
+        interfaces
+            .get(&index)
+            .map(|interface: &Interface| interface.name.clone())
+    };
+    let mut routes = Vec::new();
+    for query in [
+        RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    ] {
+        let found: Vec<_> = handle
+            .route()
+            .get(query)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(asked("list the pod's routes"))?;
+        for message in found.iter().filter(|message| is_the_pods(message)) {
+            routes.extend(route(message, &name)?);
+        }
+    }
+    // A gateway must be reachable before a route through it is accepted.
+    routes.sort_by_key(|route| route.gateway.is_some());
+
+    let neighbors: Vec<_> = handle
+        .neighbours()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(asked("list the pod's neighbours"))?;
+    let neighbors = neighbors
+        .iter()
+        .filter_map(|message| neighbor(message, &name))
+        .collect();
+    Ok((interfaces.into_values().collect(), routes, neighbors))
+}
+
+pub(super) fn interface(link: &LinkMessage, addresses: Vec<(IpAddr, u8)>) -> Result<Interface, NetError> {
+    let mut name = String::new();
+    let mut mac = None;
+    let mut mtu = 1500;
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(found) => name.clone_from(found),
+            LinkAttribute::Address(found) => mac = <[u8; 6]>::try_from(found.as_slice()).ok(),
+            LinkAttribute::Mtu(found) => mtu = *found,
+            _ => {}
+        }
+    }
+    match mac {
+        Some(mac) if link.header.link_layer_type == LinkLayerType::Ether => {
+            let noarp = link.header.flags.contains(LinkFlags::Noarp);
+            Ok(Interface {
+                name,
+                mac,
+                mtu,
+                addresses,
+                noarp,
+                index: link.header.index,
+            })
+        }
+        _ => Err(NetError::NotEthernet(name)),
+    }
+}
+
+/// `IFA_LOCAL` is the interface's own; on a point-to-point link `IFA_ADDRESS` is the other end's.
+fn address_of(attributes: &[AddressAttribute]) -> Option<IpAddr> {
+    let local = attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    local.or_else(|| {
+        attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })
+}
+
+/// Routes of the main table that somebody added; the kernel's own follow from the addresses.
+fn is_the_pods(message: &RouteMessage) -> bool {
+    let table = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    table.unwrap_or(message.header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN)
+        && message.header.protocol != RouteProtocol::Kernel
+        && message.header.kind == RouteType::Unicast
+        // A cache entry, not a route.
+        && !message.header.flags.contains(RouteFlags::Cloned)
+}
+
+/// `None` for a route over an interface that the guest does not get.
+fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Result<Option<Route>, NetError> {
+    let (mut destination, mut gateway, mut device, mut source, mut mtu, mut multipath) =
+        (None, None, None, None, 0, false);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => destination = ip(address),
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            RouteAttribute::PrefSource(address) => source = ip(address),
+            RouteAttribute::Oif(index) => device = name(*index),
+            RouteAttribute::MultiPath(_) => multipath = true,
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics
+                    .iter()
+                    .find_map(|metric| {
+                        if let RouteMetric::Mtu(mtu) = metric {
+                            Some(*mtu)
+                        } else {
+                            None
+                        }
+                    })
+                    .unwrap_or(0);
+            }
+            _ => {}
+        }
+    }
+    let destination = destination.map(|address| (address, message.header.destination_prefix_length));
+    if multipath {
+        let to = destination.map_or("the default destination".into(), |(address, length)| {
+            format!("{address}/{length}")
+        });
+        return Err(NetError::Multipath(to));
+    }
+    Ok(device.map(|device| Route {
+        destination: destination.filter(|(_, length)| *length > 0),
+        gateway,
+        device,
+        source,
+        scope: message.header.scope.into(),
+        // The others are states (dead, link down, offloaded), not wishes.
+        flags: (message.header.flags & RouteFlags::Onlink).bits(),
+        mtu,
+        ipv6: message.header.address_family == AddressFamily::Inet6,
+    }))
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+fn neighbor(message: &NeighbourMessage, name: &impl Fn(u32) -> Option<String>) -> Option<Neighbor> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let device = name(message.header.ifindex)?;
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::from(*address)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::from(*address)),
+        _ => None,
+    })?;
+    let mac = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(mac) => <[u8; 6]>::try_from(mac.as_slice()).ok(),
+        _ => None,
+    })?;
+    Some(Neighbor {
+        address,
+        device,
+        mac,
+        flags: message.header.flags.bits(),
+    })
+}
+
+/// Gives a new tap its MTU and switches it on. It gets no address: the host's stack is not to speak on it.
+pub(super) async fn prepare_tap(handle: &Handle, tap: u32, mtu: u32) -> Result<(), rtnetlink::Error> {
+    let silent = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    let message = LinkUnspec::new_with_index(tap)
+        .mtu(mtu)
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![silent]));
+    match handle.link().set(message.build()).execute().await {
+        // Where the kernel has no IPv6 there is no address to be made.
+        Err(rtnetlink::Error::NetlinkError(error)) if is(&error, nix::Error::EAFNOSUPPORT) => {
+            let message = LinkUnspec::new_with_index(tap).mtu(mtu).build();
+            handle.link().set(message).execute().await?;
+        }
+        other => other?,
+    }
+    let up = LinkUnspec::new_with_index(tap).up().build();
+    handle.link().set(up).execute().await
+}
+
+/// Whatever comes in on `from` goes out on `to`, before the host's stack sees it.
+pub(super) async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), rtnetlink::Error> {
+    let from = signed(from)?;
+    handle.qdisc().add(from).ingress().execute().await?;
+    let every_protocol = u16::try_from(nix::libc::ETH_P_ALL).unwrap_or_default().to_be();
+    handle
+        .traffic_filter(from)
+        .add()
+        .parent(INGRESS_PARENT)
+        .protocol(every_protocol)
+        .redirect(to)?
+        .execute()
+        .await
+}
+
+/// Removes the ingress discipline of an interface, and its filters with it; fine when there is none.
+pub(super) async fn remove_redirect(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    let mut request = handle.qdisc().del(signed(index)?);
+    let header = &mut request.message_mut().header;
+    header.parent = TcHandle::INGRESS;
+    header.handle = TcHandle::from(INGRESS_PARENT);
+    match request.execute().await {
+        Err(rtnetlink::Error::NetlinkError(error))
+            if [nix::Error::ENOENT, nix::Error::EINVAL, nix::Error::ENODEV]
+                .iter()
+                .any(|known| is(&error, *known)) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Interface indices are `int` in one half of rtnetlink and `u32` in the other; the kernel gives positive ones only.
+fn signed(index: u32) -> Result<i32, rtnetlink::Error> {
+    i32::try_from(index).map_err(|_| rtnetlink::Error::RequestFailed)
+}
+
+fn is(error: &rtnetlink::packet_core::ErrorMessage, known: nix::Error) -> bool {
+    error.code.is_some_and(|code| code.get() == -(known as i32))
+}

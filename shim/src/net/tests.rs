@@ -1,0 +1,375 @@
+//! Real namespaces, real links, real frames: these tests need root.
+
+use super::*;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sched::{CloneFlags, setns};
+use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+const OUTSIDE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// A pod's namespace with `eth0`, whose other end is in a namespace that plays the node.
+struct Cluster {
+    pod: OwnedFd,
+    node: OwnedFd,
+}
+
+/// The path that a CRI would put in the spec.
+fn path_of(namespace: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd()))
+}
+
+fn inside<T: Send>(namespace: &OwnedFd, work: impl AsyncFnOnce(rtnetlink::Handle) -> Result<T, NetError> + Send) -> T {
+    Namespace::open(&path_of(namespace)).unwrap().inside(work).unwrap()
+}
+
+async fn apply(handle: &rtnetlink::Handle, link: LinkMessage) {
+    handle.link().set(link).execute().await.unwrap();
+}
+
+fn by_index(index: u32) -> LinkMessageBuilder<LinkUnspec> {
+    LinkUnspec::new_with_index(index)
+}
+
+/// A namespace whose loopback is up.
+fn namespace() -> OwnedFd {
+    let namespace = empty_namespace().unwrap();
+    inside(&namespace, async |handle| {
+        apply(&handle, by_index(1).up().build()).await;
+        Ok(())
+    });
+    namespace
+}
+
+/// What a CNI does for a pod with 10.9.0.2/24 and fd09::2/64.
+fn cluster() -> Cluster {
+    let (pod, node) = (namespace(), namespace());
+    let pod_fd = pod.as_raw_fd();
+    inside(&node, async |handle| {
+        handle
+            .link()
+            .add(LinkVeth::new("node0", "eth0").build())
+            .execute()
+            .await
+            .unwrap();
+        let node0 = if_nametoindex("node0").unwrap();
+        let eth0 = if_nametoindex("eth0").unwrap();
+        apply(
+            &handle,
+            by_index(eth0)
+                .address(POD_MAC.to_vec())
+                .mtu(1400)
+                .setns_by_fd(pod_fd)
+                .build(),
+        )
+        .await;
+        apply(
+            &handle,
+            by_index(node0).address(OUTSIDE_MAC.to_vec()).mtu(1400).up().build(),
+        )
+        .await;
+        add_address(&handle, node0, Ipv4Addr::new(10, 9, 0, 1).into(), 24).await;
+        add_address(&handle, node0, "fd09::1".parse().unwrap(), 64).await;
+        Ok(())
+    });
+    inside(&pod, async |handle| {
+        let eth0 = if_nametoindex("eth0").unwrap();
+        apply(&handle, by_index(eth0).up().build()).await;
+        add_address(&handle, eth0, Ipv4Addr::new(10, 9, 0, 2).into(), 24).await;
+        add_address(&handle, eth0, "fd09::2".parse().unwrap(), 64).await;
+        let gateway = Ipv4Addr::new(10, 9, 0, 1);
+        let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(gateway).build();
+        handle.route().add(default).execute().await.unwrap();
+        let default = RouteMessageBuilder::<Ipv6Addr>::new()
+            .gateway("fd09::1".parse().unwrap())
+            .build();
+        handle.route().add(default).execute().await.unwrap();
+        let onlink = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::new(169, 254, 1, 1), 32)
+            .output_interface(eth0)
+            .scope(rtnetlink::packet_route::route::RouteScope::Link)
+            .build();
+        handle.route().add(onlink).execute().await.unwrap();
+        handle
+            .neighbours()
+            .add(eth0, Ipv4Addr::new(169, 254, 1, 1).into())
+            .link_layer_address(&OUTSIDE_MAC)
+            .execute()
+            .await
+            .unwrap();
+        // A link without an address is nothing the guest needs.
+        handle
+            .link()
+            .add(LinkVeth::new("spare", "spare-end").build())
+            .execute()
+            .await
+            .unwrap();
+        Ok(())
+    });
+    Cluster { pod, node }
+}
+
+async fn add_address(handle: &rtnetlink::Handle, index: u32, address: IpAddr, length: u8) {
+    let mut request = handle.address().add(index, address, length);
+    // Without duplicate address detection the address can be used at once.
+    request.message_mut().header.flags = rtnetlink::packet_route::address::AddressHeaderFlags::Nodad;
+    request.execute().await.unwrap();
+}
+
+/// The guest's network card: frames with a `virtio_net_hdr` of 10 bytes before each.
+struct Card(File);
+
+impl Card {
+    fn of(network: &Network, number: usize) -> Self {
+        Self(network.taps().unwrap().remove(number).into())
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let mut buffer = vec![0; 10];
+        buffer.extend_from_slice(frame);
+        self.0.write_all(&buffer).unwrap();
+    }
+
+    /// The first frame within two seconds that `wanted` accepts.
+    fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, u16::try_from(left.as_millis()).unwrap()).unwrap() == 0 {
+                return None;
+            }
+            let mut buffer = [0; 2048];
+            let length = self.0.read(&mut buffer).unwrap();
+            if wanted(&buffer[10..length]) {
+                return Some(buffer[10..length].to_vec());
+            }
+        }
+        None
+    }
+}
+
+fn frame(to: [u8; 6], kind: u16, payload: &[u8]) -> Vec<u8> {
+    [&to[..], &POD_MAC, &kind.to_be_bytes(), payload].concat()
+}
+
+fn arp_request() -> Vec<u8> {
+    let head = [0, 1, 8, 0, 6, 4, 0, 1];
+    frame(
+        [255; 6],
+        0x0806,
+        &[&head[..], &POD_MAC, &[10, 9, 0, 2], &[0; 6], &[10, 9, 0, 1]].concat(),
+    )
+}
+
+/// Asks for the Ethernet address of fd09::1 (RFC 4861).
+fn neighbour_solicitation() -> Vec<u8> {
+    let source: Ipv6Addr = "fd09::2".parse().unwrap();
+    let target: Ipv6Addr = "fd09::1".parse().unwrap();
+    let group: Ipv6Addr = "ff02::1:ff00:1".parse().unwrap();
+    let mut body = [&[135, 0, 0, 0, 0, 0, 0, 0][..], &target.octets(), &[1, 1], &POD_MAC].concat();
+    let length = u8::try_from(body.len()).unwrap();
+    let pseudo = [
+        &source.octets()[..],
+        &group.octets(),
+        &[0, 0, 0, length, 0, 0, 0, 58],
+        &body,
+    ]
+    .concat();
+    let mut sum: u32 = pseudo
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    body[2..4].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
+    let header = [
+        &[0x60, 0, 0, 0, 0, length, 58, 255][..],
+        &source.octets(),
+        &group.octets(),
+    ]
+    .concat();
+    frame([0x33, 0x33, 0xff, 0, 0, 1], 0x86dd, &[header, body].concat())
+}
+
+#[test]
+fn the_snapshot_holds_what_the_cni_set_up() {
+    let cluster = cluster();
+    let snapshot = snapshot(&path_of(&cluster.pod)).unwrap();
+    let [eth0] = snapshot.interfaces.as_slice() else {
+        panic!("{:?}", snapshot.interfaces)
+    };
+    assert_eq!(
+        (eth0.name.as_str(), eth0.mac_text().as_str(), eth0.mtu),
+        ("eth0", "02:00:00:00:00:02", 1400)
+    );
+    assert_eq!(
+        eth0.addresses,
+        [("10.9.0.2".parse().unwrap(), 24), ("fd09::2".parse().unwrap(), 64)]
+    );
+
+    let texts: Vec<_> = snapshot
+        .routes
+        .iter()
+        .map(|route| {
+            (
+                route.destination.map(|(a, l)| format!("{a}/{l}")),
+                route.gateway.map(|g| g.to_string()),
+                route.scope,
+            )
+        })
+        .collect();
+    assert_eq!(
+        texts,
+        [
+            (Some("169.254.1.1/32".to_owned()), None, 253),
+            (None, Some("10.9.0.1".to_owned()), 0),
+            (None, Some("fd09::1".to_owned()), 0),
+        ]
+    );
+    assert!(
+        snapshot
+            .routes
+            .iter()
+            .all(|route| route.device == "eth0" && route.flags == 0)
+    );
+    let [neighbor] = snapshot.neighbors.as_slice() else {
+        panic!("{:?}", snapshot.neighbors)
+    };
+    assert_eq!(
+        (neighbor.address.to_string().as_str(), neighbor.mac),
+        ("169.254.1.1", OUTSIDE_MAC)
+    );
+}
+
+#[test]
+fn frames_pass_between_the_guests_card_and_the_node_in_both_families() {
+    let cluster = cluster();
+    let network = snapshot(&path_of(&cluster.pod)).unwrap().attach().unwrap();
+    let mut card = Card::of(&network, 0);
+    card.send(&arp_request());
+    let reply = card
+        .receive(|frame| frame[12..14] == [8, 6] && frame[21] == 2)
+        .expect("an ARP reply");
+    assert_eq!((&reply[..6], &reply[22..28]), (&POD_MAC[..], &OUTSIDE_MAC[..]));
+
+    card.send(&neighbour_solicitation());
+    let advert = card.receive(|frame| frame[12..14] == [0x86, 0xdd] && frame.get(54) == Some(&136));
+    assert!(advert.is_some(), "a neighbour advertisement");
+}
+
+#[test]
+fn the_tap_goes_with_its_last_descriptor_and_the_record_gives_the_traffic_back() {
+    let cluster = cluster();
+    let path = path_of(&cluster.pod);
+    let snapshot = snapshot(&path).unwrap();
+    let record = snapshot.record();
+    let network = snapshot.attach().unwrap();
+    let tap = |cluster: &Cluster| inside(&cluster.pod, async |_| Ok(if_nametoindex("tap0_kata").is_ok()));
+    assert!(tap(&cluster));
+
+    // As `delete` does it: another process, from the state file alone, while QEMU may still be there.
+    let text = serde_json::to_string(&record).unwrap();
+    let record: Record = serde_json::from_str(&text).unwrap();
+    record.remove().unwrap();
+    record.remove().unwrap();
+    let mut card = Card::of(&network, 0);
+    card.send(&arp_request());
+    assert!(
+        card.receive(|frame| frame[12..14] == [8, 6] && frame[21] == 2)
+            .is_none(),
+        "nothing is redirected"
+    );
+
+    drop((card, network));
+    assert!(!tap(&cluster));
+    // The same pod can be attached again.
+    assert_eq!(
+        super::snapshot(&path).unwrap().attach().unwrap().taps().unwrap().len(),
+        1
+    );
+}
+
+#[test]
+fn taking_back_succeeds_when_nothing_is_left() {
+    let cluster = cluster();
+    let record = snapshot(&path_of(&cluster.pod)).unwrap().record();
+    let gone = Record {
+        netns: "/var/run/netns/no-such-namespace".into(),
+        ..record.clone()
+    };
+    gone.remove().unwrap();
+    let reused = Record {
+        netns: path_of(&cluster.node),
+        ..record.clone()
+    };
+    reused.remove().unwrap();
+    let hosts = Record {
+        netns: "/proc/self/ns/net".into(),
+        ..record
+    };
+    hosts.remove().unwrap();
+}
+
+#[test]
+fn the_hosts_namespace_is_refused_before_anything_is_looked_at() {
+    let error = snapshot(Path::new("/proc/self/ns/net")).unwrap_err();
+    assert!(matches!(error, NetError::Host(_)), "{error}");
+    // Process 1's may not even be opened from within a container.
+    let error = snapshot(Path::new("/proc/1/ns/net")).unwrap_err();
+    assert!(matches!(error, NetError::Host(_) | NetError::Open { .. }), "{error}");
+    assert!(matches!(
+        snapshot(Path::new("/etc/passwd")),
+        Err(NetError::NotANamespace(_))
+    ));
+    assert!(matches!(
+        snapshot(Path::new("/var/run/netns/none")),
+        Err(NetError::Open { .. })
+    ));
+    // A bind mount of the host's namespace has another path and the same inode.
+    let own = File::open("/proc/self/ns/net").unwrap();
+    let disguised = PathBuf::from(format!("/proc/self/fd/{}", own.as_raw_fd()));
+    assert!(matches!(snapshot(&disguised), Err(NetError::Host(_))));
+}
+
+#[test]
+fn a_pod_without_a_network_has_an_empty_snapshot() {
+    let empty = namespace();
+    let network = snapshot(&path_of(&empty)).unwrap().attach().unwrap();
+    assert!(network.interfaces().is_empty() && network.routes().is_empty() && network.taps().unwrap().is_empty());
+}
+
+#[test]
+fn an_interface_without_ethernet_frames_is_refused_by_name() {
+    use rtnetlink::packet_route::link::{LinkAttribute, LinkLayerType};
+    let mut tunnel = LinkMessage::default();
+    tunnel.header.link_layer_type = LinkLayerType::Tunnel;
+    tunnel.attributes = vec![
+        LinkAttribute::IfName("tunl0".into()),
+        LinkAttribute::Address(vec![0; 4]),
+    ];
+    let error = links::interface(&tunnel, Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("interface tunl0 is not an Ethernet device"), "{error}");
+}
+
+#[test]
+fn this_process_stays_where_it_is() {
+    let before = std::fs::read_link("/proc/self/ns/net").unwrap();
+    let cluster = cluster();
+    snapshot(&path_of(&cluster.pod)).unwrap().attach().unwrap();
+    assert_eq!(std::fs::read_link("/proc/thread-self/ns/net").unwrap(), before);
+    // A thread that is in another namespace can tell.
+    let fd: BorrowedFd<'_> = cluster.pod.as_fd();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            setns(fd, CloneFlags::CLONE_NEWNET).unwrap();
+            assert_ne!(std::fs::read_link("/proc/thread-self/ns/net").unwrap(), before);
+        });
+    });
+}
