@@ -17,8 +17,8 @@ later=(
 )
 
 meta=linux-image-cloud-amd64
-package=$(apt-cache depends $meta 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-[ -n "$package" ] || { echo "fetch-debian-kernel: apt does not know $meta; run apt-get update (Debian only)" >&2; exit 1; }
+package=$(apt-cache depends $meta 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p')
+[ -n "$package" ] || { echo "fetch-debian-kernel: apt knows no $meta; this needs Debian, and its package lists (apt-get update)" >&2; exit 1; }
 version=$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p')
 release=${package#linux-image-}
 
@@ -55,7 +55,9 @@ with_dependencies() {
 pick() { for module; do with_dependencies "$module"; done | awk '!seen[$0]++'; }
 
 fetch() {
-  apt-get download "$package=$version"
+  # Lists older than the archive name a version that is no longer there.
+  apt-get -o APT::Sandbox::User=root download "$package=$version" ||
+    { apt-get update && apt-get -o APT::Sandbox::User=root download "$package"; }
   dpkg-deb -x ./*.deb package
   mkdir out
   extract_vmlinux "package/boot/vmlinuz-$release" >out/vmlinux

@@ -1,0 +1,114 @@
+# `make` lists the targets. Expensive results are kept in $(SANDPOD_CACHE), named by the hash of their inputs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.SILENT:
+MAKEFLAGS += --no-print-directory
+
+VERSION := $(shell sed -n '/^\[workspace.package\]/,/^$$/s/^version = "\(.*\)"/\1/p' Cargo.toml)
+PREFIX ?= /usr/local
+RELEASE := $(CURDIR)/target/x86_64-unknown-linux-gnu/release
+TOOLS := $(CURDIR)/target/tools
+
+# Where tests, demo and benchmark find what they run.
+export SANDPOD_CACHE ?= /var/cache/sandpod
+export SANDPOD_BIN := $(RELEASE)
+export SANDPOD_GUEST_OWN := $(CURDIR)/target/guest/own
+export SANDPOD_GUEST_DEBIAN := $(CURDIR)/target/guest/debian
+export SANDPOD_PEERS := $(TOOLS)/peers
+export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
+export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
+export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
+
+.PHONY: help demo test bench lint build guest guest-own guest-debian install clean
+.PHONY: programs test-programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test
+
+help: ## list the targets
+	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: deps-demo ## run a pod in a virtual machine and show that it is one; installs and builds what it needs (cold: under 10 minutes)
+	$(MAKE) -j2 programs virtiofsd crictl debian-kernel
+	$(MAKE) guest-debian
+	$(RELEASE)/demo
+
+test: deps-test ## every test and every lint (cold: under 25 minutes)
+	$(MAKE) -j2 kernel test-programs virtiofsd peers debian-kernel lint
+	$(MAKE) guest
+	echo 'tests: running, usually 5 minutes'
+	cargo test --release --workspace --quiet
+
+bench: deps-test ## measure pod start, memory, exec and file sharing
+	$(MAKE) -j2 kernel programs virtiofsd peers
+	$(MAKE) guest-own
+	$(RELEASE)/bench
+
+lint: ## formatting, clippy and documentation, warnings denied
+	echo 'lint: rustfmt, clippy and rustdoc, usually 2 minutes the first time'
+	cargo fmt --all --check
+	cargo clippy --quiet --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --release --workspace --no-deps
+
+build: deps-test ## our programs, virtiofsd and both guest images
+	$(MAKE) -j2 kernel programs virtiofsd debian-kernel
+	$(MAKE) guest
+
+guest: guest-own guest-debian ## the guest images target/guest/own and target/guest/debian
+
+install: ## put a finished build under $(DESTDIR): shim and kata-ctl in $(PREFIX)/bin, the rest in /opt/sandpod
+	for built in $(RELEASE)/{containerd-shim-kata-v2,kata-ctl} $(SANDPOD_GUEST_OWN)/{vmlinux,initrd} $(SANDPOD_VIRTIOFSD); do
+	  [ -f "$$built" ] || { echo "install: $$built is not built; run make build first" >&2; exit 1; }
+	done
+	# A new version never touches the files of the running one: only the link moves, in one step.
+	version='$(DESTDIR)/opt/sandpod/versions/$(VERSION)'
+	install -D -t '$(DESTDIR)$(PREFIX)/bin' $(RELEASE)/{containerd-shim-kata-v2,kata-ctl}
+	install -D -t "$$version" $(SANDPOD_VIRTIOFSD)
+	install -D -m 644 -t "$$version" $(SANDPOD_GUEST_OWN)/{vmlinux,initrd,manifest.json} deploy/configuration.toml
+	ln -sfnT 'versions/$(VERSION)' '$(DESTDIR)/opt/sandpod/.current'
+	mv -T '$(DESTDIR)/opt/sandpod/.current' '$(DESTDIR)/opt/sandpod/current'
+
+clean: ## remove what was built here (not $(SANDPOD_CACHE))
+	cargo clean --quiet
+
+# The steps. Each says what it does when there is something to do.
+
+deps-demo:
+	deploy/deps.sh build run peers
+
+deps-test:
+	deploy/deps.sh build kernel run test peers
+
+programs: ## the shim, the agent, kata-ctl and the tests' programs
+	echo 'programs: compiling, usually 3 minutes the first time'
+	cargo build --quiet --release -p agent -p shim -p tests --bins
+
+test-programs: programs
+	echo 'test-programs: compiling, usually 2 minutes the first time'
+	cargo test --quiet --release --workspace --no-run
+
+kernel: ## our own guest kernel
+	deploy/guest/build-kernel.sh >/dev/null
+
+debian-kernel:
+	deploy/guest/fetch-debian-kernel.sh >/dev/null
+
+guest-own: programs
+	deploy/guest/build-image.sh own $(RELEASE)/kata-agent $(SANDPOD_GUEST_OWN)
+
+guest-debian: programs
+	deploy/guest/build-image.sh debian $(RELEASE)/kata-agent $(SANDPOD_GUEST_DEBIAN)
+
+virtiofsd: ## the file server between node and guests
+	mkdir -p $(TOOLS)
+	program=$$(deploy/build-virtiofsd.sh)
+	ln -sfn "$$program" $(SANDPOD_VIRTIOFSD)
+
+peers: ## the real containerd and CRI tools that the tests run against
+	mkdir -p $(TOOLS)
+	bin=$$(tests/peers/build.sh)
+	ln -sfnT "$$bin" $(SANDPOD_PEERS)
+
+crictl:
+	mkdir -p $(TOOLS)
+	bin=$$(tests/peers/build.sh cri-tools)
+	ln -sfnT "$$bin" $(SANDPOD_PEERS)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds virtiofsd, the file server between a node and its pods' virtual machines; prints the program's path.
+# Static like our own programs, so that a node needs none of this machine's libraries.
+set -euo pipefail
+cache=${SANDPOD_CACHE:-/var/cache/sandpod}
+version=1.14.0
+target=x86_64-unknown-linux-gnu
+flags='-C target-feature=+crt-static'
+key=$( { echo "$version $flags"; rustc --version; dpkg-query -W libseccomp-dev libcap-ng-dev libc6-dev; } | sha256sum | cut -c1-16)
+out=$cache/virtiofsd-$version-$key
+mkdir -p "$cache"
+exec 9>"$cache/virtiofsd.lock"
+flock 9
+if [ ! -x "$out/bin/virtiofsd" ]; then
+  log=$cache/virtiofsd-build.log
+  work=$(mktemp -d "$cache/virtiofsd-build.XXXXXX")
+  trap 'rm -rf "$work"; [ -d "$out" ] || echo "build-virtiofsd: failed; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
+  echo "virtiofsd: building $version, usually 2 minutes on two cores (log: $log)" >&2
+  # Not in the checkout: its cargo configuration is for our own programs.
+  (
+    cd "$work"
+    RUSTFLAGS=$flags LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu CARGO_TARGET_DIR=$work/target \
+      cargo install --locked --quiet --target $target --version "=$version" --root "$work/out" virtiofsd
+    mv -T out "$out"
+  ) >"$log" 2>&1 9>&-
+fi
+echo "$out/bin/virtiofsd"
