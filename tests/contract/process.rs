@@ -1,0 +1,80 @@
+//! What a shim has running on the node, and its sudden end.
+
+use std::{path::Path, time::Duration};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tests::{
+    failure::{Failure, Result, Trying},
+    procs::{self, Process},
+    wait::Bell,
+};
+
+use crate::crio::{Crio, Runtime};
+
+/// The processes below or beside a shim, by what they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The daemon that serves the task API.
+    Shim,
+    /// The virtual machine.
+    Vm,
+    /// The file system server.
+    FileServer,
+}
+
+impl Kind {
+    fn is(self, process: &Process, crio: &Crio<'_>) -> bool {
+        match self {
+            // The short-lived actions have other words at their end.
+            Kind::Shim => process.program() == crio.basename() && !process.arguments.iter().any(|word| word == "start" || word == "delete"),
+            Kind::Vm => process.program().starts_with("qemu-system-"),
+            Kind::FileServer => process.program() == "virtiofsd",
+        }
+    }
+}
+
+/// Those of this kind that run on the node.
+pub fn running(kind: Kind, crio: &Crio<'_>) -> Vec<i32> {
+    procs::all().iter().filter(|process| kind.is(process, crio)).map(|process| process.pid).collect()
+}
+
+/// The only one of this kind.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn only(kind: Kind, crio: &Crio<'_>) -> Result<i32> {
+    match running(kind, crio)[..] {
+        [pid] => Ok(pid),
+        ref others => Err(Failure::Claim(format!("expected one process ({kind:?}), found {others:?}"))),
+    }
+}
+
+/// Everything of the runtime that is a virtual machine's.
+pub fn of_the_vm(crio: &Crio<'_>) -> Vec<i32> {
+    match crio.runtime {
+        Runtime::Reference => Vec::new(),
+        Runtime::Sandpod => [Kind::Vm, Kind::FileServer].iter().flat_map(|kind| running(*kind, crio)).collect(),
+    }
+}
+
+/// Kills a process as the OOM killer would.
+///
+/// # Errors
+/// When it is gone already.
+pub fn murder(pid: i32) -> Result {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).trying(format!("killing process {pid}"))
+}
+
+/// Waits until none of these processes is left.
+///
+/// # Errors
+/// When one is.
+pub fn gone(what: &str, pids: &[i32], deadline: Duration) -> Result {
+    Bell::default().until(&format!("the end of {what}"), deadline, || {
+        let left: Vec<_> = pids.iter().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect();
+        if left.is_empty() { Ok(()) } else { Err(format!("processes {left:?}")) }
+    })
+}

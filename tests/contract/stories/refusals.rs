@@ -1,0 +1,82 @@
+//! What must fail, with a sentence and without a trace.
+
+use std::time::Duration;
+
+use tests::{
+    config::Guest,
+    failure::{Result, claim, contains, same},
+};
+
+use super::{BOTH, OURS, Told};
+use crate::{
+    bundle::Wanted,
+    crio::{Crio, Runtime},
+    pod::{Place, Pod, PodWanted},
+    process,
+    task::BOOT,
+};
+
+/// This module's stories.
+pub const TOLD: Told = &[
+    (OURS, "a_pod_on_the_hosts_network_is_refused", host_network),
+    (OURS, "an_unknown_key_of_the_configuration_is_named", unknown_key),
+    (OURS, "a_kernel_that_is_not_there_is_named", no_kernel),
+    (OURS, "a_container_of_an_unknown_sandbox_is_refused", unknown_sandbox),
+    (BOTH, "a_second_create_of_the_same_container_is_refused", second_create),
+];
+
+/// How soon a shim whose sandbox was refused must be gone: nobody will ask it for anything again.
+const SOON: Duration = Duration::from_secs(5);
+
+/// Creates a sandbox that must be refused, lets go of it as CRI-O does, and returns the sentence.
+fn refused(crio: &Crio<'_>, wanted: &PodWanted) -> Result<String> {
+    let before = crio.node.census();
+    let mut place = Place::make(crio, wanted)?;
+    let sandbox = place.prepare(crio)?;
+    let refusal = sandbox.begin_create()?.refused(BOOT)?;
+    same("virtual machines of a refused sandbox", process::of_the_vm(crio), Vec::<i32>::new())?;
+    place.release()?;
+    place.remove()?;
+    sandbox.discard()?;
+    // CRI-O sends neither Delete nor Shutdown for a sandbox whose Create failed.
+    crio.node.as_before(&before, SOON)?;
+    let sentence = refusal.message;
+    claim(sentence.contains(' ') && !sentence.contains('\n'), format!("{sentence:?} is no sentence"))?;
+    Ok(sentence)
+}
+
+fn host_network(crio: &Crio<'_>) -> Result {
+    let sentence = refused(crio, &PodWanted { host_network: true, ..PodWanted::default() })?;
+    contains("the refusal", &sentence.to_lowercase(), "network")?;
+    contains("the refusal", &sentence.to_lowercase(), "host")
+}
+
+fn unknown_key(crio: &Crio<'_>) -> Result {
+    let text = format!("{}enable_teleportation = true\n", Guest::Own.configuration()?);
+    let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)?;
+    contains("the refusal", &refused(&crio, &PodWanted::default())?, "enable_teleportation")
+}
+
+fn no_kernel(crio: &Crio<'_>) -> Result {
+    let text = Guest::Own.configuration()?;
+    let moved: String = text.lines().map(|line| if line.starts_with("kernel = ") { "kernel = \"/no/such/vmlinux\"\n".into() } else { format!("{line}\n") }).collect();
+    let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&moved)?;
+    contains("the refusal", &refused(&crio, &PodWanted::default())?, "/no/such/vmlinux")
+}
+
+/// CRI-O's memory of a pod whose shim is gone: the container's `start` has nowhere to go, and must not make a machine of its own.
+fn unknown_sandbox(crio: &Crio<'_>) -> Result {
+    let place = Place::make(crio, &PodWanted::default())?;
+    let failure = place.prepare_container(crio, &Wanted::idle()).err().map(|failure| failure.to_string());
+    contains("the failure of `start`", &failure.unwrap_or_default(), &place.facts.id)?;
+    same("virtual machines", process::of_the_vm(crio), Vec::<i32>::new())?;
+    place.remove()
+}
+
+fn second_create(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let container = pod.idle()?;
+    container.begin_create()?.refused(BOOT)?;
+    same("the container's word", container.shell("echo here")?, "here")?;
+    pod.end([container])
+}
