@@ -19,7 +19,7 @@ use nix::net::if_::if_nametoindex;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// An interface of the pod.

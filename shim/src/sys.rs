@@ -4,7 +4,7 @@
 use nix::libc;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 nix::ioctl_write_ptr_bad!(
     /// Source: linux/if_tun.h.
@@ -34,4 +34,62 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, and the kernel reads and writes one `ifreq`, which outlives the call.
     unsafe { tunsetiff(tun.as_raw_fd(), &raw mut request) }?;
     Ok(tun.into())
+}
+
+nix::ioctl_read_bad!(
+    /// Source: ioctl_pipe(2).
+    fionread,
+    libc::FIONREAD,
+    libc::c_int
+);
+
+/// Bytes in a pipe that nobody has read yet.
+///
+/// # Errors
+/// Not a pipe.
+pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes = 0;
+    // SAFETY: the descriptor is open, and the kernel writes one `int`, which outlives the call.
+    unsafe { fionread(pipe.as_raw_fd(), &raw mut bytes) }?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// A descriptor that means this process for ever; `None` when it is gone. Source: pidfd_open(2).
+///
+/// # Errors
+/// Too many open files.
+pub fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: the call takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match nix::Error::result(fd) {
+        Ok(fd) => {
+            let fd = i32::try_from(fd).map_err(io::Error::other)?;
+            // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+            Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
+        }
+        Err(nix::Error::ESRCH) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Kills the process behind a pidfd; succeeds when it is gone. Source: pidfd_send_signal(2).
+///
+/// # Errors
+/// No right to.
+pub fn pidfd_kill(process: &OwnedFd) -> io::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the descriptor is open, and a null `siginfo_t` is what kill(2) does.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            libc::SIGKILL,
+            no_info,
+            0,
+        )
+    };
+    match nix::Error::result(sent) {
+        Ok(_) | Err(nix::Error::ESRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }

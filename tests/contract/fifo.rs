@@ -17,7 +17,7 @@ use nix::{
     fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::stat::Mode,
-    unistd::{mkfifo, pipe},
+    unistd::{mkfifo, pipe2},
 };
 use tests::{
     failure::{Failure, Result, Trying},
@@ -80,7 +80,8 @@ impl Reader {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let opening = || format!("opening the fifo {}", path.display());
         let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).trying(opening())?;
-        let (stopped, stop) = pipe().trying(opening())?;
+        // Not for children: a shim that inherits the other end would keep the thread for ever.
+        let (stopped, stop) = pipe2(OFlag::O_CLOEXEC).trying(opening())?;
         let seen = Arc::<Seen>::default();
         let shared = Arc::clone(&seen);
         let thread = thread::spawn(move || follow(file, &stopped, &shared));

@@ -13,7 +13,11 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
     time::Duration,
 };
 
@@ -43,6 +47,9 @@ const PREFIX: &str = "sandpod-contract-";
 
 /// How long what nobody waits for may outlive a pod's removal.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// Longer than any story may take.
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// Folders that CRI-O, the runtimes and iproute2 make once per node and keep.
 const KEPT: &[&str] = &[
@@ -266,9 +273,7 @@ impl Node {
         let before = self.census();
         let mounts = mounts();
         let crio = Crio::new(self, story.runtime)?;
-        let told = catch_unwind(AssertUnwindSafe(|| (story.play)(&crio)))
-            .unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())))
-            .and_then(|()| self.as_before(&before, SETTLE));
+        let told = watched(story, || (story.play)(&crio)).and_then(|()| self.as_before(&before, SETTLE));
         let told = told.map_err(|failure| Failure::Claim(format!("{failure}{}", crio.log())));
         drop(crio);
         self.reset(&mounts)?;
@@ -306,6 +311,22 @@ impl Node {
             devices => Err(format!("{devices:?}")),
         })
     }
+}
+
+/// Tells a story. Every wait in it has a deadline; should one of them be forgotten, this one ends the program, and the node with it.
+fn watched(story: &Story, play: impl FnOnce() -> Result) -> Result {
+    let (end, ended) = mpsc::channel::<()>();
+    let name = story.name();
+    let watch = thread::spawn(move || {
+        if ended.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("contract: {name} is not over after {LONGEST:?}");
+            std::process::exit(1);
+        }
+    });
+    let told = catch_unwind(AssertUnwindSafe(play)).unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())));
+    drop(end);
+    drop(watch.join());
+    told
 }
 
 /// Makes a cgroup in every hierarchy, ready to take processes, as kubelet does for a pod.

@@ -81,7 +81,7 @@ pub fn trial(name: String, stage: &Arc<Stage>, story: impl FnOnce(&Node) -> Resu
 pub fn perform(trials: Vec<Trial>, stages: &[Arc<Stage>]) -> ! {
     let mut arguments = libtest_mimic::Arguments::from_args();
     // One story at a time on each node.
-    arguments.test_threads = Some(arguments.test_threads.unwrap_or(stages.len()).min(stages.len()));
+    arguments.test_threads = arguments.test_threads.or(Some(stages.len()));
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut clean = true;
     for stage in stages {

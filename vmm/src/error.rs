@@ -1,24 +1,100 @@
-//! Errors.
-use crate::spec::SpecError;
+//! What can go wrong with a VM.
 
-/// Why a VM could not be started or changed.
+use std::{io, path::PathBuf, time::Duration};
+
+use crate::{kvm::KvmError, process::ExitReason, qmp::QmpError, spec::SpecError};
+
+/// Why a VM could not be started, reached or resized.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// The description contradicts itself.
-    #[error(transparent)]
+    #[error("the VM's description is invalid: {0}")]
     Spec(#[from] SpecError),
-    /// No KVM.
+    /// The node cannot run VMs.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// Not there yet.
-    #[error("this part of the VM is not built yet")]
-    Unready,
+    /// The files handed over do not fit the description.
+    #[error("the VM has {devices} {device} devices but got {files} open files for them")]
+    Files {
+        /// Kind of device.
+        device: &'static str,
+        /// How many the description has.
+        devices: usize,
+        /// How many files came.
+        files: usize,
+    },
+    /// The kernel, the initrd or a device file cannot be opened.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A program cannot be started.
+    #[error("cannot start {}: {source}", program.display())]
+    Spawn {
+        /// Which program.
+        program: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A program ended before it was ready.
+    #[error("{program} {reason} before it was ready; it said: {log}")]
+    Died {
+        /// Which program.
+        program: &'static str,
+        /// How it ended.
+        reason: ExitReason,
+        /// The end of its log.
+        log: String,
+    },
+    /// A system call failed on the way.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was being done.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// QEMU refused a command or cannot be talked to.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The virtio-serial port carries one stream for the VM's life.
+    #[error("the stream to the agent has been taken already")]
+    StreamTaken,
+    /// Nobody listens in the guest.
+    #[error("the agent could not be reached within {0:?}")]
+    Unreachable(Duration),
+    /// More memory than the VM was described with.
+    #[error("{asked_mib} MiB of memory are not within {boot_mib} MiB (at boot) and {max_mib} MiB (at most)")]
+    MemoryRange {
+        /// What was asked for.
+        asked_mib: u64,
+        /// What the VM booted with.
+        boot_mib: u64,
+        /// The most it can have.
+        max_mib: u64,
+    },
+    /// More vCPUs than the VM was described with.
+    #[error("{asked} vCPUs are more than the {max} that this VM can have")]
+    TooManyVcpus {
+        /// What was asked for.
+        asked: u32,
+        /// The most it can have.
+        max: u32,
+    },
+    /// Every slot for memory modules is taken.
+    #[error("all {0} slots for memory modules are taken")]
+    NoSlot(u32),
 }
 
-/// Why KVM cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum KvmError {
-    /// Not there yet.
-    #[error("the KVM check is not built yet")]
-    Unready,
+impl VmError {
+    /// Names what was being done when a system call failed.
+    pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> VmError {
+        move |source| VmError::System {
+            action,
+            source: source.into(),
+        }
+    }
 }

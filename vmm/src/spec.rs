@@ -89,7 +89,11 @@ pub enum Channel {
 impl Channel {
     /// [`Channel::VhostVsock`] where the host has `/dev/vhost-vsock`, else [`Channel::VirtioSerial`].
     pub fn for_host() -> Channel {
-        if Path::new("/dev/vhost-vsock").exists() { Channel::VhostVsock } else { Channel::VirtioSerial }
+        if Path::new("/dev/vhost-vsock").exists() {
+            Channel::VhostVsock
+        } else {
+            Channel::VirtioSerial
+        }
     }
 }
 
@@ -126,7 +130,9 @@ pub enum SpecError {
         max: u32,
     },
     /// Memory sizes contradict each other.
-    #[error("{boot_mib} MiB of memory at boot and at most {max_mib} MiB are not even numbers within 64 <= boot <= max <= 16 TiB")]
+    #[error(
+        "{boot_mib} MiB of memory at boot and at most {max_mib} MiB are not even numbers within 64 <= boot <= max <= 16 TiB"
+    )]
     Memory {
         /// MiB at boot.
         boot_mib: u64,
@@ -197,7 +203,11 @@ impl VmSpec {
 
 impl Memory {
     fn validate(&self) -> Result<(), SpecError> {
-        let Memory { boot_mib, max_mib, plug } = *self;
+        let Memory {
+            boot_mib,
+            max_mib,
+            plug,
+        } = *self;
         let even = boot_mib % 2 == 0 && max_mib % 2 == 0;
         if !even || boot_mib < 64 || boot_mib > max_mib || max_mib > MAX_MEMORY_MIB {
             return Err(SpecError::Memory { boot_mib, max_mib });
@@ -242,5 +252,8 @@ fn parse_octet(text: &str) -> Option<u8> {
 
 /// Names that go into QEMU's comma-separated options unquoted.
 fn is_plain(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    !name.is_empty()
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }

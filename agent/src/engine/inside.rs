@@ -112,15 +112,20 @@ fn make_directory(root: &OwnedFd, parent: &Path, name: &OsStr) -> nix::Result<()
     mkdirat(&parent, name, Mode::from_bits_truncate(0o755))
 }
 
-/// Says what is wrong with a working directory, if anything is.
-pub(super) fn cwd_problem(root: &Path, cwd: &Path) -> Option<String> {
-    let open = || open_in(&open_root(root)?, cwd, OFlag::O_PATH | OFlag::O_DIRECTORY);
-    let errno = open().err()?;
-    Some(format!(
-        "cannot change to the working directory {:?}: {}",
-        cwd.display(),
-        errno.desc().to_lowercase()
-    ))
+/// Names the working directory in an error that came from changing to it, which libcontainer does not.
+pub(super) fn name_cwd(error: String, cwd: &Path) -> String {
+    if !error.contains("failed to chdir") {
+        return error;
+    }
+    let errno = error.rsplit(|c: char| !c.is_ascii_alphanumeric()).find(|word| word.starts_with('E'));
+    let text = match errno {
+        Some("ENOENT") => "no such file or directory",
+        Some("ENOTDIR") => "not a directory",
+        Some("EACCES") => "permission denied",
+        Some(other) => other,
+        None => "unknown error",
+    };
+    format!("cannot change to the working directory {:?}: {text}", cwd.display())
 }
 
 #[cfg(test)]

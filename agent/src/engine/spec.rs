@@ -189,11 +189,19 @@ pub(super) fn complete_resources(resources: &mut LinuxResources) {
     }
 }
 
-/// Drops the limit of swap where the kernel has none: there is nothing to limit, and the write would fail.
-pub(super) fn drop_swap(resources: &mut LinuxResources) {
-    if let Some(mut memory) = *resources.memory() {
+/// Makes the limit of swap one that libcontainer applies.
+///
+/// Without swap in the kernel there is nothing to limit, and the write would fail. With a limit of memory and swap
+/// that leaves no swap (what the kubelet sends) libcontainer would write nothing, which allows any amount.
+pub(super) fn limit_swap(resources: &mut LinuxResources, kernel_has_swap: bool) {
+    let Some(mut memory) = *resources.memory() else { return };
+    if !kernel_has_swap {
         memory.set_swap(None);
         resources.set_memory(Some(memory));
+    } else if memory.swap().is_some_and(|swap| swap > 0 && memory.limit() == Some(swap)) {
+        let mut unified = resources.unified().clone().unwrap_or_default();
+        unified.entry("memory.swap.max".to_owned()).or_insert_with(|| "0".to_owned());
+        resources.set_unified(Some(unified));
     }
 }
 

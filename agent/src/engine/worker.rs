@@ -22,7 +22,8 @@ use libcontainer::{
     notify_socket::NotifyListener,
     process::{
         args::{ContainerArgs, ContainerType},
-        container_main_process::container_main_process,
+        channel::ChannelError,
+        container_main_process::{ProcessError, container_main_process},
     },
     syscall::syscall::SyscallType,
     user_ns::UserNamespaceConfig,
@@ -32,7 +33,7 @@ use nix::{
     sys::resource::{Resource, getrlimit},
     unistd::{Uid, fchown, pipe2},
 };
-use oci_spec::runtime::{Box as Size, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Box as Size, Linux, LinuxResources, Process, Spec};
 
 use super::{
     Stdio, cgroup,
@@ -52,10 +53,11 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
     inside::ensure_cwd(&root, &spec, process.cwd());
     prepare(&mut process, &root)?;
     spec.set_process(Some(process));
-    if let Some(resources) = spec.linux_mut().as_mut().and_then(|l| l.resources_mut().as_mut())
-        && !cgroup::has_swap()
-    {
-        edit::drop_swap(resources);
+    if let Some(linux) = spec.linux_mut() {
+        check_sysctls(linux)?;
+        if let Some(resources) = linux.resources_mut() {
+            edit::limit_swap(resources, cgroup::has_swap());
+        }
     }
     let path = cgroup_of(&spec)?;
     let launch = Launch {
@@ -76,9 +78,11 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
         }
         Err(error) => {
             // libcontainer leaves what it had made when a step fails; the first error is the one to tell.
-            let _ = cgroup::remove(&cgroup::folder(&path));
+            if cgroup::remove(&cgroup::folder(&path)).is_ok() {
+                reap();
+            }
             let _ = fs::remove_file(notify);
-            Err(error)
+            Err(error.text)
         }
     }
 }
@@ -88,7 +92,6 @@ pub(super) fn exec(id: &str, container: &Spec, process: Process, init: i32, noti
     let root = PathBuf::from(format!("/proc/{init}/root"));
     let mut spec = edit::for_exec(container, process, init).map_err(|e| e.to_string())?;
     let mut process = spec.process().clone().ok_or("the specification has no process")?;
-    let cwd = process.cwd().clone();
     prepare(&mut process, &root)?;
     spec.set_process(Some(process));
     let path = cgroup_of(&spec)?;
@@ -103,26 +106,27 @@ pub(super) fn exec(id: &str, container: &Spec, process: Process, init: i32, noti
     let launched = launch.run(spec, stdio);
     let started = launched.and_then(|launched| {
         start(notify)?;
-        let problem = read_status(launched.status)?;
-        if problem.is_empty() {
-            Ok((launched.pid, launched.pty))
-        } else {
-            Err(problem)
+        match read_status(launched.status)? {
+            problem if problem.is_empty() => Ok((launched.pid, launched.pty)),
+            problem => Err(Failure { text: problem, ends: true }),
         }
     });
     let _ = fs::remove_file(notify);
     match started {
         Ok((pid, pty)) => Ok((Answer::Started { pid }, pty.into_iter().collect())),
-        Err(error) => Err(inside::cwd_problem(&root, &cwd).unwrap_or(error)),
+        Err(failure) => {
+            if failure.ends {
+                reap();
+            }
+            Err(failure.text)
+        }
     }
 }
 
 /// Applies new limits to a container's cgroup.
 pub(super) fn update(id: &str, container: &Spec, mut resources: LinuxResources) -> Outcome {
     edit::complete_resources(&mut resources);
-    if !cgroup::has_swap() {
-        edit::drop_swap(&mut resources);
-    }
+    edit::limit_swap(&mut resources, cgroup::has_swap());
     let config = cgroup_config(id, cgroup_of(container)?);
     let manager = create_cgroup_manager(config).map_err(|e| e.to_string())?;
     let options = ControllerOpt {
@@ -169,8 +173,26 @@ struct Launched {
     pty: Option<OwnedFd>,
 }
 
+struct Failure {
+    text: String,
+    /// The processes that were made end by themselves.
+    ends: bool,
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Failure {
+        Failure { text, ends: false }
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(text: &str) -> Failure {
+        Failure::from(text.to_owned())
+    }
+}
+
 impl Launch<'_> {
-    fn run(self, spec: Spec, stdio: Stdio) -> Result<Launched, String> {
+    fn run(self, spec: Spec, stdio: Stdio) -> Result<Launched, Failure> {
         let process = spec.process().as_ref().ok_or("the specification has no process")?;
         let console_size = process.console_size();
         let linux = spec.linux().as_ref();
@@ -211,12 +233,17 @@ impl Launch<'_> {
             pid_file: None,
             spec: Rc::new(spec),
         };
+        let cwd = args.spec.process().as_ref().map(|p| p.cwd().clone()).unwrap_or_default();
         let trace = Trace::new().map_err(|e| format!("making a pipe: {e}"))?;
         let made = trace.record(|| container_main_process(&args));
         drop(args); // and with it this process's end of the status pipe
         let pid = match made {
             Ok(pid) => pid.as_raw(),
-            Err(error) => return Err(explain(&chain(&error), status, &trace)),
+            Err(error) => {
+                let text = inside::name_cwd(explain(&chain(&error), &status, &trace), &cwd);
+                let ends = matches!(error, ProcessError::Channel(ChannelError::ExecError(_)));
+                return Err(Failure { text, ends });
+            }
         };
         let pty = if terminal {
             Some(receive_terminal(&console.0, console_size, uid)?)
@@ -228,12 +255,22 @@ impl Launch<'_> {
 }
 
 /// Prefers what the program's last step said, then libcontainer's first complaint, to its generic error.
-fn explain(error: &str, status: OwnedFd, trace: &Trace) -> String {
-    match read_status(status) {
-        Ok(text) if !text.is_empty() => text,
-        _ => trace
-            .first()
-            .map_or_else(|| error.to_owned(), |cause| format!("{error}: {cause}")),
+fn explain(error: &str, status: &OwnedFd, trace: &Trace) -> String {
+    // Without waiting: a process that did not fail itself may still live, and hold its end.
+    let flags = nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+    let mut text = [0; 4096];
+    match nix::fcntl::fcntl(status, flags).and_then(|_| nix::unistd::read(status, &mut text)) {
+        Ok(n) if n > 0 => String::from_utf8_lossy(&text[..n]).into_owned(),
+        _ => trace.first().map_or_else(|| error.to_owned(), |cause| format!("{error}: {cause}")),
+    }
+}
+
+/// Names a sysctl that does not exist, which libcontainer would not. All are allowed: the kernel is the pod's own.
+fn check_sysctls(linux: &Linux) -> Result<(), String> {
+    let mut names = linux.sysctl().iter().flat_map(|sysctls| sysctls.keys());
+    match names.find(|name| !Path::new("/proc/sys").join(name.replace('.', "/")).exists()) {
+        Some(name) => Err(format!("the guest's kernel has no sysctl {name}")),
+        None => Ok(()),
     }
 }
 
@@ -294,6 +331,11 @@ fn own(fd: &OwnedFd, uid: u32) -> Result<(), String> {
 fn null(flags: OFlag) -> Result<OwnedFd, String> {
     nix::fcntl::open("/dev/null", flags | OFlag::O_CLOEXEC, nix::sys::stat::Mode::empty())
         .map_err(|e| format!("opening /dev/null: {}", e.desc()))
+}
+
+/// Waits for all children, so that a failure leaves not even a zombie. All must be about to end.
+fn reap() {
+    while nix::sys::wait::wait().is_ok() {}
 }
 
 /// Lets a process go that waits on `notify`.

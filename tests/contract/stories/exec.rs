@@ -5,7 +5,7 @@ use std::time::Duration;
 use containerd_shim_protos::api::Status;
 use tests::failure::{Result, claim, contains, same};
 
-use super::{BOTH, Told};
+use super::{BOTH, OURS, Told};
 use crate::{
     bundle::Wanted,
     crio::{Crio, Runtime},
@@ -20,11 +20,15 @@ pub const TOLD: Told = &[
     (BOTH, "an_exec_with_a_terminal_follows_its_size", terminal),
     (BOTH, "an_exec_reads_its_input_to_the_end_that_closeio_makes", input),
     (BOTH, "an_exec_whose_time_is_up_is_killed_alone", timeout),
+    (OURS, "an_exec_whose_time_is_up_takes_its_children_along", timeout_of_a_group),
     (BOTH, "an_exec_of_nothing_fails_and_harms_nobody", nothing),
     (BOTH, "exit_codes_of_execs_are_theirs", codes),
     (BOTH, "many_execs_at_once_keep_their_output_apart", many),
     (BOTH, "an_exec_ends_while_its_child_keeps_the_output_open", orphan),
 ];
+
+/// How soon an exec must end that a signal ends, whatever its children do.
+const SOON: Duration = Duration::from_secs(10);
 
 /// More than a pipe holds, and not a multiple of anything.
 const MUCH: usize = 300_001;
@@ -103,12 +107,24 @@ fn input(crio: &Crio<'_>) -> Result {
 fn timeout(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
     let container = pod.idle()?;
-    let exec = container.begin_exec(&["sh", "-c", "trap '' TERM INT; echo begun; while :; do sleep 1000; done"], false, false)?;
+    let exec = container.begin_exec(&["sh", "-c", "trap '' TERM INT; echo begun; exec sleep 1000"], false, false)?;
     exec.streams.stdout.line("begun", ORDINARY)?;
     let done = exec.time_out()?;
     same("the exit code of a killed exec", done.code, 137)?;
     container.is(Status::RUNNING)?;
     same("the container's word", container.shell("echo here")?, "here")?;
+    pod.end([container])
+}
+
+/// critest looks for the command in the list of processes after ExecSync's time was up.
+fn timeout_of_a_group(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let container = pod.idle()?;
+    let exec = container.begin_exec(&["sh", "-c", "sleep 4321 & echo begun; sleep 4321; true"], false, false)?;
+    exec.streams.stdout.line("begun", ORDINARY)?;
+    same("the exit code of a killed exec", exec.time_out()?.code, 137)?;
+    let processes = container.shell("ps")?;
+    claim(!processes.contains("sleep 4321"), format!("the children of a killed exec live on: {processes}"))?;
     pod.end([container])
 }
 
@@ -158,7 +174,7 @@ fn orphan(crio: &Crio<'_>) -> Result {
     let exec = container.begin_exec(&["sh", "-c", "sleep 1000 & echo parent done; exit 4"], false, false)?;
     exec.streams.stdout.line("parent done", ORDINARY)?;
     if crio.runtime == Runtime::Sandpod {
-        let done = exec.finish(Duration::from_secs(10))?;
+        let done = exec.finish(SOON)?;
         same("the exit code", done.code, 4)?;
         claim(container.shell("ps")?.contains("sleep 1000"), "the daemon that the exec left was killed")?;
     } else {

@@ -1,0 +1,245 @@
+//! A typed client of the agent.
+//!
+//! Each request runs in a task of its own and carries no deadline on the wire: ttrpc closes a connection on which a
+//! frame was abandoned halfway, and a guest behind a virtio-serial port never gets a second one. So a caller may drop
+//! any of these futures; only the reply is lost.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use protobuf::well_known_types::empty::Empty;
+use tokio::io::{AsyncRead, AsyncWrite};
+use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
+
+use crate::protocol::{
+    agent::*,
+    agent_ttrpc::AgentServiceClient,
+    health::{CheckRequest, HealthCheckResponse, VersionCheckResponse},
+    health_ttrpc::HealthClient,
+    types,
+};
+
+/// How long the agent may take for a call that has an end in sight.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection to the agent. Clones share it.
+#[derive(Clone)]
+pub struct Client(Arc<Connection>);
+
+struct Connection {
+    agent: AgentServiceClient,
+    health: HealthClient,
+    patience: Duration,
+}
+
+/// Why a call failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ClientError {
+    /// The process, or what else was named, is gone.
+    #[error("the guest does not have it: {0}")]
+    NotFound(String),
+    /// The connection is closed, and with it the guest lost.
+    #[error("the connection to the guest's agent is closed")]
+    Gone,
+    /// The agent did not answer in time; it may still do what it was asked.
+    #[error("the guest's agent did not answer {0} in time")]
+    Deadline(&'static str),
+    /// The agent refused.
+    #[error("{message} ({method}, {code:?})")]
+    Rpc {
+        /// The call.
+        method: &'static str,
+        /// The agent's status.
+        code: Code,
+        /// Its reason.
+        message: String,
+    },
+}
+
+impl ClientError {
+    fn new(method: &'static str, error: ttrpc::Error) -> ClientError {
+        let status = match error {
+            ttrpc::Error::RpcStatus(status) => status,
+            ttrpc::Error::Others(text) if text.starts_with("Unpack") => ttrpc::get_status(Code::INTERNAL, text),
+            // What else ttrpc calls `Others` are its queues, which close with the connection.
+            _ => return ClientError::Gone,
+        };
+        match status.code() {
+            Code::NOT_FOUND => ClientError::NotFound(status.message),
+            Code::DEADLINE_EXCEEDED => ClientError::Deadline(method),
+            code => ClientError::Rpc {
+                method,
+                code,
+                message: status.message,
+            },
+        }
+    }
+}
+
+/// Turns a reply into what the caller sees of it: an empty message is nothing.
+trait Reply {
+    type Value;
+    fn value(self) -> Self::Value;
+}
+
+impl Reply for Empty {
+    type Value = ();
+    fn value(self) {}
+}
+
+macro_rules! replies {
+    ($($message:ty),*) => { $(
+        impl Reply for $message {
+            type Value = $message;
+            fn value(self) -> $message {
+                self
+            }
+        }
+    )* };
+}
+
+replies!(
+    GuestDetailsResponse,
+    HealthCheckResponse,
+    Interfaces,
+    Metrics,
+    OOMEvent,
+    ReadStreamResponse,
+    Routes,
+    StatsContainerResponse,
+    VersionCheckResponse,
+    WaitProcessResponse,
+    WriteStreamResponse,
+    types::Interface
+);
+
+/// Declares a method per call: name, message, reply, whether it has a deadline.
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident($request:ty) -> $value:ty, $deadline:expr;)*) => {
+        impl Client { $(
+            $(#[$doc])*
+            pub async fn $name(&self, request: $request) -> Result<$value, ClientError> {
+                let connection = Arc::clone(&self.0);
+                let deadline = $deadline.then_some(self.0.patience);
+                call(stringify!($name), deadline, async move {
+                    connection.agent.$name(Context::default(), &request).await
+                })
+                .await
+            }
+        )* }
+    };
+}
+
+calls! {
+    /// Makes the sandbox: its storages, host name and shared namespaces.
+    create_sandbox(CreateSandboxRequest) -> (), true;
+    /// Ends everything in the sandbox and writes its data out.
+    destroy_sandbox(DestroySandboxRequest) -> (), true;
+    /// Makes a container and its init process.
+    create_container(CreateContainerRequest) -> (), true;
+    /// Lets the init process run its program.
+    start_container(StartContainerRequest) -> (), true;
+    /// Removes a container with all its processes.
+    remove_container(RemoveContainerRequest) -> (), true;
+    /// Starts a further process.
+    exec_process(ExecProcessRequest) -> (), true;
+    /// Signals a process, or with SIGKILL and no exec_id all of a container.
+    signal_process(SignalProcessRequest) -> (), true;
+    /// Waits for the end of a process; no deadline.
+    wait_process(WaitProcessRequest) -> WaitProcessResponse, false;
+    /// Reads output; empty data is its end; no deadline.
+    read_stdout(ReadStreamRequest) -> ReadStreamResponse, false;
+    /// Reads output; empty data is its end; no deadline.
+    read_stderr(ReadStreamRequest) -> ReadStreamResponse, false;
+    /// Writes input, as much as the reply tells; empty data ends it; no deadline.
+    write_stdin(WriteStreamRequest) -> WriteStreamResponse, false;
+    /// Ends the input.
+    close_stdin(CloseStdinRequest) -> (), true;
+    /// Sets the size of a terminal.
+    tty_win_resize(TtyWinResizeRequest) -> (), true;
+    /// Measures a container.
+    stats_container(StatsContainerRequest) -> StatsContainerResponse, true;
+    /// Changes the limits of a container.
+    update_container(UpdateContainerRequest) -> (), true;
+    /// Freezes a container.
+    pause_container(PauseContainerRequest) -> (), true;
+    /// Thaws a container.
+    resume_container(ResumeContainerRequest) -> (), true;
+    /// Configures a network interface.
+    update_interface(UpdateInterfaceRequest) -> types::Interface, true;
+    /// Adds routes, and tells which there are.
+    update_routes(UpdateRoutesRequest) -> Routes, true;
+    /// Lists the network interfaces.
+    list_interfaces(ListInterfacesRequest) -> Interfaces, true;
+    /// Lists the routes.
+    list_routes(ListRoutesRequest) -> Routes, true;
+    /// Adds permanent neighbours.
+    add_arp_neighbors(AddARPNeighborsRequest) -> (), true;
+    /// Brings hot-plugged processors and memory into use.
+    online_cpu_mem(OnlineCPUMemRequest) -> (), true;
+    /// Waits until a container's process is killed for want of memory; no deadline.
+    get_oom_event(GetOOMEventRequest) -> OOMEvent, false;
+    /// Describes the guest and its agent.
+    get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse, true;
+    /// Mixes entropy into the guest's random number generator.
+    reseed_random_dev(ReseedRandomDevRequest) -> (), true;
+    /// Sets the guest's clock.
+    set_guest_date_time(SetGuestDateTimeRequest) -> (), true;
+    /// Metrics of guest and agent, as Prometheus text.
+    get_metrics(GetMetricsRequest) -> Metrics, true;
+}
+
+impl Client {
+    /// Speaks over one stream, for both services. Must be called in a runtime.
+    pub fn new(stream: impl AsyncRead + AsyncWrite + Send + Sync + 'static) -> Client {
+        let client = ttrpc::r#async::Client::new(Socket::new(stream));
+        Client(Arc::new(Connection {
+            agent: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client),
+            patience: PATIENCE,
+        }))
+    }
+
+    /// The same connection, with another deadline for the calls that have one; 60 s if never said.
+    pub fn with_deadline(&self, deadline: Duration) -> Client {
+        Client(Arc::new(Connection {
+            agent: self.0.agent.clone(),
+            health: self.0.health.clone(),
+            patience: deadline,
+        }))
+    }
+
+    /// Waits until the agent serves; it may be asked before its guest has booted.
+    pub async fn check(&self, deadline: Duration) -> Result<(), ClientError> {
+        let connection = Arc::clone(&self.0);
+        let reply = call("check", Some(deadline), async move {
+            connection.health.check(Context::default(), &CheckRequest::new()).await
+        });
+        reply.await.map(drop)
+    }
+
+    /// The agent's version.
+    pub async fn version(&self) -> Result<VersionCheckResponse, ClientError> {
+        let connection = Arc::clone(&self.0);
+        call("version", Some(self.0.patience), async move {
+            connection.health.version(Context::default(), &CheckRequest::new()).await
+        })
+        .await
+    }
+}
+
+async fn call<R: Reply + Send + 'static>(
+    method: &'static str,
+    deadline: Option<Duration>,
+    request: impl Future<Output = ttrpc::Result<R>> + Send + 'static,
+) -> Result<R::Value, ClientError> {
+    let reply = tokio::spawn(request);
+    let reply = match deadline {
+        Some(deadline) => tokio::time::timeout(deadline, reply)
+            .await
+            .map_err(|_| ClientError::Deadline(method))?,
+        None => reply.await,
+    };
+    // A task that did not end is one of a runtime that is ending.
+    let reply = reply.map_err(|_| ClientError::Gone)?;
+    reply.map(Reply::value).map_err(|error| ClientError::new(method, error))
+}

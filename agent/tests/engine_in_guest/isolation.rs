@@ -1,0 +1,245 @@
+//! What a container may not do or see.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::{
+    case,
+    guest::{Case, Guest},
+    spec::{base, idle, process, script, with},
+};
+
+pub const CASES: &[Case] = &[
+    case!(capabilities_are_those_of_the_specification),
+    case!(a_user_other_than_root_has_no_capabilities),
+    case!(seccomp_refuses_with_and_without_new_privileges),
+    case!(masked_and_read_only_paths_hold),
+    case!(the_root_is_read_only),
+    case!(namespaces_are_new_or_joined),
+    case!(sysctls_are_set),
+    case!(devices_exist_and_others_are_refused),
+    case!(a_privileged_container_keeps_its_devices_over_an_update),
+    case!(what_cannot_be_honoured_is_refused_by_name),
+    case!(a_failed_mount_is_named_and_leaves_nothing),
+];
+
+async fn capabilities_are_those_of_the_specification(guest: Arc<Guest>) {
+    let show = "grep -E 'Cap(Inh|Prm|Eff|Bnd|Amb)' /proc/self/status";
+    let ended = guest.run("c", script("c", show)).await;
+    let sets: Vec<_> = ended.out.lines().filter_map(|l| l.split_whitespace().nth(1)).collect();
+    let default = "00000000a80425fb";
+    assert_eq!(
+        sets,
+        ["0000000000000000", default, default, default, "0000000000000000"],
+        "{ended:?}"
+    );
+    let mut none = script("c", show);
+    none["process"]
+        .as_object_mut()
+        .expect("a process")
+        .remove("capabilities");
+    let ended = guest.run("c", none).await;
+    assert!(
+        ended.out.lines().all(|line| line.ends_with("\t0000000000000000")),
+        "{ended:?}"
+    );
+}
+
+async fn a_user_other_than_root_has_no_capabilities(guest: Arc<Guest>) {
+    let show = "grep -E 'Cap(Prm|Eff|Amb)' /proc/self/status";
+    let web = json!({ "process": { "user": { "uid": 1000 } } });
+    let ended = guest.run("c", with(script("c", show), web.clone())).await;
+    assert!(
+        ended.out.lines().all(|line| line.ends_with("\t0000000000000000")),
+        "{ended:?}"
+    );
+    let ambient = json!({ "process": { "capabilities": {
+        "ambient": ["CAP_NET_BIND_SERVICE"], "inheritable": ["CAP_NET_BIND_SERVICE"]
+    } } });
+    let ended = guest.run("c", with(with(script("c", show), web), ambient)).await;
+    assert!(
+        ended.out.lines().all(|line| line.ends_with("\t0000000000000400")),
+        "{ended:?}"
+    );
+}
+
+fn seccomp(no_new_privileges: Value) -> Value {
+    json!({
+        "process": { "noNewPrivileges": no_new_privileges },
+        "linux": { "seccomp": {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [
+                { "names": ["mkdir", "mkdirat", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38 },
+                { "names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO" }
+            ]
+        } }
+    })
+}
+
+async fn seccomp_refuses_with_and_without_new_privileges(guest: Arc<Guest>) {
+    let script = script(
+        "c",
+        "mkdir /tmp/x; chmod 700 /tmp; grep -E 'NoNewPrivs|Seccomp:' /proc/self/status",
+    );
+    for (given, privs) in [(json!(null), "0"), (json!(false), "0"), (json!(true), "1")] {
+        let ended = guest.run("c", with(script.clone(), seccomp(given))).await;
+        assert!(ended.err.contains("/tmp/x': Function not implemented"), "{ended:?}");
+        assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
+        assert_eq!(ended.out, format!("NoNewPrivs:\t{privs}\nSeccomp:\t2"), "{ended:?}");
+    }
+}
+
+async fn masked_and_read_only_paths_hold(guest: Arc<Guest>) {
+    let try_it = "wc -c </proc/kpagecount; wc -c </proc/keys; ls /proc/acpi | wc -l; \
+                  echo 1 >/proc/sys/kernel/printk; echo b >/proc/sysrq-trigger; echo 1 >/sys/kernel/mm/lru_gen/enabled; \
+                  mkdir /sys/fs/cgroup/x";
+    let ended = guest.run("c", script("c", try_it)).await;
+    assert_eq!(
+        ended.out.split_whitespace().collect::<Vec<_>>(),
+        ["0", "0", "0"],
+        "{ended:?}"
+    );
+    assert!(ended.err.matches("Read-only file system").count() >= 3, "{ended:?}");
+}
+
+async fn the_root_is_read_only(guest: Arc<Guest>) {
+    let read_only = json!({ "root": { "readonly": true } });
+    let ended = guest
+        .run(
+            "c",
+            with(script("c", "touch /x; touch /dev/shm/y && echo ok"), read_only),
+        )
+        .await;
+    assert!(ended.err.contains("Read-only file system"), "{ended:?}");
+    assert_eq!(ended.out, "ok");
+}
+
+async fn namespaces_are_new_or_joined(guest: Arc<Guest>) {
+    let ended = guest
+        .run("c", script("c", "hostname; echo $$; ps | wc -l; cat /proc/self/cgroup"))
+        .await;
+    assert_eq!(
+        ended.out.lines().collect::<Vec<_>>(),
+        ["pod", "1", "3", "0::/"],
+        "{ended:?}"
+    );
+    // As a pod does: the pid, ipc and uts namespaces of another container.
+    let first = guest.start("a", idle("a")).await;
+    let path = |kind: &str| format!("/proc/{}/ns/{kind}", first.pid);
+    let joined = json!({ "linux": { "namespaces": [
+        { "type": "pid", "path": path("pid") }, { "type": "ipc", "path": path("ipc") },
+        { "type": "uts", "path": path("uts") }, { "type": "mount" }, { "type": "cgroup" }
+    ] } });
+    let ended = guest
+        .run("b", with(script("b", "ps -o args | grep -c '^sleep 1000'; hostname"), joined))
+        .await;
+    assert_eq!(ended.out.lines().collect::<Vec<_>>(), ["1", "pod"], "{ended:?}");
+    guest.kill("a", first).await;
+}
+
+async fn sysctls_are_set(guest: Arc<Guest>) {
+    let sysctls = json!({ "linux": { "sysctl": {
+        "kernel.msgmax": "4321", "net.ipv4.ip_unprivileged_port_start": "80", "vm.max_map_count": "300000"
+    } } });
+    let show = "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/vm/max_map_count";
+    let ended = guest.run("c", with(script("c", show), sysctls)).await;
+    assert_eq!(
+        ended.out.lines().collect::<Vec<_>>(),
+        ["4321", "80", "300000"],
+        "{ended:?}"
+    );
+    let wrong = json!({ "linux": { "sysctl": { "kernel.no_such_thing": "1" } } });
+    let error = guest
+        .create("c", with(idle("c"), wrong))
+        .await
+        .err()
+        .expect("a failure")
+        .to_string();
+    assert!(error.contains("no_such_thing"), "{error}");
+}
+
+async fn devices_exist_and_others_are_refused(guest: Arc<Guest>) {
+    let script = "for d in null zero full random urandom tty; do test -c /dev/$d || echo no $d; done; \
+                  echo x >/dev/null; dd if=/dev/zero bs=4 count=1 2>/dev/null | wc -c; \
+                  readlink /dev/ptmx; readlink /dev/fd; mknod /tmp/kmsg c 1 11 && dd if=/tmp/kmsg of=/dev/null count=1; stat -c %a /dev/null";
+    let ended = guest.run("c", self::script("c", script)).await;
+    assert_eq!(
+        ended.out.lines().collect::<Vec<_>>(),
+        ["4", "pts/ptmx", "/proc/self/fd", "666"],
+        "{ended:?}"
+    );
+    assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
+    let given = json!({ "linux": {
+        "devices": [{ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11, "fileMode": 0o640, "uid": 0, "gid": 9 }],
+        "resources": { "devices": [
+            { "allow": false, "access": "rwm" }, { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rw" }
+        ] }
+    } });
+    let ended = guest
+        .run(
+            "c",
+            with(
+                self::script("c", "dd if=/dev/kmsg of=/dev/null count=1; stat -c '%a %g' /dev/kmsg"),
+                given,
+            ),
+        )
+        .await;
+    assert_eq!(ended.out, "640 9", "{ended:?}");
+    assert!(!ended.err.contains("not permitted"), "{ended:?}");
+}
+
+async fn a_privileged_container_keeps_its_devices_over_an_update(guest: Arc<Guest>) {
+    let privileged = json!({ "linux": { "resources": { "devices": [{ "allow": true, "access": "rwm" }] } } });
+    let running = guest.start("c", with(idle("c"), privileged)).await;
+    let look = process(&[
+        "sh",
+        "-c",
+        "mknod /tmp/k$$ c 1 11 && dd if=/tmp/k$$ of=/dev/null count=1",
+    ]);
+    let before = guest.exec("c", look.clone()).await;
+    assert!(!before.err.contains("not permitted"), "{before:?}");
+    let more = serde_json::from_value(json!({ "memory": { "limit": 100 << 20 } })).expect("resources");
+    guest.engine.update("c", &more).await.expect("an update");
+    let after = guest.exec("c", look).await;
+    assert!(!after.err.contains("not permitted"), "{after:?}");
+    guest.kill("c", running).await;
+}
+
+async fn what_cannot_be_honoured_is_refused_by_name(guest: Arc<Guest>) {
+    let refusals = [
+        (
+            json!({ "process": { "selinuxLabel": "system_u:system_r:container_t:s0" } }),
+            "selinuxLabel",
+        ),
+        (
+            json!({ "process": { "apparmorProfile": "docker-default" } }),
+            "apparmorProfile",
+        ),
+        (json!({ "root": { "path": "rootfs" } }), "root.path"),
+        (json!({ "process": { "args": [] } }), "process.args"),
+        (json!({ "linux": { "cgroupsPath": "../../x" } }), "cgroup path"),
+        (json!({ "linux": { "namespaces": [] } }), "mount namespace"),
+    ];
+    for (change, name) in refusals {
+        let error = guest
+            .create("c", with(idle("c"), change))
+            .await
+            .err()
+            .expect("a refusal")
+            .to_string();
+        assert!(error.contains(name), "{error}");
+    }
+}
+
+async fn a_failed_mount_is_named_and_leaves_nothing(guest: Arc<Guest>) {
+    let mut spec = base("c", &["true"]);
+    let volume = json!({ "destination": "/data", "type": "bind", "source": "/no/volume", "options": ["rbind", "rw"] });
+    spec["mounts"].as_array_mut().expect("mounts").push(volume);
+    let error = guest.create("c", spec).await.err().expect("a failure").to_string();
+    assert!(error.contains("/no/volume"), "{error}");
+    assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+    // And the id is free.
+    assert_eq!(guest.run("c", base("c", &["true"])).await.code, 0);
+}

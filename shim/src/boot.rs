@@ -1,0 +1,277 @@
+//! From nothing to a guest that answers: every step first writes down how to undo it.
+//!
+//! ```text
+//! cgroup ─▶ share ─▶ virtiofsd ─┐
+//!                   network ────┴─▶ QEMU ─▶ agent ─▶ guest network ─▶ CreateSandbox
+//! ```
+
+use std::{path::Path, sync::Arc, time::SystemTime};
+
+use agent::{
+    client::Client,
+    protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, Storage},
+};
+use vmm::{
+    Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
+    spec::{Channel, FsDevice, VmSpec},
+};
+
+use crate::{
+    cgroup::SandboxCgroup,
+    config::{Accelerator, Config},
+    error::{Context, Error, Result},
+    net::{self, Network},
+    rootfs::Share,
+    sizer::Sizer,
+    sizing::Sizing,
+    pod::Pod,
+    spec::{GUEST_SHARE, GUEST_SHM, NetNs},
+    trace::{Mark, Trace},
+    undo::{ProcessId, State, Undo},
+};
+
+/// The unprivileged user that QEMU runs as. A number without a passwd entry, so that a node needs no preparation; in
+/// the range that Debian reserves for programs that ask for one.
+const QEMU_USER: u32 = 64620;
+/// Tag of the virtiofs device; a foreign agent expects this one.
+const SHARE_TAG: &str = "kataShared";
+
+/// A running guest.
+pub struct Guest {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// The share's server.
+    pub virtiofsd: Virtiofsd,
+    /// The agent.
+    pub agent: Client,
+    /// The share.
+    pub share: Share,
+    /// The owner of the VM's size.
+    pub sizer: Sizer,
+    /// The pod's configuration.
+    pub config: Config,
+    /// What the pod's annotations say.
+    pub pod: Pod,
+    /// The sandbox's cgroup on the host.
+    pub cgroup: Option<SandboxCgroup>,
+}
+
+/// What a boot needs to know.
+pub struct Plan<'a> {
+    /// Sandbox id.
+    pub sandbox: &'a str,
+    /// Its configuration.
+    pub config: Config,
+    /// Its pod.
+    pub pod: Pod,
+}
+
+/// Boots the guest of a sandbox.
+pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
+    let sizing = Sizing::new(&plan.config, &plan.pod)?;
+    let cgroup = enter_cgroup(&plan, state)?;
+    let share = make_share(plan.sandbox, state)?;
+    let network = match &plan.pod.netns {
+        NetNs::Path(netns) => {
+            // Recorded before it is touched. The snapshot refuses the host's network namespace.
+            let netns = netns.clone();
+            let snapshot = in_thread("look at the pod's network", move || net::snapshot(&netns)).await?;
+            state.push(Undo::Network(snapshot.record()))?;
+            Some(snapshot)
+        }
+        NetNs::New => None,
+    };
+    let attach = async {
+        match network {
+            Some(snapshot) => in_thread("attach the pod's network", move || snapshot.attach()).await.map(Some),
+            None => Ok(None),
+        }
+    };
+    let serve = async { start_virtiofsd(&plan, spawner, &share) };
+    let (network, (virtiofsd, fs)) = tokio::try_join!(attach, serve)?;
+    record(state, virtiofsd.child().pid())?;
+
+    let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs)?;
+    let vm = Arc::new(Vm::start(spawner, &spec, fds, &placement).await?);
+    record(state, vm.child().pid())?;
+    trace.set(Mark::QemuSpawned, vm.spawned_at());
+    trace.set(Mark::QmpReady, vm.qmp_ready_at());
+
+    let connected = tokio::select! {
+        connected = connect(&vm, &plan.config) => connected,
+        reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent answered: QEMU {reason}"))),
+        reason = virtiofsd.child().exited() => Err(Error::VmGone(format!("could not start: virtiofsd {reason}"))),
+    };
+    let agent = connected.map_err(|error| explain(error, &vm, &virtiofsd))?;
+    trace.set(Mark::AgentConnected, SystemTime::now());
+    configure(&agent, &plan, network.as_ref(), trace).await?;
+    let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
+    Ok(Guest { vm, virtiofsd, agent, share, sizer, config: plan.config, pod: plan.pod, cgroup })
+}
+
+/// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.
+fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgroup>> {
+    let Some(path) = plan.pod.cgroups_path.as_deref().filter(|path| !path.is_empty()) else { return Ok(None) };
+    let cgroup = SandboxCgroup::plan(path)?;
+    state.push(Undo::Cgroup(cgroup.record()))?;
+    cgroup.create()?;
+    cgroup.add(std::process::id())?;
+    Ok(Some(cgroup))
+}
+
+fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
+    let root = Share::path_of(sandbox);
+    state.push(Undo::Dir(root.clone()))?;
+    state.push(Undo::Mount(root))?;
+    Share::mount(sandbox)
+}
+
+fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<(Virtiofsd, std::os::fd::OwnedFd)> {
+    let spec = VirtiofsdSpec {
+        program: plan.config.hypervisor.virtio_fs_daemon.clone(),
+        shared_dir: share.root().to_owned(),
+        cache: plan.config.hypervisor.virtio_fs_cache.as_str().into(),
+        extra_args: plan.config.hypervisor.virtio_fs_extra_args.clone(),
+    };
+    Ok(Virtiofsd::start(spawner, &spec)?)
+}
+
+fn describe(plan: &Plan<'_>, sizing: &Sizing, network: Option<&Network>, fs: std::os::fd::OwnedFd) -> Result<(VmSpec, VmFds, Placement)> {
+    let config = &plan.config.hypervisor;
+    let spec = VmSpec {
+        name: format!("sandbox-{}", plan.sandbox),
+        qemu: config.path.clone(),
+        accelerator: match config.accelerator {
+            Accelerator::Kvm => vmm::spec::Accelerator::Kvm,
+            Accelerator::Tcg => vmm::spec::Accelerator::Tcg,
+        },
+        kernel: config.kernel.clone(),
+        initrd: config.initrd.clone(),
+        kernel_params: config.kernel_params.clone(),
+        vcpus: sizing.vcpus(),
+        memory: sizing.memory(),
+        channel: Channel::for_host(),
+        fs: Some(FsDevice { tag: SHARE_TAG.into(), queue_size: config.virtio_fs_queue_size }),
+        nics: network.map(Network::nics).unwrap_or_default(),
+        seccomp: config.seccomp_sandbox,
+    };
+    let netns = match &plan.pod.netns {
+        NetNs::Path(path) => std::fs::File::open(path).at("open the network namespace", path)?.into(),
+        NetNs::New => empty_netns()?,
+    };
+    let taps = match network {
+        Some(network) => network.taps().action("pass the taps to QEMU")?,
+        None => Vec::new(),
+    };
+    let fds = VmFds { fs: Some(fs), taps, vhost_net: Vec::new() };
+    Ok((spec, fds, Placement { netns: Some(netns), uid: QEMU_USER, gid: QEMU_USER }))
+}
+
+/// A network namespace without anything, for a VM that gets no network.
+fn empty_netns() -> Result<std::os::fd::OwnedFd> {
+    let made = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        std::fs::File::open("/proc/thread-self/ns/net")
+    });
+    match made.join() {
+        Ok(namespace) => namespace.map(Into::into).action("make an empty network namespace"),
+        Err(_) => Err(std::io::Error::other("the thread panicked")).action("make an empty network namespace"),
+    }
+}
+
+async fn connect(vm: &Vm, config: &Config) -> Result<Client> {
+    let deadline = config.agent.connect_timeout;
+    let agent = Client::new(vm.agent_stream(deadline).await?);
+    agent.check(deadline).await?;
+    Ok(agent)
+}
+
+/// Adds the last words of whoever knows why: the guest's console, QEMU, virtiofsd.
+fn explain(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
+    let tails = [("guest console", vm.console_tail()), ("QEMU", vm.log_tail()), ("virtiofsd", virtiofsd.log_tail())];
+    for (who, tail) in &tails {
+        if !tail.trim().is_empty() {
+            tracing::error!(who, "last words:\n{tail}");
+        }
+    }
+    error
+}
+
+async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {
+    if let Some(network) = network {
+        for request in network.interface_requests() {
+            agent.update_interface(request).await?;
+        }
+        agent.update_routes(network.routes_request()).await?;
+        if let Some(neighbours) = network.neighbours_request() {
+            agent.add_arp_neighbors(neighbours).await?;
+        }
+    }
+    let mut request = CreateSandboxRequest::new();
+    request.sandbox_id = plan.sandbox.into();
+    request.hostname = plan.pod.hostname.chars().take(64).collect();
+    request.dns = dns_lines(&plan.pod)?;
+    request.sandbox_pidns = plan.pod.shared_pidns;
+    request.storages = vec![share_storage(), shm_storage()];
+    agent.create_sandbox(request).await?;
+
+    let mut request = GuestDetailsRequest::new();
+    request.mem_block_size = true;
+    let details = agent.guest_details(request).await?;
+    let answered = SystemTime::now();
+    let clock = |key: &str| -> Option<u64> {
+        let features = &details.agent_details.extra_features;
+        features.iter().find_map(|feature| feature.strip_prefix(key)?.parse().ok())
+    };
+    // Only our own agent tells its clock; a foreign one leaves two marks out of the waterfall.
+    if let (Some(pid1), Some(now)) = (clock("sandpod.pid1_us="), clock("sandpod.now_us=")) {
+        trace.set_guest(pid1, now, answered);
+    }
+    Ok(())
+}
+
+fn share_storage() -> Storage {
+    let mut storage = Storage::new();
+    storage.driver = "virtio-fs".into();
+    storage.source = SHARE_TAG.into();
+    storage.fstype = "virtiofs".into();
+    storage.options = vec!["nodev".into()];
+    storage.mount_point = format!("{GUEST_SHARE}/");
+    storage
+}
+
+fn shm_storage() -> Storage {
+    let mut storage = Storage::new();
+    storage.driver = "ephemeral".into();
+    storage.source = "shm".into();
+    storage.fstype = "tmpfs".into();
+    // 64 MiB is what CRI-O and containerd give a pod's /dev/shm.
+    storage.options = ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"].map(str::to_owned).to_vec();
+    storage.mount_point = GUEST_SHM.into();
+    storage
+}
+
+fn record(state: &mut State, pid: u32) -> Result<()> {
+    // A child that is dead already needs no undoing.
+    match ProcessId::of(pid) {
+        Some(process) => state.push(Undo::Process(process)),
+        None => Ok(()),
+    }
+}
+
+/// Runs blocking set-up work beside the rest.
+async fn in_thread<T: Send + 'static, E: Into<Error> + Send + 'static>(
+    action: &'static str,
+    work: impl FnOnce() -> std::result::Result<T, E> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) => Err(std::io::Error::other(error)).action(action),
+    }
+}
+
+/// The lines of the pod's resolv.conf, for the guest itself.
+fn dns_lines(pod: &Pod) -> Result<Vec<String>> {
+    let Some(path) = &pod.resolv_conf else { return Ok(Vec::new()) };
+    Ok(std::fs::read_to_string(path).at("read", path)?.lines().map(str::to_owned).collect())
+}

@@ -1,0 +1,145 @@
+//! The tasks that follow what runs: each started process to its exit, the guest's OOM kills, and the VM's own end.
+
+use std::{sync::Arc, time::SystemTime};
+
+use agent::{client::ClientError, protocol::agent as wire};
+use containerd_shim_protos::{
+    api::{TaskExit, TaskOOM},
+    topics,
+};
+
+use crate::{
+    container::{Container, Kind},
+    io::{ProcessName, Streams},
+    process::{Exit, Process},
+    sandbox::Sandbox,
+    service::timestamp,
+};
+
+/// Where CRI-O learns of exits after its own restart, when nobody calls Wait any more (`container_exits_dir`).
+const CRIO_EXITS: &str = "/var/run/crio/exits";
+
+/// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
+pub fn process(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: Option<String>, name: ProcessName, streams: Streams) {
+    let exec = exec.unwrap_or_default();
+    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else { return };
+    process.end_start(true);
+    let agent = guest.agent.clone();
+    let copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
+    let mut request = wire::WaitProcessRequest::new();
+    request.container_id = name.container.clone();
+    request.exec_id = name.exec.clone();
+    tokio::spawn(async move {
+        let status = match agent.wait_process(request).await {
+            Ok(reply) => reply.status as u32,
+            // The agent has no record of the process: its outcome is unknown.
+            Err(ClientError::NotFound(_)) => 255,
+            // The VM died under it, which kills it.
+            Err(error) => {
+                tracing::info!(%error, ?name, "the process ended with its VM");
+                137
+            }
+        };
+        let exit = Exit { status, at: SystemTime::now() };
+        copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
+        ended(&sandbox, &container, &exec, &process, exit).await;
+    });
+}
+
+/// Makes a process's end known: first the host lets go of what a container held, then waiters, then subscribers hear.
+pub async fn ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exec: &str, process: &Arc<Process>, exit: Exit) {
+    if exec.is_empty() {
+        container_ended(sandbox, container, exit).await;
+    }
+    if !process.stop(exit) {
+        return;
+    }
+    let event = TaskExit {
+        container_id: container.id.clone(),
+        id: if exec.is_empty() { container.id.clone() } else { exec.into() },
+        pid: sandbox.pid(),
+        exit_status: exit.status,
+        exited_at: Some(timestamp(exit.at)).into(),
+        ..TaskExit::default()
+    };
+    sandbox.events().send(topics::TASK_EXIT_EVENT_TOPIC, &event);
+    if exec.is_empty() && sandbox.under_crio() {
+        tell_crio(&container.id, exit);
+    }
+}
+
+async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exit: Exit) {
+    let Ok(guest) = sandbox.guest() else { return };
+    let mut request = wire::StatsContainerRequest::new();
+    request.container_id = container.id.clone();
+    // An exit by SIGKILL may be the OOM killer's; the event may still be on its way, the counter is not.
+    match guest.agent.stats_container(request).await {
+        Ok(stats) => {
+            let kills = stats.cgroup_stats.memory_stats.stats.get("oom_kill").copied().unwrap_or(0);
+            container.keep_stats(stats);
+            if exit.status == 137 && kills > 0 {
+                oom(sandbox, container);
+            }
+        }
+        Err(error) => tracing::info!(%error, container = container.id, "no last statistics"),
+    }
+    if container.kind == Kind::Single {
+        return sandbox.bring_down("is not needed any more: its container ended").await;
+    }
+    let mut request = wire::RemoveContainerRequest::new();
+    request.container_id = container.id.clone();
+    request.timeout = 10;
+    if let Err(error) = guest.agent.remove_container(request).await {
+        tracing::warn!(%error, container = container.id, "the guest did not remove the container");
+    }
+    sandbox.let_go(&container.id);
+}
+
+fn oom(sandbox: &Sandbox, container: &Container) {
+    if container.set_oom() {
+        let event = TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() };
+        sandbox.events().send(topics::TASK_OOM_EVENT_TOPIC, &event);
+    }
+}
+
+fn tell_crio(container: &str, exit: Exit) {
+    let path = std::path::Path::new(CRIO_EXITS).join(container);
+    // Without the directory this CRI-O keeps its exits elsewhere, and learns of them by Wait.
+    if path.parent().is_some_and(std::path::Path::is_dir) {
+        if let Err(error) = std::fs::write(&path, exit.status.to_string()) {
+            tracing::warn!(%error, path = %path.display(), "cannot tell CRI-O of the exit");
+        }
+    }
+}
+
+/// Watches a new guest: its OOM kills, and the end of QEMU or virtiofsd, whichever comes first.
+pub fn watch_guest(sandbox: Arc<Sandbox>) {
+    tokio::spawn(watch_oom(sandbox.clone()));
+    tokio::spawn(async move {
+        let Ok(guest) = sandbox.guest() else { return };
+        let reason = tokio::select! {
+            exit = guest.vm.child().exited() => format!("ended: QEMU {exit}"),
+            // A guest without its file server hangs on the next access: better it ends.
+            exit = guest.virtiofsd.child().exited() => format!("was ended: virtiofsd {exit}"),
+        };
+        sandbox.bring_down(&reason).await;
+    });
+}
+
+async fn watch_oom(sandbox: Arc<Sandbox>) {
+    let Ok(guest) = sandbox.guest() else { return };
+    let agent = guest.agent.clone();
+    loop {
+        match agent.get_oom_event(wire::GetOOMEventRequest::new()).await {
+            Ok(event) => {
+                if let Ok(container) = sandbox.container(&event.container_id) {
+                    oom(&sandbox, &container);
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no more OOM events");
+                return;
+            }
+        }
+    }
+}

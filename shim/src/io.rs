@@ -1,0 +1,217 @@
+//! Carries a process's bytes between the agent and the caller's fifos.
+//!
+//! One request per stream is outstanding at a time, which keeps the order; none has a deadline. Output fifos are held
+//! open for reading and writing: a CRI daemon that restarts goes away and comes back on the same paths, and in
+//! between the bytes wait in the pipe instead of killing the writer. End of input is what `CloseIO` says, not what the fifo
+//! says, for the same reason.
+
+use std::{os::fd::AsFd, path::Path, time::Duration};
+
+use agent::{
+    client::{Client, ClientError},
+    protocol::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest},
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::unix::pipe::{OpenOptions, Receiver, Sender},
+    sync::watch,
+    task::JoinHandle,
+};
+
+use crate::error::{Context, Error, Result};
+
+/// Bytes per request. Well below ttrpc's limit of 4 MiB, and a multiple of what a pipe holds.
+const CHUNK: u32 = 1 << 20;
+/// How long a reader may take to make room before its output is given up, counted from the process's end.
+const STALLED_READER: Duration = Duration::from_secs(10);
+
+/// Where a process's streams go, as the caller said it. `State` must echo it to the letter.
+#[derive(Debug, Clone, Default)]
+pub struct Stdio {
+    /// Path of a fifo, or empty.
+    pub stdin: String,
+    /// Path of a fifo, a `file://` URL, or empty.
+    pub stdout: String,
+    /// Same; not used with a terminal.
+    pub stderr: String,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// The caller's ends, opened.
+pub struct Streams {
+    stdin: Option<Receiver>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+}
+
+enum Output {
+    Fifo(Sender),
+    File(tokio::fs::File),
+}
+
+impl Stdio {
+    /// Opens what the caller named. Must be called in the runtime.
+    pub fn open(&self) -> Result<Streams> {
+        let stdin = match self.stdin.as_str() {
+            "" => None,
+            path => Some(OpenOptions::new().read_write(true).open_receiver(path).at("open stdin", path)?),
+        };
+        let stderr = if self.terminal { "" } else { self.stderr.as_str() };
+        Ok(Streams { stdin, stdout: Output::open(&self.stdout)?, stderr: Output::open(stderr)? })
+    }
+}
+
+impl Output {
+    fn open(path: &str) -> Result<Option<Output>> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        if let Some((scheme, rest)) = path.split_once("://") {
+            if scheme != "file" {
+                return Err(Error::Invalid(format!("output '{path}' is of scheme {scheme}; this runtime takes fifos and file://")));
+            }
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(rest).at("open", rest)?;
+            return Ok(Some(Output::File(file.into())));
+        }
+        if !Path::new(path).exists() {
+            return Err(Error::Invalid(format!("output fifo '{path}' does not exist")));
+        }
+        Ok(Some(Output::Fifo(OpenOptions::new().read_write(true).open_sender(path).at("open", path)?)))
+    }
+
+    async fn write(&mut self, data: &[u8]) -> std::io::Result<()> {
+        match self {
+            Output::Fifo(fifo) => fifo.write_all(data).await,
+            Output::File(file) => {
+                file.write_all(data).await?;
+                file.flush().await
+            }
+        }
+    }
+
+    /// CRI-O closes its end of an exec's output as soon as the exec's Wait is answered, whatever is still in the pipe
+    /// (cri.md calls it a race): give the reader a moment to empty it. No event tells when a pipe is empty.
+    async fn emptied(&self) {
+        let Output::Fifo(fifo) = self else { return };
+        let mut tick = tokio::time::interval(Duration::from_millis(1));
+        for _ in 0..300 {
+            match crate::sys::unread(fifo.as_fd()) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => tick.tick().await,
+            };
+        }
+    }
+}
+
+/// Names a process in the agent's terms.
+#[derive(Debug, Clone)]
+pub struct ProcessName {
+    /// The container's id.
+    pub container: String,
+    /// The exec's id, or the container's id for its init.
+    pub exec: String,
+}
+
+/// The running copies of one process's streams.
+pub struct Copies {
+    output: Vec<JoinHandle<Option<Output>>>,
+    input: Option<JoinHandle<()>>,
+}
+
+impl Streams {
+    /// Starts copying. `close_stdin` turns true when the caller has closed the process's input.
+    pub fn copy(self, client: &Client, name: &ProcessName, close_stdin: watch::Receiver<bool>) -> Copies {
+        let output = [(self.stdout, true), (self.stderr, false)]
+            .into_iter()
+            .filter_map(|(output, stdout)| Some(tokio::spawn(copy_output(client.clone(), name.clone(), output?, stdout))))
+            .collect();
+        let input = self.stdin.map(|stdin| tokio::spawn(copy_input(client.clone(), name.clone(), stdin, close_stdin)));
+        Copies { output, input }
+    }
+}
+
+impl Copies {
+    /// Called when the process has ended: waits until its output is delivered and closes the fifos.
+    ///
+    /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, and
+    /// it is given up after 10 s.
+    pub async fn finish(self, wait_for_reader: bool) {
+        if let Some(input) = self.input {
+            input.abort();
+        }
+        for mut copy in self.output {
+            match tokio::time::timeout(STALLED_READER, &mut copy).await {
+                Ok(Ok(Some(output))) if wait_for_reader => output.emptied().await,
+                Ok(_) => {}
+                Err(_) => {
+                    tracing::warn!("output is lost: nobody read it for 10 s after the process ended");
+                    copy.abort();
+                }
+            }
+        }
+    }
+}
+
+async fn copy_output(client: Client, name: ProcessName, mut output: Output, stdout: bool) -> Option<Output> {
+    loop {
+        let mut request = ReadStreamRequest::new();
+        request.container_id = name.container.clone();
+        request.exec_id = name.exec.clone();
+        request.len = CHUNK;
+        let reply = if stdout { client.read_stdout(request).await } else { client.read_stderr(request).await };
+        // Both an empty reply and an error are the end of the stream (agent-protocol.md §1.2).
+        let data = match reply {
+            Ok(reply) if !reply.data.is_empty() => reply.data,
+            _ => return Some(output),
+        };
+        if let Err(error) = output.write(&data).await {
+            tracing::warn!(%error, ?name, "cannot write output");
+            return None;
+        }
+    }
+}
+
+async fn copy_input(client: Client, name: ProcessName, stdin: Receiver, mut close: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let closed = tokio::select! {
+            biased;
+            ready = stdin.readable() => { if ready.is_err() { return; } false }
+            closed = close.wait_for(|closed| *closed) => { if closed.is_err() { return; } true }
+        };
+        match stdin.try_read(&mut buffer) {
+            Ok(count) if count > 0 => {
+                if let Err(error) = write_all(&client, &name, &buffer[..count]).await {
+                    tracing::debug!(%error, ?name, "the process takes no more input");
+                    return;
+                }
+            }
+            // Whatever the caller wrote before it closed has been read: now the process may see the end.
+            Ok(_) | Err(_) if closed => break,
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let mut request = CloseStdinRequest::new();
+    request.container_id = name.container.clone();
+    request.exec_id = name.exec.clone();
+    if let Err(error) = client.close_stdin(request).await {
+        tracing::debug!(%error, ?name, "stdin was closed already");
+    }
+}
+
+async fn write_all(client: &Client, name: &ProcessName, mut data: &[u8]) -> std::result::Result<(), ClientError> {
+    while !data.is_empty() {
+        let mut request = WriteStreamRequest::new();
+        request.container_id = name.container.clone();
+        request.exec_id = name.exec.clone();
+        request.data = data.to_vec();
+        let taken = client.write_stdin(request).await?.len as usize;
+        // The answer is the guest's word: more than was sent, or nothing, must not make a loop or a panic.
+        if taken == 0 || taken > data.len() {
+            return Err(ClientError::Gone);
+        }
+        data = &data[taken..];
+    }
+    Ok(())
+}

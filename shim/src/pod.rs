@@ -1,0 +1,59 @@
+//! A sandbox's pod, read once from the specification of the task that makes it.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use oci_spec::runtime::Spec;
+
+use crate::{
+    annotations::{Identity, Manager, PodResources, identify, pod_resources, shares_pid_namespace},
+    error::Result,
+    spec::{NetNs, pod_netns},
+};
+
+/// What the sandbox's own specification says of the pod.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Who it is, and who manages it.
+    pub identity: Identity,
+    /// All annotations.
+    pub annotations: HashMap<String, String>,
+    /// Its network namespace.
+    pub netns: NetNs,
+    /// Sysctls of the pod; its containers set them, since nothing runs in the guest for the sandbox itself.
+    pub sysctls: HashMap<String, String>,
+    /// The sum of its containers' resources, where the CRI tells it.
+    pub resources: Option<PodResources>,
+    /// Whether its containers share one PID namespace, as far as the annotations tell.
+    pub shared_pidns: bool,
+    /// Path of the host's cgroup for the sandbox.
+    pub cgroups_path: Option<String>,
+    /// Host name.
+    pub hostname: String,
+    /// The host's file that is bound to `/etc/resolv.conf`.
+    pub resolv_conf: Option<PathBuf>,
+}
+
+impl Pod {
+    /// Reads a pod; refuses the host's network.
+    pub fn of(spec: &Spec) -> Result<Pod> {
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let linux = spec.linux().as_ref();
+        let resolv_conf = spec.mounts().iter().flatten().find(|mount| mount.destination().ends_with("etc/resolv.conf"));
+        Ok(Pod {
+            identity: identify(&annotations)?,
+            netns: pod_netns(spec)?,
+            sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
+            resources: pod_resources(&annotations)?,
+            shared_pidns: shares_pid_namespace(&annotations).unwrap_or(false),
+            cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_ref()).map(|path| path.display().to_string()),
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            resolv_conf: resolv_conf.and_then(|mount| mount.source().clone()),
+            annotations,
+        })
+    }
+
+    /// Whether CRI-O manages it.
+    pub fn is_crio(&self) -> bool {
+        self.identity.manager == Manager::CriO
+    }
+}

@@ -1,0 +1,174 @@
+//! The sandbox's share: one tmpfs in the shim's own mount namespace, onto which root file systems and volumes are mounted.
+//!
+//! virtiofsd exports the share. Because it is a tmpfs that only the shim's mount namespace holds, everything in it
+//! vanishes with the shim, and nothing on the host is ever removed through it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use containerd_shim_protos::api::Mount;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::{
+    error::{Context, Error, Result},
+    spec::ShareMount,
+    undo::dir_of,
+};
+
+const NONE: Option<&str> = None;
+
+/// The share of one sandbox.
+#[derive(Debug, Clone)]
+pub struct Share {
+    root: PathBuf,
+}
+
+impl Share {
+    /// Where a sandbox's share is mounted on the host.
+    pub fn path_of(sandbox: &str) -> PathBuf {
+        dir_of(sandbox).join("shared")
+    }
+
+    /// Mounts the empty share. It is a shared mount, so that what is mounted onto it later reaches virtiofsd's
+    /// own mount namespace.
+    pub fn mount(sandbox: &str) -> Result<Share> {
+        let root = Self::path_of(sandbox);
+        fs::create_dir_all(&root).at("create", &root)?;
+        mount(Some("sandpod"), &root, Some("tmpfs"), MsFlags::MS_NODEV, Some("mode=0755,size=16m")).at("mount", &root)?;
+        mount(NONE, &root, NONE, MsFlags::MS_SHARED, NONE).at("share the mount", &root)?;
+        Ok(Share { root })
+    }
+
+    /// Its path on the host.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Mounts a container's root file system at `<cid>/rootfs`: what containerd's snapshotter asks for, or the directory
+    /// that CRI-O has mounted already.
+    pub fn add_rootfs(&self, container: &str, mounts: &[Mount], mounted: &Path) -> Result<()> {
+        let target = self.root.join(container).join("rootfs");
+        fs::create_dir_all(&target).at("create", &target)?;
+        match mounts {
+            [] => bind(mounted, &target, false),
+            mounts => mounts.iter().try_for_each(|m| mount_as_asked(m, &target)),
+        }
+    }
+
+    /// Binds a volume at its place in the share.
+    pub fn add_volume(&self, volume: &ShareMount) -> Result<()> {
+        let target = self.root.join(&volume.share_path);
+        let parent = target.parent().unwrap_or(&self.root);
+        fs::create_dir_all(parent).at("create", parent)?;
+        // The source may be a symbolic link (a ConfigMap's file, a hostPath): the mount follows it, so must the test.
+        if fs::metadata(&volume.source).at("use the volume", &volume.source)?.is_dir() {
+            fs::create_dir_all(&target).at("create", &target)?;
+        } else {
+            fs::File::create(&target).at("create", &target)?;
+        }
+        bind(&volume.source, &target, volume.readonly)
+    }
+
+    /// Lets go of everything of a container, so that its owner can unmount and remove it.
+    pub fn remove(&self, container: &str) -> Result<()> {
+        let dir = self.root.join(container);
+        for mounted in mounts_below(&dir)?.into_iter().rev() {
+            detach(&mounted)?;
+        }
+        if let Some(kept) = mounts_below(&dir)?.first() {
+            return Err(Error::Precondition(format!("{} is still mounted", kept.display())));
+        }
+        if dir.exists() { fs::remove_dir_all(&dir).at("remove", &dir) } else { Ok(()) }
+    }
+}
+
+/// Detaches a mount; fine when there is none.
+pub fn detach(path: &Path) -> Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
+        Err(e) => Err(e).at("unmount", path),
+    }
+}
+
+/// Mount points at and below `dir`, parents first. `remove` must see none before it removes a directory: a bind mount
+/// that stayed would lose its contents.
+fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
+    Ok(table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|escaped| PathBuf::from(unescape(escaped)))
+        .filter(|path| path.starts_with(dir))
+        .collect())
+}
+
+/// mountinfo writes space, tab, newline and backslash as octal escapes (proc(5)).
+fn unescape(field: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
+    mount(Some(source), target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).at("bind", source)?;
+    if readonly {
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(NONE, target, NONE, flags, NONE).at("make read-only the bind of", source)?;
+    }
+    Ok(())
+}
+
+fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {
+    let (flags, data) = parse_options(&asked.options);
+    // mount(2) takes one page of options; a longer list would be cut off by the kernel, layer names included.
+    if data.len() >= 4096 {
+        return Err(Error::Invalid(format!("rootfs options of {} bytes do not fit mount(2); squash the image to fewer layers", data.len())));
+    }
+    let kind = if flags.contains(MsFlags::MS_BIND) { None } else { Some(asked.type_.as_str()) };
+    mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str())).at("mount the root file system on", target)?;
+    if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
+        mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
+    }
+    Ok(())
+}
+
+/// Splits fstab-style options into mount(2)'s flags and its data.
+fn parse_options(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" | "defaults" => {}
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "nodev" => flags |= MsFlags::MS_NODEV,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "relatime" => flags |= MsFlags::MS_RELATIME,
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshotter_options_become_flags_and_data() {
+        let options = ["rbind", "ro", "workdir=/w", "lowerdir=/a:/b"].map(str::to_owned);
+        let (flags, data) = parse_options(&options);
+        assert_eq!(flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
+        assert_eq!(data, "workdir=/w,lowerdir=/a:/b");
+    }
+
+    #[test]
+    fn mount_points_with_spaces_are_found() {
+        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
+    }
+}

@@ -1,0 +1,222 @@
+//! The task API: wire messages in, verbs of the sandbox out, and nothing else. One implementation serves
+//! `containerd.task.v2` and `v3`.
+
+use std::{
+    future::Future,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+        DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+        ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+        StateResponse, StatsRequest, StatsResponse, Status as WireStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    protobuf::well_known_types::timestamp::Timestamp,
+    shim_async::Task,
+    ttrpc::{self, asynchronous::TtrpcContext},
+};
+use futures::FutureExt;
+
+use crate::{
+    error::{Error, Result},
+    io::Stdio,
+    process::Status,
+    sandbox::Sandbox,
+};
+
+/// Serves one sandbox.
+pub struct Service {
+    sandbox: Arc<Sandbox>,
+}
+
+impl Service {
+    /// A service for this sandbox.
+    pub fn new(sandbox: Arc<Sandbox>) -> Service {
+        Service { sandbox }
+    }
+}
+
+/// A point in time for the wire.
+pub fn timestamp(at: SystemTime) -> Timestamp {
+    let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp { seconds: since_epoch.as_secs() as i64, nanos: since_epoch.subsec_nanos() as i32, ..Timestamp::default() }
+}
+
+/// Runs one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
+async fn answer<T>(verb: &'static str, request: impl Future<Output = Result<T>>) -> ttrpc::Result<T> {
+    match AssertUnwindSafe(request).catch_unwind().await {
+        Ok(Ok(reply)) => Ok(reply),
+        Ok(Err(error)) => {
+            tracing::info!(verb, %error, "refused");
+            Err(error.into())
+        }
+        Err(_) => {
+            tracing::error!(verb, "panicked");
+            let sentence = format!("the shim failed in {verb}; its log says where");
+            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, sentence)))
+        }
+    }
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        answer("State", async { self.state_of(&request) }).await
+    }
+
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        answer("Create", async {
+            let pid = self.sandbox.create(request).await?;
+            Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+        })
+        .await
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        answer("Start", async {
+            let pid = self.sandbox.start(&request.id, &request.exec_id).await?;
+            Ok(StartResponse { pid, ..StartResponse::default() })
+        })
+        .await
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        answer("Delete", async {
+            let (pid, exit) = self.sandbox.delete(&request.id, &request.exec_id).await?;
+            Ok(DeleteResponse {
+                pid,
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at)).into(),
+                ..DeleteResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        answer("Pids", async {
+            self.sandbox.container(&request.id)?;
+            let process = ProcessInfo { pid: self.sandbox.pid(), ..ProcessInfo::default() };
+            Ok(PidsResponse { processes: vec![process], ..PidsResponse::default() })
+        })
+        .await
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        answer("Pause", empty(self.sandbox.pause(&request.id, true))).await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        answer("Resume", empty(self.sandbox.pause(&request.id, false))).await
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        answer("Checkpoint", async { Err(Error::Unsupported("checkpoint")) }).await
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        answer("Kill", empty(self.sandbox.kill(&request.id, &request.exec_id, request.signal, request.all))).await
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        answer("Exec", async {
+            self.sandbox.exec(request)?;
+            Ok(Empty::default())
+        })
+        .await
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let resize = self.sandbox.resize(&request.id, &request.exec_id, request.height, request.width);
+        answer("ResizePty", empty(resize)).await
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        answer("CloseIO", async {
+            let process = self.sandbox.container(&request.id)?.process(&request.exec_id)?;
+            if request.stdin {
+                process.close_stdin.send_replace(true);
+            }
+            Ok(Empty::default())
+        })
+        .await
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        answer("Update", empty(self.sandbox.update(&request.id, request.resources.as_ref()))).await
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        answer("Wait", async {
+            let process = self.sandbox.container(&request.id)?.process(&request.exec_id)?;
+            let exit = process.wait().await;
+            Ok(WaitResponse { exit_status: exit.status, exited_at: Some(timestamp(exit.at)).into(), ..WaitResponse::default() })
+        })
+        .await
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        answer("Stats", async {
+            let stats = self.sandbox.stats(&request.id).await?;
+            Ok(StatsResponse { stats: Some(stats).into(), ..StatsResponse::default() })
+        })
+        .await
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        answer("Connect", async {
+            self.sandbox.container(&request.id)?;
+            Ok(ConnectResponse {
+                shim_pid: std::process::id(),
+                task_pid: self.sandbox.pid(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                ..ConnectResponse::default()
+            })
+        })
+        .await
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        answer("Shutdown", empty(self.sandbox.shutdown(request.now))).await
+    }
+}
+
+impl Service {
+    fn state_of(&self, request: &StateRequest) -> Result<StateResponse> {
+        let container = self.sandbox.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let Stdio { stdin, stdout, stderr, terminal } = process.stdio.clone();
+        let status = process.status();
+        let mut response = StateResponse {
+            id: container.id.clone(),
+            exec_id: request.exec_id.clone(),
+            bundle: container.bundle.to_string_lossy().into_owned(),
+            pid: self.sandbox.pid(),
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+            ..StateResponse::default()
+        };
+        response.set_status(match status {
+            Status::Created | Status::Starting => WireStatus::CREATED,
+            Status::Running => WireStatus::RUNNING,
+            Status::Paused => WireStatus::PAUSED,
+            Status::Stopped(_) => WireStatus::STOPPED,
+        });
+        if let Status::Stopped(exit) = status {
+            response.exit_status = exit.status;
+            response.exited_at = Some(timestamp(exit.at)).into();
+        }
+        Ok(response)
+    }
+}
+
+async fn empty(verb: impl Future<Output = Result<()>>) -> Result<Empty> {
+    verb.await.map(|()| Empty::default())
+}

@@ -1,0 +1,210 @@
+//! What a sandbox has made on the host, written down before it is made.
+//!
+//! Every set-up step first pushes the action that undoes it. A failed start, an ordinary end, `delete` after the
+//! shim's death and the sweep of the next start all unwind the same list, last entry first, so there is one way to
+//! clean up and it needs nothing but the state file.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cgroup, net,
+    error::{Context, Result, decode},
+    sys,
+};
+
+/// Parent of all sandbox directories.
+pub const RUN_DIR: &str = "/run/kata";
+/// Bumped when the file's meaning changes.
+const VERSION: u32 = 1;
+
+/// How to take back one step. Every action succeeds on what is already gone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Undo {
+    /// Unlink a file, such as the shim's socket.
+    File(PathBuf),
+    /// Remove an (empty) mount point.
+    Dir(PathBuf),
+    /// Detach a mount of the shim's own mount namespace; for anybody else it vanished with the shim.
+    Mount(PathBuf),
+    /// Move the shim out of the sandbox cgroup and remove what was made.
+    Cgroup(cgroup::Record),
+    /// Remove the redirect from the pod's interfaces.
+    Network(net::Record),
+    /// Kill a process and wait until it is gone.
+    Process(ProcessId),
+}
+
+/// A process that cannot be mistaken for a later one with the same pid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Process id.
+    pub pid: u32,
+    /// Start time in clock ticks after boot (field 22 of `/proc/<pid>/stat`).
+    pub started: u64,
+}
+
+impl ProcessId {
+    /// Identifies a live process; `None` when it is gone.
+    pub fn of(pid: u32) -> Option<ProcessId> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command name may hold spaces and parentheses: fields are counted after the last one.
+        let mut fields = stat[stat.rfind(')')? + 2..].split(' ');
+        let dead = matches!(fields.next()?, "Z" | "X");
+        let started = fields.nth(18)?.parse().ok()?;
+        (!dead).then_some(ProcessId { pid, started })
+    }
+
+    /// Whether this very process still runs.
+    pub fn alive(&self) -> bool {
+        ProcessId::of(self.pid) == Some(*self)
+    }
+}
+
+/// The state file: who serves the sandbox, and how to remove it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct State {
+    version: u32,
+    sandbox: String,
+    /// The shim that serves the sandbox.
+    pub shim: ProcessId,
+    undo: Vec<Undo>,
+}
+
+impl State {
+    /// Makes `/run/kata/<sandbox>` (0700) and an empty list for this process.
+    pub fn create(sandbox: &str) -> Result<State> {
+        let dir = dir_of(sandbox);
+        fs::create_dir_all(&dir).at("create", &dir)?;
+        fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).at("set the mode of", &dir)?;
+        let shim = ProcessId::of(std::process::id()).ok_or_else(|| io::Error::other("/proc is not mounted")).action("identify the shim")?;
+        let state = State { version: VERSION, sandbox: sandbox.into(), shim, undo: Vec::new() };
+        state.save()?;
+        Ok(state)
+    }
+
+    /// Reads a sandbox's state; `None` when there is none (any more).
+    pub fn load(sandbox: &str) -> Result<Option<State>> {
+        let path = dir_of(sandbox).join("state.json");
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(decode("a sandbox's state.json")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).at("read", path),
+        }
+    }
+
+    /// Writes an entry down; call it before the step that it undoes.
+    pub fn push(&mut self, undo: Undo) -> Result<()> {
+        self.undo.push(undo);
+        self.save()
+    }
+
+    /// Number of entries now; a mark for [`State::unwind_to`].
+    pub fn mark(&self) -> usize {
+        self.undo.len()
+    }
+
+    /// Undoes everything after `mark`, last first. What cannot be undone is logged and kept for a later try.
+    pub fn unwind_to(&mut self, mark: usize) {
+        let mut failed = Vec::new();
+        while self.undo.len() > mark {
+            let Some(entry) = self.undo.pop() else { break };
+            if let Err(error) = undo(&entry) {
+                tracing::warn!(%error, ?entry, "left for a later clean-up");
+                failed.push(entry);
+            }
+        }
+        failed.reverse();
+        self.undo.append(&mut failed);
+    }
+
+    /// Undoes everything and removes the sandbox's directory.
+    pub fn remove(mut self) -> Result<()> {
+        self.unwind_to(0);
+        if !self.undo.is_empty() {
+            return self.save();
+        }
+        let dir = dir_of(&self.sandbox);
+        for file in ["state.json", "state.json.new", "trace.json"] {
+            gone(fs::remove_file(dir.join(file))).at("remove", dir.join(file))?;
+        }
+        gone(fs::remove_dir(&dir)).at("remove", dir)
+    }
+
+    fn save(&self) -> Result<()> {
+        let dir = dir_of(&self.sandbox);
+        let text = serde_json::to_vec(self).map_err(decode("the state to write"))?;
+        write_renamed(&dir.join("state.json"), &text)
+    }
+}
+
+/// Writes a file so that a reader sees the old or the new text, never a part.
+pub fn write_renamed(path: &Path, text: &[u8]) -> Result<()> {
+    let new = path.with_extension("json.new");
+    let mut file = fs::File::create(&new).at("create", &new)?;
+    file.write_all(text).at("write", &new)?;
+    fs::rename(&new, path).at("rename", path)
+}
+
+/// A sandbox's directory on the host.
+pub fn dir_of(sandbox: &str) -> PathBuf {
+    Path::new(RUN_DIR).join(sandbox)
+}
+
+/// Removes what shims that no longer live have left on this node. Under CRI-O nobody else does.
+pub fn sweep() {
+    let Ok(entries) = fs::read_dir(RUN_DIR) else { return };
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        if let Err(error) = remove_if_dead(&name) {
+            tracing::warn!(%error, sandbox = name, "cannot sweep");
+        }
+    }
+}
+
+/// Removes a sandbox whose shim is dead; does nothing for a live or an unknown one.
+pub fn remove_if_dead(sandbox: &str) -> Result<()> {
+    match State::load(sandbox)? {
+        Some(state) if !state.shim.alive() => state.remove(),
+        _ => Ok(()),
+    }
+}
+
+fn undo(entry: &Undo) -> Result<()> {
+    match entry {
+        Undo::File(path) => gone(fs::remove_file(path)).at("remove", path),
+        Undo::Dir(path) => gone(fs::remove_dir(path)).at("remove", path),
+        Undo::Mount(path) => crate::rootfs::detach(path),
+        Undo::Cgroup(record) => Ok(record.remove()?),
+        Undo::Network(record) => Ok(record.remove()?),
+        Undo::Process(process) => kill(process),
+    }
+}
+
+/// Kills the process and waits for its end, 5 s at most: it may be in the middle of a large unmap.
+fn kill(process: &ProcessId) -> Result<()> {
+    let Some(pidfd) = sys::pidfd_open(process.pid).action("open a pidfd")? else { return Ok(()) };
+    // Checked after the pidfd is held: from here on the pid cannot come to mean another process.
+    if !process.alive() {
+        return Ok(());
+    }
+    sys::pidfd_kill(&pidfd).action("kill a process of the sandbox")?;
+    let mut poll = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&pidfd), nix::poll::PollFlags::POLLIN)];
+    match nix::poll::poll(&mut poll, 5000u16).action("wait for a killed process")? {
+        0 => Err(io::Error::from(io::ErrorKind::TimedOut)).action("see a killed process end"),
+        _ => Ok(()),
+    }
+}
+
+/// "Not there" is what a removal wants.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

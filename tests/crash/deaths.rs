@@ -1,0 +1,117 @@
+//! A process of a pod is killed, while nothing happens and during an exec.
+
+use std::time::{Duration, Instant};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tests::{
+    config::Runtime,
+    cri::{Container, Pod},
+    failure::{Failure, Result, Trying, claim, same},
+    node::Node,
+    run,
+};
+
+use crate::Story;
+
+pub const COMMON: &[Story] = &[
+    ("the_shim_dies_idle", |node, runtime| killed(node, runtime, "containerd-shim-", Moment::Idle)),
+    ("the_shim_dies_during_an_exec", |node, runtime| killed(node, runtime, "containerd-shim-", Moment::Exec)),
+];
+
+pub const OF_A_VM: &[Story] = &[
+    ("qemu_dies_idle", |node, runtime| killed(node, runtime, "qemu-system-", Moment::Idle)),
+    ("qemu_dies_during_an_exec", |node, runtime| killed(node, runtime, "qemu-system-", Moment::Exec)),
+    ("virtiofsd_dies_idle", |node, runtime| killed(node, runtime, "virtiofsd", Moment::Idle)),
+    ("virtiofsd_dies_during_an_exec", |node, runtime| killed(node, runtime, "virtiofsd", Moment::Exec)),
+    ("the_agent_dies_idle", |node, runtime| crashed(node, runtime, AGENT, Moment::Idle)),
+    ("the_agent_dies_during_an_exec", |node, runtime| crashed(node, runtime, AGENT, Moment::Exec)),
+    ("the_guests_kernel_dies", |node, runtime| crashed(node, runtime, KERNEL, Moment::Idle)),
+    ("a_frozen_machine_is_removed", a_frozen_machine_is_removed),
+];
+
+/// When the death comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    Idle,
+    Exec,
+}
+
+/// How soon every caller knows.
+const KNOWN: Duration = Duration::from_secs(5);
+
+/// SIGKILL does not reach PID 1 from its own guest (pid_namespaces(7) holds for the first one too), so an administrator there wipes its code.
+const AGENT: &str = "code=$(grep -m1 ' r-xp ' /proc/1/maps); from=$((0x${code%%-*})); to=${code#*-}; to=$((0x${to%% *})); \
+    exec dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) conv=notrunc";
+
+/// proc(5): crashes the kernel.
+const KERNEL: &str = "echo c >/proc/sysrq-trigger";
+
+/// One of the pod's processes on the node is killed.
+fn killed(node: &Node, runtime: Runtime, program: &str, moment: Moment) -> Result {
+    let pod = node.pod(runtime, "victim")?.run()?;
+    let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+    let victim = process_of(&pod, program)?;
+    everyone_hears(&pod, &container, moment, || {
+        kill(Pid::from_raw(victim), Signal::SIGKILL).trying(format!("killing {program}"))
+    })?;
+    pod.remove()
+}
+
+/// A privileged container that sees the guest's own processes does something to the guest.
+fn crashed(node: &Node, runtime: Runtime, script: &str, moment: Moment) -> Result {
+    let pod = node.pod(runtime, "victim")?.with_host_processes().privileged().run()?;
+    let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+    let culprit = pod.container("culprit", &["sleep", "infinity"]).privileged().run()?;
+    everyone_hears(&pod, &container, moment, || {
+        // How the client of a crashed machine ends is not the point; that it ends is.
+        drop(culprit.exec(&["sh", "-c", script], None, KNOWN)?);
+        Ok(())
+    })?;
+    pod.remove()
+}
+
+/// After `death`, the exec, the container and the pod are over for their callers in time.
+fn everyone_hears(pod: &Pod<'_>, container: &Container<'_>, moment: Moment, death: impl FnOnce() -> Result) -> Result {
+    let exec = match moment {
+        Moment::Idle => None,
+        Moment::Exec => {
+            let console = container.exec_on_terminal(&["sh", "-c", "echo begun; sleep infinity"])?;
+            console.expect("begun")?;
+            Some(console)
+        }
+    };
+    let start = Instant::now();
+    death()?;
+    if let Some(exec) = exec {
+        claim(exec.wait(KNOWN)? != 0, "an exec that was cut off did not succeed")?;
+    }
+    let exit = container.wait_exit_within(KNOWN.saturating_sub(start.elapsed()))?;
+    claim(exit.code != 0, format!("a container that was cut off did not succeed: {exit:?}"))?;
+    let left = KNOWN.saturating_sub(start.elapsed()).max(Duration::from_secs(1));
+    pod.node().events().bell.until("the end of the pod", left, || match pod.state() {
+        Ok(state) if state == "SANDBOX_NOTREADY" => Ok(()),
+        Ok(state) => Err(state),
+        Err(failure) => Err(failure.to_string()),
+    })
+}
+
+/// A machine that neither answers nor ends does not keep its pod from being removed.
+fn a_frozen_machine_is_removed(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "frozen")?.run()?;
+    let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+    same("before", container.shell("echo alive")?.as_str(), "alive")?;
+    let qemu = process_of(&pod, "qemu-system-")?;
+    kill(Pid::from_raw(qemu), Signal::SIGSTOP).trying("freezing QEMU")?;
+    let start = Instant::now();
+    pod.remove()?;
+    claim(start.elapsed() < run::ORDINARY, format!("removed after {:?}", start.elapsed()))
+}
+
+fn process_of(pod: &Pod<'_>, program: &str) -> Result<i32> {
+    let processes = pod.processes();
+    let found = processes.iter().find(|process| process.program().starts_with(program));
+    found.map(|process| process.pid).ok_or_else(|| Failure::Claim(format!("no {program} among {processes:?}")))
+}

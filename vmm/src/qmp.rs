@@ -1,0 +1,372 @@
+//! QEMU's monitor protocol (QMP) over an inherited socket: JSON objects, one per line.
+//!
+//! A guest that has broken into its QEMU speaks here, so nothing is believed: lines are bounded, answers must carry
+//! the number of a question, and every question has a deadline.
+
+use std::{collections::HashMap, io, time::Duration};
+
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{broadcast, mpsc, oneshot},
+    time::timeout,
+};
+
+/// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand.
+const LONGEST_LINE: usize = 1 << 20;
+/// QEMU answers within milliseconds, unless its host is starved.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Why a conversation with QEMU failed.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The connection has ended; mostly because QEMU has.
+    #[error("QEMU has closed its monitor")]
+    Closed,
+    /// QEMU says no.
+    #[error("QEMU refused {command}: {reason}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// QEMU says nothing.
+    #[error("QEMU did not answer {0} within {ANSWER_DEADLINE:?}")]
+    Silent(&'static str),
+    /// QEMU talks nonsense.
+    #[error("QEMU sent something that is not its protocol: {0}")]
+    Garbled(String),
+}
+
+/// What QEMU reports unasked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// `DEVICE_DELETED`: the guest gave the device back.
+    DeviceDeleted(String),
+    /// `DEVICE_UNPLUG_GUEST_ERROR`: the guest keeps the device.
+    DeviceKept(String),
+    /// `ACPI_DEVICE_OST` about an insertion or a removal: the guest's kernel has dealt with it.
+    GuestReport {
+        /// Id of the device.
+        device: String,
+        /// Whether it did what was asked.
+        done: bool,
+    },
+    /// `MEMORY_DEVICE_SIZE_CHANGE`: a virtio-mem device has grown or shrunk.
+    MemorySize,
+}
+
+/// A vCPU, present or possible: an entry of `query-hotpluggable-cpus`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct CpuSlot {
+    /// Name of the CPU's device model.
+    #[serde(rename = "type")]
+    pub model: String,
+    /// Where it sits, as QEMU wants it back.
+    pub props: serde_json::Map<String, Value>,
+    /// Where the CPU is in QEMU's tree, if it is present.
+    pub qom_path: Option<String>,
+}
+
+/// A memory device: an entry of `query-memory-devices`. Sizes are in bytes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub(crate) enum MemoryDevice {
+    /// A memory module.
+    Dimm {
+        /// Id of the device.
+        id: Option<String>,
+        /// Its size.
+        size: u64,
+    },
+    /// A virtio-mem device.
+    #[serde(rename_all = "kebab-case")]
+    VirtioMem {
+        /// What the guest has taken.
+        size: u64,
+        /// What it is offered.
+        requested_size: u64,
+    },
+    /// Some other kind.
+    #[serde(other, deserialize_with = "ignore")]
+    Other,
+}
+
+fn ignore<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    serde::de::IgnoredAny::deserialize(deserializer).map(drop)
+}
+
+/// A conversation with one QEMU.
+#[derive(Debug)]
+pub(crate) struct Qmp {
+    questions: mpsc::Sender<Question>,
+    /// The conversation holds the sender: when it ends, listeners are told.
+    events: broadcast::WeakSender<Event>,
+}
+
+#[derive(Debug)]
+struct Question {
+    command: &'static str,
+    arguments: Value,
+    answer: oneshot::Sender<Result<Value, QmpError>>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    #[serde(rename = "return")]
+    answer: Option<Value>,
+    error: Option<Refusal>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    id: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    desc: String,
+}
+
+impl Qmp {
+    /// Takes QEMU's greeting and enters command mode.
+    pub async fn connect(stream: UnixStream) -> Result<Qmp, QmpError> {
+        let (reader, writer) = stream.into_split();
+        let mut lines = Lines::new(reader);
+        let greeting = timeout(ANSWER_DEADLINE, lines.next())
+            .await
+            .map_err(|_| QmpError::Silent("the connection"))??;
+        if greeting.greeting.is_none() {
+            return Err(QmpError::Garbled("no greeting".into()));
+        }
+        let (questions, inbox) = mpsc::channel(16);
+        let (events, _) = broadcast::channel(256);
+        let conversation = Conversation {
+            lines,
+            writer,
+            events: events.clone(),
+            open: HashMap::new(),
+            asked: 0,
+        };
+        tokio::spawn(conversation.run(inbox));
+        let qmp = Qmp { questions, events };
+        qmp.execute::<Value>("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// Events from now on. Subscribe before the command that causes them.
+    pub fn events(&self) -> Result<broadcast::Receiver<Event>, QmpError> {
+        Ok(self.events.upgrade().ok_or(QmpError::Closed)?.subscribe())
+    }
+
+    async fn execute<T: DeserializeOwned>(&self, command: &'static str, arguments: Value) -> Result<T, QmpError> {
+        let (answer, answered) = oneshot::channel();
+        let question = Question {
+            command,
+            arguments,
+            answer,
+        };
+        let exchange = async {
+            self.questions.send(question).await.map_err(|_| QmpError::Closed)?;
+            answered.await.map_err(|_| QmpError::Closed)?
+        };
+        let value = timeout(ANSWER_DEADLINE, exchange)
+            .await
+            .map_err(|_| QmpError::Silent(command))??;
+        serde_json::from_value(value).map_err(|error| QmpError::Garbled(format!("{command} answered {error}")))
+    }
+
+    async fn order(&self, command: &'static str, arguments: Value) -> Result<(), QmpError> {
+        self.execute::<Value>(command, arguments).await.map(drop)
+    }
+
+    /// `quit`: QEMU ends.
+    pub async fn quit(&self) -> Result<(), QmpError> {
+        self.order("quit", json!({})).await
+    }
+
+    /// `qom-set` of a number.
+    pub async fn set_property(&self, path: &str, property: &str, value: u64) -> Result<(), QmpError> {
+        self.order("qom-set", json!({"path": path, "property": property, "value": value}))
+            .await
+    }
+
+    /// `object-add` of anonymous shared memory, `size` in bytes.
+    pub async fn add_memory(&self, id: &str, size: u64) -> Result<(), QmpError> {
+        let memory = json!({"qom-type": "memory-backend-memfd", "id": id, "size": size, "share": true});
+        self.order("object-add", memory).await
+    }
+
+    /// `object-del`.
+    pub async fn delete_object(&self, id: &str) -> Result<(), QmpError> {
+        self.order("object-del", json!({"id": id})).await
+    }
+
+    /// `device_add` of a memory module backed by `memory`.
+    pub async fn add_dimm(&self, id: &str, memory: &str) -> Result<(), QmpError> {
+        self.order("device_add", json!({"driver": "pc-dimm", "id": id, "memdev": memory}))
+            .await
+    }
+
+    /// `device_add` of a vCPU.
+    pub async fn add_cpu(&self, id: &str, slot: &CpuSlot) -> Result<(), QmpError> {
+        let mut arguments = slot.props.clone();
+        arguments.insert("driver".into(), slot.model.clone().into());
+        arguments.insert("id".into(), id.into());
+        self.order("device_add", arguments.into()).await
+    }
+
+    /// `device_del`: asks the guest to give the device back.
+    pub async fn delete_device(&self, id: &str) -> Result<(), QmpError> {
+        self.order("device_del", json!({"id": id})).await
+    }
+
+    /// `query-hotpluggable-cpus`.
+    pub async fn cpus(&self) -> Result<Vec<CpuSlot>, QmpError> {
+        self.execute("query-hotpluggable-cpus", json!({})).await
+    }
+
+    /// `query-memory-devices`.
+    pub async fn memory_devices(&self) -> Result<Vec<MemoryDevice>, QmpError> {
+        self.execute("query-memory-devices", json!({})).await
+    }
+}
+
+/// The owner of the connection.
+struct Conversation {
+    lines: Lines<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+    events: broadcast::Sender<Event>,
+    open: HashMap<u64, Question>,
+    asked: u64,
+}
+
+impl Conversation {
+    /// Runs until QEMU hangs up, talks nonsense, or nobody has a question any more. Questions that are open then are
+    /// dropped, which their askers see.
+    async fn run(mut self, mut inbox: mpsc::Receiver<Question>) {
+        loop {
+            let step = tokio::select! {
+                question = inbox.recv() => match question {
+                    Some(question) => self.ask(question).await,
+                    None => return,
+                },
+                message = self.lines.next() => message.and_then(|message| self.take(message)),
+            };
+            match step {
+                Ok(()) => {}
+                Err(QmpError::Closed) => return,
+                Err(error) => {
+                    tracing::error!(%error, "the conversation with QEMU is over");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn ask(&mut self, question: Question) -> Result<(), QmpError> {
+        self.asked += 1;
+        let mut line =
+            json!({"execute": question.command, "arguments": question.arguments, "id": self.asked}).to_string();
+        line.push('\n');
+        self.open.insert(self.asked, question);
+        self.writer
+            .write_all(line.as_bytes())
+            .await
+            .map_err(|_| QmpError::Closed)
+    }
+
+    fn take(&mut self, message: Message) -> Result<(), QmpError> {
+        if let Some(name) = message.event {
+            if let Some(event) = parse_event(&name, &message.data) {
+                // Nobody may be waiting.
+                let _listeners = self.events.send(event);
+            }
+            return Ok(());
+        }
+        let question = message.id.and_then(|id| self.open.remove(&id));
+        let question = question.ok_or_else(|| QmpError::Garbled("an answer to no question".into()))?;
+        let answer = match (message.answer, message.error) {
+            (Some(value), _) => Ok(value),
+            (None, Some(refusal)) => Err(QmpError::Refused {
+                command: question.command,
+                reason: refusal.desc,
+            }),
+            (None, None) => Err(QmpError::Garbled(format!("neither yes nor no to {}", question.command))),
+        };
+        // The asker may have given up.
+        let _asker_gone = question.answer.send(answer);
+        Ok(())
+    }
+}
+
+fn parse_event(name: &str, data: &Value) -> Option<Event> {
+    let device = || data["device"].as_str().map(str::to_owned);
+    match name {
+        "DEVICE_DELETED" => device().map(Event::DeviceDeleted),
+        "DEVICE_UNPLUG_GUEST_ERROR" => device().map(Event::DeviceKept),
+        "MEMORY_DEVICE_SIZE_CHANGE" => Some(Event::MemorySize),
+        "ACPI_DEVICE_OST" => {
+            let info = &data["info"];
+            // ACPI 6.3, table 6-238: success is 0; 0x84 (ejection) and 0x200 (insertion) in progress are no end yet.
+            let status = info["status"].as_u64()?;
+            let device = info["device"].as_str()?.to_owned();
+            (status != 0x84 && status != 0x200).then_some(Event::GuestReport {
+                device,
+                done: status == 0,
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Lines of bounded length. [`Lines::next`] may be cancelled without loss.
+struct Lines<R> {
+    reader: R,
+    buffer: Vec<u8>,
+    searched: usize,
+}
+
+impl<R: AsyncRead + Unpin> Lines<R> {
+    fn new(reader: R) -> Lines<R> {
+        Lines {
+            reader,
+            buffer: Vec::new(),
+            searched: 0,
+        }
+    }
+
+    async fn next(&mut self) -> Result<Message, QmpError> {
+        loop {
+            if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(self.searched + end + 1);
+                let line = std::mem::replace(&mut self.buffer, rest);
+                self.searched = 0;
+                return serde_json::from_slice(&line).map_err(|error| QmpError::Garbled(error.to_string()));
+            }
+            self.searched = self.buffer.len();
+            if self.searched > LONGEST_LINE {
+                return Err(QmpError::Garbled(format!("a line of more than {LONGEST_LINE} bytes")));
+            }
+            self.buffer.reserve(4096);
+            match self.reader.read_buf(&mut self.buffer).await {
+                Ok(0) => return Err(QmpError::Closed),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(QmpError::Closed),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "qmp_tests.rs"]
+mod tests;

@@ -1,0 +1,109 @@
+//! System calls that have no safe wrapper in our dependencies, and nothing else.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sched::{CloneFlags, setns},
+    sys::{prctl, signal::Signal},
+    unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid},
+};
+
+/// What a child does between fork and exec.
+#[derive(Debug, Default)]
+pub(crate) struct ChildSetup {
+    /// Network namespace to enter.
+    pub netns: Option<OwnedFd>,
+    /// Identity to take on for good; without one the child stays who the parent is.
+    pub user: Option<User>,
+    /// Files that stay open across exec, under the numbers they have here.
+    pub inherit: Vec<OwnedFd>,
+}
+
+/// An unprivileged identity.
+#[derive(Debug)]
+pub(crate) struct User {
+    pub uid: Uid,
+    pub gid: Gid,
+    pub groups: Vec<Gid>,
+}
+
+/// Makes `command` run `setup` in the child. The child dies with the thread that spawns it.
+pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
+    let parent = Pid::this();
+    // SAFETY: between fork and exec the closure only makes system calls and reads memory that was filled before; it
+    // neither allocates nor takes a lock.
+    unsafe { command.pre_exec(move || setup.apply(parent).map_err(io::Error::from)) };
+}
+
+impl ChildSetup {
+    fn apply(&self, parent: Pid) -> Result<(), Errno> {
+        if let Some(netns) = &self.netns {
+            setns(netns, CloneFlags::CLONE_NEWNET)?;
+        }
+        if let Some(user) = &self.user {
+            setgroups(&user.groups)?;
+            setresgid(user.gid, user.gid, user.gid)?;
+            setresuid(user.uid, user.uid, user.uid)?;
+            prctl::set_no_new_privs()?;
+        }
+        // A change of credentials clears the death signal, so it comes after; and it says nothing of a parent that
+        // was dead before, so the parent is checked after that.
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() != parent {
+            return Err(Errno::ESRCH);
+        }
+        for fd in &self.inherit {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A file descriptor that stands for the process `pid`, a child that nobody has waited for yet.
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes two integers and returns a new descriptor (close-on-exec) or an error.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just returned this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends `signal` to the process behind `pidfd`.
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
+    // SAFETY: pidfd_send_signal(2) takes a descriptor, an integer and, here, no further information.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal as libc::c_int,
+            std::ptr::null::<u8>(),
+            0,
+        )
+    };
+    Errno::result(sent).map(drop)
+}
+
+/// Gives the vhost-vsock device `vhost` the context id `cid`, which its closing gives back.
+pub(crate) fn vhost_vsock_set_guest_cid(vhost: BorrowedFd<'_>, cid: u64) -> Result<(), Errno> {
+    // VHOST_VSOCK_SET_GUEST_CID of <linux/vhost.h>.
+    const REQUEST: libc::c_ulong = nix::request_code_write!(0xaf, 0x60, size_of::<u64>());
+    // SAFETY: the request reads one u64, which outlives the call.
+    let set = unsafe { libc::ioctl(vhost.as_raw_fd(), REQUEST, &raw const cid) };
+    Errno::result(set).map(drop)
+}
+
+/// The CPU's time stamp counter.
+pub(crate) fn time_stamp_counter() -> u64 {
+    // SAFETY: every x86-64 CPU has the instruction, and Linux lets user space run it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}

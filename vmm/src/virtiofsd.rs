@@ -1,0 +1,91 @@
+//! The server of the guest's shared folder.
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, listen, socket,
+};
+
+use crate::{
+    error::VmError,
+    process::{Child, Spawner},
+    sys::ChildSetup,
+    tail::Tail,
+};
+
+/// What virtiofsd serves, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VirtiofsdSpec {
+    /// The virtiofsd program, 1.14.
+    pub program: PathBuf,
+    /// The folder that the guest sees. What is mounted below it later is seen too, if mounts propagate.
+    pub shared_dir: PathBuf,
+    /// `auto`, `always`, `never` or `metadata`.
+    pub cache: String,
+    /// Further arguments; they come last and so win.
+    pub extra_args: Vec<String>,
+}
+
+/// A running virtiofsd. When it dies the guest's file system calls hang: end the VM then.
+#[derive(Debug)]
+pub struct Virtiofsd {
+    child: Child,
+    log: Tail,
+}
+
+impl Virtiofsd {
+    /// Starts virtiofsd; returns it and the connection that QEMU is to have. To be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// When the program cannot be started. One that dies later is seen by [`Virtiofsd::child`].
+    pub fn start(spawner: &Spawner, spec: &VirtiofsdSpec) -> Result<(Virtiofsd, OwnedFd), VmError> {
+        let (listener, connection) = connected_listener().map_err(VmError::system("make a socket for virtiofsd"))?;
+        let (log, writer) = Tail::pipe().map_err(VmError::system("make a pipe for virtiofsd's log"))?;
+        let mut command = Command::new(&spec.program);
+        command
+            .arg(format!("--fd={}", listener.as_raw_fd()))
+            .arg("--shared-dir")
+            .arg(&spec.shared_dir);
+        // Each mount below the shared folder is a mount of its own in the guest. Without that two files of two
+        // overlays can have one device and inode number there, which tar, cp and rm take for one file.
+        command.args(["--sandbox=namespace", "--announce-submounts"]);
+        command.arg(format!("--cache={}", spec.cache)).args(&spec.extra_args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);
+        let setup = ChildSetup {
+            inherit: vec![listener],
+            ..ChildSetup::default()
+        };
+        let spawned = spawner.start(command, setup);
+        let child = spawned.map_err(|source| VmError::Spawn {
+            program: spec.program.clone(),
+            source,
+        })?;
+        Ok((Virtiofsd { child, log }, connection))
+    }
+
+    /// The process.
+    pub fn child(&self) -> &Child {
+        &self.child
+    }
+
+    /// The last 64 KiB of what it wrote to its standard error.
+    pub fn log_tail(&self) -> String {
+        self.log.text()
+    }
+}
+
+/// A listening socket with one connection in its queue. virtiofsd takes the first connection it finds, and this one
+/// is there before anybody can know of the socket.
+fn connected_listener() -> nix::Result<(OwnedFd, OwnedFd)> {
+    let new = || socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+    let (listener, connection) = (new()?, new()?);
+    // Without a name the kernel picks a free one, outside the file system.
+    bind(listener.as_raw_fd(), &UnixAddr::new_unnamed())?;
+    listen(&listener, Backlog::new(1)?)?;
+    connect(connection.as_raw_fd(), &getsockname::<UnixAddr>(listener.as_raw_fd())?)?;
+    Ok((listener, connection))
+}
