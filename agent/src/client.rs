@@ -221,7 +221,10 @@ impl Client {
     pub async fn version(&self) -> Result<VersionCheckResponse, ClientError> {
         let connection = Arc::clone(&self.0);
         call("version", Some(self.0.patience), async move {
-            connection.health.version(Context::default(), &CheckRequest::new()).await
+            connection
+                .health
+                .version(Context::default(), &CheckRequest::new())
+                .await
         })
         .await
     }

@@ -54,7 +54,10 @@ pub struct Wanted {
 impl Wanted {
     /// A container that runs a shell script.
     pub fn shell(script: &str) -> Wanted {
-        Wanted { args: ["sh", "-c", script].map(str::to_owned).to_vec(), ..Wanted::default() }
+        Wanted {
+            args: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            ..Wanted::default()
+        }
     }
 
     /// A container that runs until it is stopped, and ends at once when it is asked to.
@@ -74,7 +77,10 @@ impl Wanted {
 
     /// With a memory limit in MiB.
     pub fn with_memory(self, mib: u64) -> Wanted {
-        Wanted { memory: Some(mib << 20), ..self }
+        Wanted {
+            memory: Some(mib << 20),
+            ..self
+        }
     }
 
     /// With a volume.
@@ -93,7 +99,10 @@ pub fn of_sandbox(pod: &PodFacts, root: &Path) -> Value {
         ("Namespace", "contract".to_owned()),
         ("KubeName", pod.name.clone()),
         ("HostName", pod.name.clone()),
-        ("HostNetwork", (!pod.namespaces.iter().any(|(kind, _)| *kind == "network")).to_string()),
+        (
+            "HostNetwork",
+            (!pod.namespaces.iter().any(|(kind, _)| *kind == "network")).to_string(),
+        ),
         ("HostnamePath", pod.bundle.join("hostname").display().to_string()),
         ("ShmPath", pod.bundle.join("shm").display().to_string()),
         ("CgroupParent", pod.cgroup.clone()),
@@ -101,16 +110,27 @@ pub fn of_sandbox(pod: &PodFacts, root: &Path) -> Value {
         ("PortMappings", "[]".to_owned()),
         ("PrivilegedRuntime", "false".to_owned()),
         ("RuntimeHandler", "kata".to_owned()),
-        ("CNIResult", json!({"cniVersion": "1.0.0", "ips": [{"address": format!("{}/24", pod.address)}]}).to_string()),
+        (
+            "CNIResult",
+            json!({"cniVersion": "1.0.0", "ips": [{"address": format!("{}/24", pod.address)}]}).to_string(),
+        ),
         ("ContainerName", format!("k8s_POD_{}_contract_{}_0", pod.name, pod.uid)),
     ];
     annotations.extend(own.map(|(key, value)| (format!("io.kubernetes.cri-o.{key}"), json!(value))));
     annotations.insert("pod-linux-overhead.crio.io".into(), json!("null"));
     annotations.insert("pod-linux-resources.crio.io".into(), json!(pod.resources.to_string()));
     let mut mounts = system_mounts();
-    mounts.push(bind(&pod.bundle.join("resolv.conf"), "/etc/resolv.conf", &["bind", "ro", "nodev", "nosuid", "noexec"]));
+    mounts.push(bind(
+        &pod.bundle.join("resolv.conf"),
+        "/etc/resolv.conf",
+        &["bind", "ro", "nodev", "nosuid", "noexec"],
+    ));
     mounts.push(bind(&pod.bundle.join("shm"), "/dev/shm", &["rw", "bind"]));
-    mounts.push(bind(&pod.bundle.join("hostname"), "/etc/hostname", &["ro", "bind", "nodev", "nosuid", "noexec"]));
+    mounts.push(bind(
+        &pod.bundle.join("hostname"),
+        "/etc/hostname",
+        &["ro", "bind", "nodev", "nosuid", "noexec"],
+    ));
     let mut spec = specification(pod, &pod.id, &pause, root, mounts);
     spec["annotations"] = Value::Object(annotations);
     spec["linux"]["resources"]["cpu"] = json!({"shares": 2});
@@ -142,9 +162,17 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
     let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
     mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options}));
     mounts.push(bind(&pod.bundle.join("shm"), "/dev/shm", &["rw", "bind"]));
-    mounts.push(bind(&pod.bundle.join("resolv.conf"), "/etc/resolv.conf", &["bind", "rw", "nodev", "nosuid", "noexec"]));
+    mounts.push(bind(
+        &pod.bundle.join("resolv.conf"),
+        "/etc/resolv.conf",
+        &["bind", "rw", "nodev", "nosuid", "noexec"],
+    ));
     mounts.push(bind(&pod.bundle.join("hostname"), "/etc/hostname", &["bind", "rw"]));
-    mounts.push(bind(&bundle.join(".containerenv"), "/run/.containerenv", &["bind", "rw"]));
+    mounts.push(bind(
+        &bundle.join(".containerenv"),
+        "/run/.containerenv",
+        &["bind", "rw"],
+    ));
     for (host, container, readonly) in &wanted.volumes {
         let access = if *readonly { "ro" } else { "rw" };
         mounts.push(bind(host, container, &[access, "rbind", "rprivate", "bind"]));
@@ -161,9 +189,7 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
 }
 
 fn volumes_annotation(wanted: &Wanted) -> Value {
-    let volume = |(host, container, readonly): &(PathBuf, String, bool)| {
-        json!({"container_path": container, "host_path": host, "readonly": readonly, "propagation": 0})
-    };
+    let volume = |(host, container, readonly): &(PathBuf, String, bool)| json!({"container_path": container, "host_path": host, "readonly": readonly, "propagation": 0});
     wanted.volumes.iter().map(volume).collect()
 }
 
@@ -171,19 +197,29 @@ fn common_annotations(pod: &PodFacts, id: &str, kind: &str, root: &Path) -> Map<
     let labels = json!({
         "io.kubernetes.pod.name": pod.name, "io.kubernetes.pod.namespace": "contract", "io.kubernetes.pod.uid": pod.uid,
     });
-    let mut annotations: Map<String, Value> = pod.annotations.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+    let mut annotations: Map<String, Value> = pod
+        .annotations
+        .iter()
+        .map(|(key, value)| (key.clone(), json!(value)))
+        .collect();
     annotations.extend(labels.as_object().cloned().unwrap_or_default());
     annotations.insert("io.container.manager".into(), json!("cri-o"));
     let own = [
         ("Annotations", "{}".to_owned()),
         ("Labels", labels.to_string()),
-        ("Metadata", json!({"name": pod.name, "uid": pod.uid, "namespace": "contract"}).to_string()),
+        (
+            "Metadata",
+            json!({"name": pod.name, "uid": pod.uid, "namespace": "contract"}).to_string(),
+        ),
         ("ContainerID", id.to_owned()),
         ("SandboxID", pod.id.clone()),
         ("SandboxName", format!("k8s_{}_contract_{}_0", pod.name, pod.uid)),
         ("Name", format!("k8s_{kind}_{}_contract_{}_0", pod.name, pod.uid)),
         ("ContainerType", kind.to_owned()),
-        ("LogPath", format!("/var/log/pods/contract_{}_{}/story/0.log", pod.name, pod.uid)),
+        (
+            "LogPath",
+            format!("/var/log/pods/contract_{}_{}/story/0.log", pod.name, pod.uid),
+        ),
         ("Created", "2026-01-01T00:00:00.000000000Z".to_owned()),
         ("MountPoint", root.display().to_string()),
         ("ResolvPath", pod.bundle.join("resolv.conf").display().to_string()),
@@ -197,7 +233,11 @@ fn common_annotations(pod: &PodFacts, id: &str, kind: &str, root: &Path) -> Map<
 
 fn specification(pod: &PodFacts, id: &str, wanted: &Wanted, root: &Path, mounts: Vec<Value>) -> Value {
     let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "mount"})];
-    namespaces.extend(pod.namespaces.iter().map(|(kind, path)| json!({"type": kind, "path": path})));
+    namespaces.extend(
+        pod.namespaces
+            .iter()
+            .map(|(kind, path)| json!({"type": kind, "path": path})),
+    );
     json!({
         "ociVersion": "1.2.1",
         "process": process(pod, wanted),
@@ -216,9 +256,21 @@ fn specification(pod: &PodFacts, id: &str, wanted: &Wanted, root: &Path, mounts:
 }
 
 fn process(pod: &PodFacts, wanted: &Wanted) -> Value {
-    let granted = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP",
-        "CAP_NET_BIND_SERVICE", "CAP_KILL"];
-    let mut environment = vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(), format!("HOSTNAME={}", pod.name)];
+    let granted = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_KILL",
+    ];
+    let mut environment = vec![
+        "PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        format!("HOSTNAME={}", pod.name),
+    ];
     if wanted.tty {
         environment.push("TERM=xterm".into());
     }
@@ -233,13 +285,15 @@ fn process(pod: &PodFacts, wanted: &Wanted) -> Value {
 }
 
 fn system_mounts() -> Vec<Value> {
-    let one = |destination: &str, kind: &str, options: &[&str]| {
-        json!({"destination": destination, "type": kind, "source": kind, "options": options})
-    };
+    let one = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     vec![
         one("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         one("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        one("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        one(
+            "/dev/pts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
         one("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         one("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
     ]

@@ -4,12 +4,12 @@
 
 use std::{
     fmt,
+    net::Shutdown,
     os::{
         fd::IntoRawFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixStream},
     },
-    net::Shutdown,
     sync::mpsc,
     thread,
     time::Duration,
@@ -56,9 +56,13 @@ impl Connection {
             Some(path) => SocketAddr::from_pathname(path),
             None => SocketAddr::from_abstract_name(address),
         };
-        let socket = place.and_then(|place| UnixStream::connect_addr(&place)).trying(dialling())?;
+        let socket = place
+            .and_then(|place| UnixStream::connect_addr(&place))
+            .trying(dialling())?;
         let owned = socket.try_clone().trying(dialling())?;
-        let client = ttrpc::Client::new(owned.into_raw_fd()).map_err(std::io::Error::other).trying(dialling())?;
+        let client = ttrpc::Client::new(owned.into_raw_fd())
+            .map_err(std::io::Error::other)
+            .trying(dialling())?;
         Ok(Connection { client, socket })
     }
 
@@ -70,7 +74,10 @@ impl Connection {
         let request = ttrpc::Request {
             service: SERVICE.into(),
             method: method.into(),
-            payload: message.write_to_bytes().map_err(std::io::Error::other).trying(format!("encoding {method}"))?,
+            payload: message
+                .write_to_bytes()
+                .map_err(std::io::Error::other)
+                .trying(format!("encoding {method}"))?,
             ..ttrpc::Request::default()
         };
         let client = self.client.clone();
@@ -78,13 +85,18 @@ impl Connection {
         thread::spawn(move || {
             let reply = client.request(request).map_err(Refusal::from);
             let decode = |reply: ttrpc::Response| {
-                A::parse_from_bytes(&reply.payload)
-                    .map_err(|error| Refusal { code: Some(Code::DATA_LOSS), message: format!("undecodable answer: {error}") })
+                A::parse_from_bytes(&reply.payload).map_err(|error| Refusal {
+                    code: Some(Code::DATA_LOSS),
+                    message: format!("undecodable answer: {error}"),
+                })
             };
             // A story that is over does not listen any more.
             let _ = told.send(reply.and_then(decode));
         });
-        Ok(Pending { what: format!("{method} {message}"), answer })
+        Ok(Pending {
+            what: format!("{method} {message}"),
+            answer,
+        })
     }
 
     /// Ends the connection, whatever is pending on it.
@@ -107,7 +119,11 @@ impl<A> Pending<A> {
     /// [`Failure::Deadline`] when there is none in time.
     pub fn answer(&self, deadline: Duration) -> Result<std::result::Result<A, Refusal>> {
         let what = format!("the answer to {}", tests::run::last_of(&self.what, 200));
-        self.answer.recv_timeout(deadline).map_err(|_| Failure::Deadline { what, deadline, detail: String::new() })
+        self.answer.recv_timeout(deadline).map_err(|_| Failure::Deadline {
+            what,
+            deadline,
+            detail: String::new(),
+        })
     }
 
     /// Waits for the answer, which must not be a refusal.
@@ -115,7 +131,8 @@ impl<A> Pending<A> {
     /// # Errors
     /// [`Failure::Deadline`] when there is none in time, [`Failure::Claim`] when it is a refusal.
     pub fn granted(&self, deadline: Duration) -> Result<A> {
-        self.answer(deadline)?.map_err(|refusal| Failure::Claim(format!("{} was refused: {refusal}", self.what)))
+        self.answer(deadline)?
+            .map_err(|refusal| Failure::Claim(format!("{} was refused: {refusal}", self.what)))
     }
 
     /// Waits for the answer, which must be a refusal.
@@ -140,10 +157,14 @@ impl Refusal {
 impl From<ttrpc::Error> for Refusal {
     fn from(error: ttrpc::Error) -> Self {
         match error {
-            ttrpc::Error::RpcStatus(status) => {
-                Refusal { code: Some(status.code.enum_value_or_default()), message: status.message }
-            }
-            other => Refusal { code: None, message: other.to_string() },
+            ttrpc::Error::RpcStatus(status) => Refusal {
+                code: Some(status.code.enum_value_or_default()),
+                message: status.message,
+            },
+            other => Refusal {
+                code: None,
+                message: other.to_string(),
+            },
         }
     }
 }

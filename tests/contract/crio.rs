@@ -80,7 +80,13 @@ impl<'n> Crio<'n> {
     /// When something has not been built.
     pub fn new(node: &'n Node, runtime: Runtime) -> Result<Crio<'n>> {
         let path = runtime.path()?;
-        let crio = Crio { node, runtime, path, config: None, logs: Mutex::default() };
+        let crio = Crio {
+            node,
+            runtime,
+            path,
+            config: None,
+            logs: Mutex::default(),
+        };
         match runtime {
             Runtime::Reference => Ok(crio),
             Runtime::Sandpod => crio.configured(&Guest::Own.configuration()?),
@@ -119,34 +125,70 @@ impl<'n> Crio<'n> {
         let fifo = bundle.join("log");
         fifo::make(&fifo)?;
         let log = Reader::open(&fifo)?;
-        self.logs.lock().unwrap_or_else(PoisonError::into_inner).insert(id.into(), log);
+        self.logs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id.into(), log);
         let output = self.run_start(id, bundle)?;
         let said = format!("{} {}", output.text(), output.errors());
-        claim(output.code == 0, format!("`start` of {id} ended with code {}: {}", output.code, said.trim()))?;
+        claim(
+            output.code == 0,
+            format!("`start` of {id} ended with code {}: {}", output.code, said.trim()),
+        )?;
         let address = address_in(&output.text())?;
         let path = bundle.join("address");
         let written = fs::read_to_string(&path).trying(format!("reading {}", path.display()))?;
-        claim(written == address, format!("{} holds {written:?}, but `start` printed {address:?}", path.display()))?;
+        claim(
+            written == address,
+            format!("{} holds {written:?}, but `start` printed {address:?}", path.display()),
+        )?;
         Ok(address)
     }
 
     /// The pipes are read to their end before the exit is looked at: a daemon that keeps them open blocks CRI-O.
     fn run_start(&self, id: &str, bundle: &Path) -> Result<Output> {
         let mut command = Command::new(&self.path);
-        command.args(["-namespace", "default", "-address", "", "-publish-binary", "/usr/bin/crio", "-id", id, "start"]);
+        command.args([
+            "-namespace",
+            "default",
+            "-address",
+            "",
+            "-publish-binary",
+            "/usr/bin/crio",
+            "-id",
+            id,
+            "start",
+        ]);
         command.current_dir(bundle).process_group(0);
-        let environment = [("GOMAXPROCS", "2"), ("MAX_SHIM_VERSION", "2"), ("TTRPC_ADDRESS", ""), ("GRPC_ADDRESS", ""), ("NAMESPACE", "default")];
+        let environment = [
+            ("GOMAXPROCS", "2"),
+            ("MAX_SHIM_VERSION", "2"),
+            ("TTRPC_ADDRESS", ""),
+            ("GRPC_ADDRESS", ""),
+            ("NAMESPACE", "default"),
+        ];
         command.envs(environment);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().trying(format!("starting {}", self.path.display()))?;
         let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
         let read = |pipe: mpsc::Receiver<Vec<u8>>, name: &str| {
             let what = format!("the end of {name} of `start`");
-            pipe.recv_timeout(START).map_err(|_| Failure::Deadline { what, deadline: START, detail: "; is it inherited?".into() })
+            pipe.recv_timeout(START).map_err(|_| Failure::Deadline {
+                what,
+                deadline: START,
+                detail: "; is it inherited?".into(),
+            })
         };
         let (stdout, stderr) = (read(stdout, "stdout")?, read(stderr, "stderr")?);
         let status = run::wait(child, START, "containerd-shim start")?;
-        Ok(Output { code: run::code_of(status), stdout, stderr })
+        Ok(Output {
+            code: run::code_of(status),
+            stdout,
+            stderr,
+        })
     }
 
     /// Dials the shim of a container by the `address` file of its bundle, as after a restart.
@@ -167,10 +209,18 @@ impl<'n> Crio<'n> {
         let Some(config) = &self.config else { return Ok(None) };
         let mut value = Vec::new();
         let mut out = CodedOutputStream::vec(&mut value);
-        let encoded = out.write_string(2, &config.display().to_string()).and_then(|()| out.flush());
+        let encoded = out
+            .write_string(2, &config.display().to_string())
+            .and_then(|()| out.flush());
         drop(out);
-        encoded.map_err(std::io::Error::other).trying("encoding the runtime options")?;
-        Ok(Some(Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Any::default() }))
+        encoded
+            .map_err(std::io::Error::other)
+            .trying("encoding the runtime options")?;
+        Ok(Some(Any {
+            type_url: "runtimeoptions.v1.Options".into(),
+            value,
+            ..Any::default()
+        }))
     }
 
     /// What the shims have logged through the `log` fifos of their bundles, for a failure's message.
@@ -178,7 +228,13 @@ impl<'n> Crio<'n> {
         let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
         let said = |(id, log): (&String, &Reader)| {
             let text = log.text();
-            (!text.is_empty()).then(|| format!("\n--- the shim's log in the bundle of {}:\n{}", short(id), last_of(&text, 4000)))
+            (!text.is_empty()).then(|| {
+                format!(
+                    "\n--- the shim's log in the bundle of {}:\n{}",
+                    short(id),
+                    last_of(&text, 4000)
+                )
+            })
         };
         logs.iter().filter_map(said).collect()
     }
@@ -197,11 +253,18 @@ pub fn short(id: &str) -> &str {
 /// CRI-O's reading of what `start` prints: JSON of version 2 or a bare address.
 fn address_in(text: &str) -> Result<String> {
     let json: Option<Value> = serde_json::from_str(text).ok();
-    let Some(version) = json.as_ref().and_then(|json| json["version"].as_i64()).filter(|version| *version >= 2) else {
+    let Some(version) = json
+        .as_ref()
+        .and_then(|json| json["version"].as_i64())
+        .filter(|version| *version >= 2)
+    else {
         return Ok(text.to_owned());
     };
     claim(version == 2, format!("unsupported shim version {version}"))?;
-    let address = json.as_ref().and_then(|json| json["address"].as_str()).unwrap_or_default();
+    let address = json
+        .as_ref()
+        .and_then(|json| json["address"].as_str())
+        .unwrap_or_default();
     claim(!address.is_empty(), format!("no address in {text:?}"))?;
     Ok(address.to_owned())
 }

@@ -68,7 +68,15 @@ impl<'c, 'n> Task<'c, 'n> {
     /// When it fails.
     pub fn shell(&self, script: &str) -> Result<String> {
         let done = self.exec(&["sh", "-c", script])?;
-        claim(done.code == 0, format!("`{script}` ended with code {}: {} {}", done.code, done.text(), done.errors()))?;
+        claim(
+            done.code == 0,
+            format!(
+                "`{script}` ended with code {}: {} {}",
+                done.code,
+                done.text(),
+                done.errors()
+            ),
+        )?;
         Ok(done.text())
     }
 
@@ -81,13 +89,25 @@ impl<'c, 'n> Task<'c, 'n> {
         let fifos = Fifos::make(&self.id, stdin)?;
         let streams = Streams::open(&fifos, tty)?;
         let started = self.send_exec(&id, &fifos, args, tty).and_then(|()| {
-            let start = StartRequest { id: self.id.clone(), exec_id: id.clone(), ..StartRequest::default() };
+            let start = StartRequest {
+                id: self.id.clone(),
+                exec_id: id.clone(),
+                ..StartRequest::default()
+            };
             let started: Pending<StartResponse> = self.connection()?.ask("Start", &start)?;
             // CRI-O removes an exec that does not start.
-            started.granted(ORDINARY).or_else(|failure| self.begin_delete(&id)?.granted(ORDINARY).and(Err(failure)))
+            started
+                .granted(ORDINARY)
+                .or_else(|failure| self.begin_delete(&id)?.granted(ORDINARY).and(Err(failure)))
         });
         match started {
-            Ok(_) => Ok(Exec { exit: self.begin_wait(&id)?, task: self, id, fifos, streams }),
+            Ok(_) => Ok(Exec {
+                exit: self.begin_wait(&id)?,
+                task: self,
+                id,
+                fifos,
+                streams,
+            }),
             Err(failure) => {
                 drop(streams);
                 fifos.remove().and(Err(failure))
@@ -106,7 +126,11 @@ impl<'c, 'n> Task<'c, 'n> {
             stdin: fifos.stdin.clone(),
             stdout: fifos.stdout.clone(),
             stderr: fifos.stderr.clone(),
-            spec: MessageField::some(Any { type_url: PROCESS_TYPE.into(), value: process.to_string().into_bytes(), ..Any::default() }),
+            spec: MessageField::some(Any {
+                type_url: PROCESS_TYPE.into(),
+                value: process.to_string().into_bytes(),
+                ..Any::default()
+            }),
             ..ExecProcessRequest::default()
         };
         let answer: Pending<Empty> = self.connection()?.ask("Exec", &request)?;
@@ -124,12 +148,27 @@ impl Exec<'_, '_, '_> {
         let stdout = self.streams.stdout.close()?;
         let stderr = self.streams.stderr.map(super::fifo::Reader::close).transpose()?;
         let closed = stdout.ended && stderr.as_ref().is_none_or(|taken| taken.ended);
-        claim(closed, "Wait of an exec was answered while the write end of its output was still open")?;
-        claim(exit.exited_at.is_some(), "Wait of an exec was answered without exited_at")?;
+        claim(
+            closed,
+            "Wait of an exec was answered while the write end of its output was still open",
+        )?;
+        claim(
+            exit.exited_at.is_some(),
+            "Wait of an exec was answered without exited_at",
+        )?;
         self.fifos.remove()?;
         self.task.begin_delete(&self.id)?.granted(ORDINARY)?;
-        let stderr = stderr.unwrap_or(Taken { bytes: Vec::new(), late: 0, ended: true });
-        Ok(Done { code: exit.exit_status, late: stdout.late + stderr.late, stdout: stdout.bytes, stderr: stderr.bytes })
+        let stderr = stderr.unwrap_or(Taken {
+            bytes: Vec::new(),
+            late: 0,
+            ended: true,
+        });
+        Ok(Done {
+            code: exit.exit_status,
+            late: stdout.late + stderr.late,
+            stdout: stdout.bytes,
+            stderr: stderr.bytes,
+        })
     }
 
     /// What CRI-O does when an exec's time is up: SIGKILL, then a wait without limit (limited here).
@@ -146,8 +185,12 @@ impl Exec<'_, '_, '_> {
     /// # Errors
     /// When it is refused.
     pub fn close_input(&self) -> Result {
-        let request =
-            CloseIORequest { id: self.task.id.clone(), exec_id: self.id.clone(), stdin: true, ..CloseIORequest::default() };
+        let request = CloseIORequest {
+            id: self.task.id.clone(),
+            exec_id: self.id.clone(),
+            stdin: true,
+            ..CloseIORequest::default()
+        };
         let answer: Pending<Empty> = self.task.connection()?.ask("CloseIO", &request)?;
         answer.granted(ORDINARY).map(drop)
     }
@@ -157,8 +200,13 @@ impl Exec<'_, '_, '_> {
     /// # Errors
     /// When it is refused.
     pub fn resize(&self, width: u32, height: u32) -> Result {
-        let request =
-            ResizePtyRequest { id: self.task.id.clone(), exec_id: self.id.clone(), width, height, ..ResizePtyRequest::default() };
+        let request = ResizePtyRequest {
+            id: self.task.id.clone(),
+            exec_id: self.id.clone(),
+            width,
+            height,
+            ..ResizePtyRequest::default()
+        };
         let answer: Pending<Empty> = self.task.connection()?.ask("ResizePty", &request)?;
         answer.granted(ORDINARY).map(drop)
     }

@@ -79,13 +79,22 @@ impl Reader {
     pub fn open(path: &Path) -> Result<Reader> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let opening = || format!("opening the fifo {}", path.display());
-        let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).trying(opening())?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path)
+            .trying(opening())?;
         // Not for children: a shim that inherits the other end would keep the thread for ever.
         let (stopped, stop) = pipe2(OFlag::O_CLOEXEC).trying(opening())?;
         let seen = Arc::<Seen>::default();
         let shared = Arc::clone(&seen);
         let thread = thread::spawn(move || follow(file, &stopped, &shared));
-        Ok(Reader { name, seen, stop: Some(stop), thread: Some(thread) })
+        Ok(Reader {
+            name,
+            seen,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// Waits until what has come satisfies `enough`, and returns it.
@@ -124,7 +133,11 @@ impl Reader {
     /// # Errors
     /// The kernel's.
     pub fn close(mut self) -> Result<Taken> {
-        let mut taken = Taken { bytes: Vec::new(), late: 0, ended: false };
+        let mut taken = Taken {
+            bytes: Vec::new(),
+            late: 0,
+            ended: false,
+        };
         if let Some(mut file) = self.stop_thread() {
             let mut late = Vec::new();
             taken.ended = match file.read_to_end(&mut late) {
@@ -157,9 +170,18 @@ impl Reader {
                 let text = last_of(&String::from_utf8_lossy(&state.bytes), 300);
                 let why = if state.ended { "; the writer closed it" } else { "" };
                 let detail = format!("{why}; {} bytes came, at last {text:?}", state.bytes.len());
-                return Err(Failure::Deadline { what: format!("{what} on {}", self.name), deadline, detail });
+                return Err(Failure::Deadline {
+                    what: format!("{what} on {}", self.name),
+                    deadline,
+                    detail,
+                });
             }
-            state = self.seen.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .seen
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
@@ -174,7 +196,10 @@ impl Drop for Reader {
 fn follow(mut file: File, stopped: &OwnedFd, seen: &Seen) -> File {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let mut watched = [PollFd::new(file.as_fd(), PollFlags::POLLIN), PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
+        let mut watched = [
+            PollFd::new(file.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+        ];
         if poll(&mut watched, PollTimeout::NONE).is_err_and(|error| error != nix::Error::EINTR) {
             return file;
         }
@@ -209,8 +234,14 @@ impl Writer {
     /// # Errors
     /// When nobody reads it.
     pub fn open(path: &Path) -> Result<Writer> {
-        let file = OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
-        Ok(Writer(file.trying(format!("opening {}, which the shim should read", path.display()))?))
+        let file = OpenOptions::new()
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path);
+        Ok(Writer(file.trying(format!(
+            "opening {}, which the shim should read",
+            path.display()
+        ))?))
     }
 
     /// Writes all of it.
@@ -225,10 +256,15 @@ impl Writer {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let left = until.saturating_duration_since(Instant::now());
                     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-                    let ready = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)], timeout).trying("waiting for the reader")?;
+                    let ready = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)], timeout)
+                        .trying("waiting for the reader")?;
                     if ready == 0 {
                         let what = "the reading of standard input".into();
-                        return Err(Failure::Deadline { what, deadline, detail: format!("; {} bytes are left", bytes.len()) });
+                        return Err(Failure::Deadline {
+                            what,
+                            deadline,
+                            detail: format!("; {} bytes are left", bytes.len()),
+                        });
                     }
                 }
                 Err(error) => return Err(error).trying("writing standard input"),

@@ -26,7 +26,9 @@ fn main() -> ExitCode {
     let outcome = match Role::of_this_process() {
         // A list needs no node, and so no root.
         Role::Outside if arguments.list => {
-            let names = stories::all().map(|story| Trial::test(story.name(), || Ok(()))).collect();
+            let names = stories::all()
+                .map(|story| Trial::test(story.name(), || Ok(())))
+                .collect();
             Ok(libtest_mimic::run(&arguments, names).exit_code())
         }
         Role::Outside => node::outside(),

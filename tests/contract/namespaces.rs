@@ -34,12 +34,21 @@ impl Namespaces {
     pub fn make(name: &str, hostname: &str, serial: u32) -> Result<Namespaces> {
         let third = u8::try_from(serial % 250).unwrap_or_default();
         let address = Ipv4Addr::new(10, 88, third, 2);
-        let namespaces = Namespaces { name: name.into(), device: format!("veth{serial}"), address, connected: true };
+        let namespaces = Namespaces {
+            name: name.into(),
+            device: format!("veth{serial}"),
+            address,
+            connected: true,
+        };
         for kind in ["ipc", "uts"] {
             let path = namespaces.path(kind);
             fs::write(&path, "").trying(format!("making {}", path.display()))?;
             let option = format!("--{kind}={}", path.display());
-            let program: &[&str] = if kind == "uts" { &["hostname", hostname] } else { &["true"] };
+            let program: &[&str] = if kind == "uts" {
+                &["hostname", hostname]
+            } else {
+                &["true"]
+            };
             succeed(Command::new("unshare").arg(option).args(program), run::ORDINARY)?;
         }
         namespaces.connect(Ipv4Addr::new(10, 88, third, 1))?;
@@ -71,7 +80,11 @@ impl Namespaces {
     /// # Errors
     /// When the interface is not there any more.
     pub fn disconnect(&mut self) -> Result {
-        if std::mem::take(&mut self.connected) { ip(&format!("-n {} link del eth0", self.name)) } else { Ok(()) }
+        if std::mem::take(&mut self.connected) {
+            ip(&format!("-n {} link del eth0", self.name))
+        } else {
+            Ok(())
+        }
     }
 
     /// Lets go of the namespaces.

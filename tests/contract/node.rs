@@ -105,8 +105,21 @@ pub fn outside() -> Result<ExitCode> {
 fn in_namespaces(folder: &Path) -> Result<ExitCode> {
     let program = env::current_exe().trying("finding this program")?;
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]);
-    command.arg(program).args(env::args_os().skip(1)).env(ROLE, "init").env(FOLDER, folder);
+    command.args([
+        "--mount",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--propagation",
+        "private",
+    ]);
+    command
+        .arg(program)
+        .args(env::args_os().skip(1))
+        .env(ROLE, "init")
+        .env(FOLDER, folder);
     let status = command.status().trying("making the node's namespaces (needs root)")?;
     Ok(code(run::code_of(status)))
 }
@@ -126,12 +139,18 @@ fn undo(name: &str) -> Result {
                 left.push(format!("cgroup {}", folder.display()));
             }
             // The last processes of a pid namespace leave their cgroups some time after its first is reaped.
-            Bell::default().until("an empty cgroup", SETTLE, || fs::remove_dir(&folder).map_err(|error| error.to_string()))?;
+            Bell::default().until("an empty cgroup", SETTLE, || {
+                fs::remove_dir(&folder).map_err(|error| error.to_string())
+            })?;
         }
     }
     let folder = Path::new(PLACE).join(name);
     fs::remove_dir_all(&folder).trying(format!("removing {}", folder.display()))?;
-    if left.is_empty() { Ok(()) } else { Err(Failure::LeftBehind(left)) }
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::LeftBehind(left))
+    }
 }
 
 /// A run that was killed from outside could not undo itself.
@@ -151,17 +170,25 @@ fn sweep_the_dead() -> Result {
 fn unpack_image(folder: &Path) -> Result {
     let archive = images::archive()?;
     let layout = folder.with_file_name("layout");
-    fs::create_dir_all(&layout).and_then(|()| fs::create_dir_all(folder)).trying("making the image's folder")?;
+    fs::create_dir_all(&layout)
+        .and_then(|()| fs::create_dir_all(folder))
+        .trying("making the image's folder")?;
     let unpack = |archive: &Path, into: &Path| {
         let mut command = Command::new("tar");
-        command.arg("--extract").arg("--file").arg(archive).arg("--directory").arg(into);
+        command
+            .arg("--extract")
+            .arg("--file")
+            .arg(archive)
+            .arg("--directory")
+            .arg(into);
         succeed(&mut command, run::ORDINARY).map(drop)
     };
     unpack(&archive, &layout)?;
     let blob = |digest: &str| layout.join("blobs").join(digest.replace(':', "/"));
     let index = read_json(&layout.join("index.json"))?;
     let manifests = index["manifests"].as_array().cloned().unwrap_or_default();
-    let named = |manifest: &&serde_json::Value| manifest["annotations"]["org.opencontainers.image.ref.name"] == images::TEST;
+    let named =
+        |manifest: &&serde_json::Value| manifest["annotations"]["org.opencontainers.image.ref.name"] == images::TEST;
     let digest = |descriptor: &serde_json::Value| descriptor["digest"].as_str().unwrap_or_default().to_owned();
     let image = manifests.iter().find(named).map(digest).unwrap_or_default();
     for layer in read_json(&blob(&image))?["layers"].as_array().into_iter().flatten() {
@@ -172,7 +199,10 @@ fn unpack_image(folder: &Path) -> Result {
 
 fn read_json(path: &Path) -> Result<serde_json::Value> {
     let text = fs::read(path).trying(format!("reading {}", path.display()))?;
-    serde_json::from_slice(&text).map_err(|source| Failure::Json { what: path.display().to_string(), source })
+    serde_json::from_slice(&text).map_err(|source| Failure::Json {
+        what: path.display().to_string(),
+        source,
+    })
 }
 
 /// Prepares the namespaces, starts the client, and collects every orphan until the client ends.
@@ -188,11 +218,19 @@ pub fn init() -> Result<ExitCode> {
         fs::create_dir_all(folder).trying(format!("making {folder}"))?;
     }
     // The first `ip netns add` of a node turns its folder into a mount.
-    for command in [&["link", "set", "lo", "up"][..], &["netns", "add", "first"], &["netns", "del", "first"]] {
+    for command in [
+        &["link", "set", "lo", "up"][..],
+        &["netns", "add", "first"],
+        &["netns", "del", "first"],
+    ] {
         succeed(Command::new("ip").args(command), run::ORDINARY)?;
     }
     let program = env::current_exe().trying("finding this program")?;
-    let client = Command::new(program).args(env::args_os().skip(1)).env(ROLE, "client").spawn().trying("starting the client")?;
+    let client = Command::new(program)
+        .args(env::args_os().skip(1))
+        .env(ROLE, "client")
+        .spawn()
+        .trying("starting the client")?;
     let client = Pid::from_raw(client.id().cast_signed());
     loop {
         match waitpid(None, None).trying("collecting orphans")? {
@@ -222,7 +260,11 @@ impl Node {
     pub fn here() -> Result<Node> {
         let folder = PathBuf::from(env::var_os(FOLDER).unwrap_or_default());
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let node = Node { folder, cgroup: format!("/{name}"), serial: AtomicU32::new(0) };
+        let node = Node {
+            folder,
+            cgroup: format!("/{name}"),
+            serial: AtomicU32::new(0),
+        };
         make_cgroup(&node.cgroup)?;
         Ok(node)
     }
@@ -249,7 +291,11 @@ impl Node {
 
     /// What the node holds now.
     pub fn census(&self) -> Census {
-        Census::take(&Scope { init: 1, cgroup: self.cgroup.clone(), identifiers: Vec::new() })
+        Census::take(&Scope {
+            init: 1,
+            cgroup: self.cgroup.clone(),
+            identifiers: Vec::new(),
+        })
     }
 
     /// Waits until the node holds nothing that it did not hold at `before`.
@@ -260,7 +306,11 @@ impl Node {
         let mut left = Vec::new();
         let clean = Bell::default().until("a clean node", deadline, || {
             left = self.census().since(before);
-            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+            if left.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{left:?}"))
+            }
         });
         clean.map_err(|_| Failure::LeftBehind(left))
     }
@@ -284,12 +334,19 @@ impl Node {
     fn reset(&self, kept: &[(String, PathBuf)]) -> Result {
         let own = std::process::id().cast_signed();
         Bell::default().until("the end of every process", SETTLE, || {
-            let others: Vec<_> = procs::all().into_iter().filter(|process| process.pid != 1 && process.pid != own).collect();
+            let others: Vec<_> = procs::all()
+                .into_iter()
+                .filter(|process| process.pid != 1 && process.pid != own)
+                .collect();
             for process in &others {
                 // One that is gone already needs no signal.
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
             }
-            if others.is_empty() { Ok(()) } else { Err(format!("{others:?}")) }
+            if others.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{others:?}"))
+            }
         })?;
         for (_, path) in mounts().iter().rev().filter(|mount| !kept.contains(mount)) {
             umount2(path, MntFlags::MNT_DETACH).trying(format!("unmounting {}", path.display()))?;
@@ -323,7 +380,8 @@ fn watched(story: &Story, play: impl FnOnce() -> Result) -> Result {
             std::process::exit(1);
         }
     });
-    let told = catch_unwind(AssertUnwindSafe(play)).unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())));
+    let told =
+        catch_unwind(AssertUnwindSafe(play)).unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())));
     drop(end);
     drop(watch.join());
     told
@@ -338,7 +396,10 @@ pub fn make_cgroup(path: &str) -> Result {
         let folder = hierarchy.join(path.trim_start_matches('/'));
         fs::create_dir_all(&folder).trying(format!("making {}", folder.display()))?;
         // A cpuset of version 1 takes no process before it has been given processors and memory nodes.
-        for file in ["cpuset.cpus", "cpuset.mems"].iter().filter(|file| folder.join(file).exists() && !folder.join("cgroup.subtree_control").exists()) {
+        for file in ["cpuset.cpus", "cpuset.mems"]
+            .iter()
+            .filter(|file| folder.join(file).exists() && !folder.join("cgroup.subtree_control").exists())
+        {
             let parent = folder.parent().unwrap_or(&hierarchy).join(file);
             let granted = fs::read_to_string(&parent).trying(format!("reading {}", parent.display()))?;
             fs::write(folder.join(file), granted).trying(format!("writing {file} of {}", folder.display()))?;
@@ -370,7 +431,10 @@ fn mounts() -> Vec<(String, PathBuf)> {
 }
 
 fn remove_all_but_kept(folder: &Path) -> Result {
-    for entry in fs::read_dir(folder).trying(format!("reading {}", folder.display()))?.flatten() {
+    for entry in fs::read_dir(folder)
+        .trying(format!("reading {}", folder.display()))?
+        .flatten()
+    {
         let path = entry.path();
         let what = || format!("removing {}", path.display());
         if KEPT.iter().any(|kept| Path::new(kept).starts_with(&path)) {
@@ -386,6 +450,10 @@ fn remove_all_but_kept(folder: &Path) -> Result {
 
 fn devices() -> std::result::Result<Vec<String>, String> {
     let table = fs::read_to_string("/proc/net/dev").map_err(|error| error.to_string())?;
-    let names = table.lines().skip(2).filter_map(|line| line.split(':').next()).map(|name| name.trim().to_owned());
+    let names = table
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split(':').next())
+        .map(|name| name.trim().to_owned());
     Ok(names.filter(|name| name != "lo").collect())
 }

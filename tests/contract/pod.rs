@@ -1,11 +1,6 @@
 //! A pod as CRI-O and kubelet make, stop and remove it.
 
-use std::{
-    fs,
-    net::Ipv4Addr,
-    path::PathBuf,
-    time::Duration,
-};
+use std::{fs, net::Ipv4Addr, path::PathBuf, time::Duration};
 
 use containerd_shim_protos::api::Status;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -96,7 +91,11 @@ impl Place {
             bundle,
             cgroup,
         };
-        Ok(Place { facts, namespaces, released: false })
+        Ok(Place {
+            facts,
+            namespaces,
+            released: false,
+        })
     }
 
     /// The sandbox, ready for Create.
@@ -113,7 +112,9 @@ impl Place {
     /// When the shim's `start` fails.
     pub fn prepare_container<'c, 'n>(&self, crio: &'c Crio<'n>, wanted: &Wanted) -> Result<Task<'c, 'n>> {
         let id = new_id()?;
-        Task::prepare(crio, &id, |bundle, root| bundle::of_container(&self.facts, &id, bundle, root, wanted))
+        Task::prepare(crio, &id, |bundle, root| {
+            bundle::of_container(&self.facts, &id, bundle, root, wanted)
+        })
     }
 
     /// What CRI-O lets go of when the sandbox is stopped, while its shim still serves: namespaces and shared memory.
@@ -147,7 +148,13 @@ impl<'c, 'n> Pod<'c, 'n> {
     /// # Errors
     /// When any step is refused or late.
     pub fn run(crio: &'c Crio<'n>) -> Result<Pod<'c, 'n>> {
-        Self::run_with(crio, &PodWanted { resources: json!({"cpu_shares": 2}), ..PodWanted::default() })
+        Self::run_with(
+            crio,
+            &PodWanted {
+                resources: json!({"cpu_shares": 2}),
+                ..PodWanted::default()
+            },
+        )
     }
 
     /// Runs a pod as asked: `start`, Create, Start and State of the sandbox, in one go.
@@ -160,7 +167,12 @@ impl<'c, 'n> Pod<'c, 'n> {
         sandbox.create()?;
         sandbox.start()?;
         sandbox.is(Status::RUNNING)?;
-        Ok(Pod { facts: place.facts.clone(), sandbox, place, crio })
+        Ok(Pod {
+            facts: place.facts.clone(),
+            sandbox,
+            place,
+            crio,
+        })
     }
 
     /// The pod's address.
@@ -262,7 +274,13 @@ impl<'c, 'n> Pod<'c, 'n> {
     /// # Errors
     /// The kernel's.
     pub fn volume(&self, name: &str) -> Result<PathBuf> {
-        let path = self.crio.node.folder().join("storage/volumes").join(&self.facts.uid).join(name);
+        let path = self
+            .crio
+            .node
+            .folder()
+            .join("storage/volumes")
+            .join(&self.facts.uid)
+            .join(name);
         fs::create_dir_all(&path).trying(format!("making {}", path.display()))?;
         Ok(path)
     }

@@ -29,7 +29,10 @@ impl Kind {
     fn is(self, process: &Process, crio: &Crio<'_>) -> bool {
         match self {
             // The short-lived actions have other words at their end.
-            Kind::Shim => process.program() == crio.basename() && !process.arguments.iter().any(|word| word == "start" || word == "delete"),
+            Kind::Shim => {
+                process.program() == crio.basename()
+                    && !process.arguments.iter().any(|word| word == "start" || word == "delete")
+            }
             Kind::Vm => process.program().starts_with("qemu-system-"),
             Kind::FileServer => process.program() == "virtiofsd",
         }
@@ -38,7 +41,11 @@ impl Kind {
 
 /// Those of this kind that run on the node.
 pub fn running(kind: Kind, crio: &Crio<'_>) -> Vec<i32> {
-    procs::all().iter().filter(|process| kind.is(process, crio)).map(|process| process.pid).collect()
+    procs::all()
+        .iter()
+        .filter(|process| kind.is(process, crio))
+        .map(|process| process.pid)
+        .collect()
 }
 
 /// The only one of this kind.
@@ -48,7 +55,9 @@ pub fn running(kind: Kind, crio: &Crio<'_>) -> Vec<i32> {
 pub fn only(kind: Kind, crio: &Crio<'_>) -> Result<i32> {
     match running(kind, crio)[..] {
         [pid] => Ok(pid),
-        ref others => Err(Failure::Claim(format!("expected one process ({kind:?}), found {others:?}"))),
+        ref others => Err(Failure::Claim(format!(
+            "expected one process ({kind:?}), found {others:?}"
+        ))),
     }
 }
 
@@ -56,7 +65,10 @@ pub fn only(kind: Kind, crio: &Crio<'_>) -> Result<i32> {
 pub fn of_the_vm(crio: &Crio<'_>) -> Vec<i32> {
     match crio.runtime {
         Runtime::Reference => Vec::new(),
-        Runtime::Sandpod => [Kind::Vm, Kind::FileServer].iter().flat_map(|kind| running(*kind, crio)).collect(),
+        Runtime::Sandpod => [Kind::Vm, Kind::FileServer]
+            .iter()
+            .flat_map(|kind| running(*kind, crio))
+            .collect(),
     }
 }
 
@@ -74,7 +86,14 @@ pub fn murder(pid: i32) -> Result {
 /// When one is.
 pub fn gone(what: &str, pids: &[i32], deadline: Duration) -> Result {
     Bell::default().until(&format!("the end of {what}"), deadline, || {
-        let left: Vec<_> = pids.iter().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect();
-        if left.is_empty() { Ok(()) } else { Err(format!("processes {left:?}")) }
+        let left: Vec<_> = pids
+            .iter()
+            .filter(|pid| Path::new(&format!("/proc/{pid}")).exists())
+            .collect();
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("processes {left:?}"))
+        }
     })
 }

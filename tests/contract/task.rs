@@ -8,8 +8,9 @@ use std::{
 
 use containerd_shim_protos::{
     api::{
-        CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, KillRequest, ShutdownRequest, StartRequest,
-        StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+        CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, KillRequest, ShutdownRequest,
+        StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
+        UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     protobuf::{MessageField, well_known_types::any::Any},
 };
@@ -55,10 +56,19 @@ impl Fifos {
         fs::create_dir_all(&folder).trying(format!("making {}", folder.display()))?;
         let path = |stream: &str| folder.join(format!("{id}-{stream}"));
         let text = |stream: &str| path(stream).display().to_string();
-        for stream in if stdin { &["stdin", "stdout", "stderr"][..] } else { &["stdout", "stderr"] } {
+        for stream in if stdin {
+            &["stdin", "stdout", "stderr"][..]
+        } else {
+            &["stdout", "stderr"]
+        } {
             fifo::make(&path(stream))?;
         }
-        Ok(Fifos { stdin: if stdin { text("stdin") } else { String::new() }, stdout: text("stdout"), stderr: text("stderr"), folder })
+        Ok(Fifos {
+            stdin: if stdin { text("stdin") } else { String::new() },
+            stdout: text("stdout"),
+            stderr: text("stderr"),
+            folder,
+        })
     }
 
     /// Opens the process's input for writing, once the shim reads it.
@@ -93,8 +103,15 @@ impl Streams {
     /// # Errors
     /// The kernel's.
     pub fn open(fifos: &Fifos, tty: bool) -> Result<Streams> {
-        let stderr = if tty { None } else { Some(Reader::open(Path::new(&fifos.stderr))?) };
-        Ok(Streams { stdout: Reader::open(Path::new(&fifos.stdout))?, stderr })
+        let stderr = if tty {
+            None
+        } else {
+            Some(Reader::open(Path::new(&fifos.stderr))?)
+        };
+        Ok(Streams {
+            stdout: Reader::open(Path::new(&fifos.stdout))?,
+            stderr,
+        })
     }
 }
 
@@ -115,9 +132,23 @@ impl Rootfs {
             fs::create_dir_all(layer.join(folder)).trying("making an overlay's folders")?;
         }
         let (lower, layers) = (crio.node.image(), layer.display());
-        let options = format!("lowerdir={},upperdir={layers}/diff,workdir={layers}/work,volatile", lower.display());
-        mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str())).trying("mounting an overlay")?;
-        Ok(Rootfs { layer, merged, mounted: true })
+        let options = format!(
+            "lowerdir={},upperdir={layers}/diff,workdir={layers}/work,volatile",
+            lower.display()
+        );
+        mount(
+            Some("overlay"),
+            &merged,
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .trying("mounting an overlay")?;
+        Ok(Rootfs {
+            layer,
+            merged,
+            mounted: true,
+        })
     }
 
     /// Unmounts it, as the storage does right after the container's stop.
@@ -131,7 +162,13 @@ impl Rootfs {
         let device = device_of(&self.merged);
         umount2(&self.merged, MntFlags::empty()).trying(format!("unmounting {}", self.merged.display()))?;
         let holders = holders_of(&device);
-        claim(holders.is_empty(), format!("the root file system is unmounted, but {} still have it mounted", holders.join(", ")))
+        claim(
+            holders.is_empty(),
+            format!(
+                "the root file system is unmounted, but {} still have it mounted",
+                holders.join(", ")
+            ),
+        )
     }
 
     fn remove(&mut self) -> Result {
@@ -185,7 +222,18 @@ impl<'c, 'n> Task<'c, 'n> {
         let connection = Some(Connection::dial(&address)?);
         let fifos = Fifos::make(id, spec["annotations"]["io.kubernetes.cri-o.Stdin"] == "true")?;
         let streams = Some(Streams::open(&fifos, terminal_of(&spec))?);
-        Ok(Task { id: id.into(), bundle, address, fifos, streams, rootfs, spec, crio, connection, exit: None })
+        Ok(Task {
+            id: id.into(),
+            bundle,
+            address,
+            fifos,
+            streams,
+            rootfs,
+            spec,
+            crio,
+            connection,
+            exit: None,
+        })
     }
 
     /// The connection of this container.
@@ -193,7 +241,9 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it was dropped.
     pub fn connection(&self) -> Result<&Connection> {
-        self.connection.as_ref().ok_or_else(|| Failure::Claim("the connection is not there".into()))
+        self.connection
+            .as_ref()
+            .ok_or_else(|| Failure::Claim("the connection is not there".into()))
     }
 
     /// Its name in a failure's message.
@@ -227,8 +277,14 @@ impl<'c, 'n> Task<'c, 'n> {
         let pid = self.begin_create()?.granted(BOOT)?.pid;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         // proc_pid_stat(5), field 22: CRI-O keeps the start time, to recognize the process later.
-        let started = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)?.parse::<u64>().ok());
-        claim(started.is_some_and(|started| started > 0), format!("Create answered pid {pid}, which is no live process: {stat:?}"))?;
+        let started = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.split(' ').nth(19)?.parse::<u64>().ok());
+        claim(
+            started.is_some_and(|started| started > 0),
+            format!("Create answered pid {pid}, which is no live process: {stat:?}"),
+        )?;
         Ok(pid)
     }
 
@@ -237,7 +293,10 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When Start is refused.
     pub fn start(&mut self) -> Result {
-        let request = StartRequest { id: self.id.clone(), ..StartRequest::default() };
+        let request = StartRequest {
+            id: self.id.clone(),
+            ..StartRequest::default()
+        };
         let answer: Pending<StartResponse> = self.connection()?.ask("Start", &request)?;
         answer.granted(BOOT)?;
         self.exit = Some(self.begin_wait("")?);
@@ -249,7 +308,14 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it cannot be encoded.
     pub fn begin_wait(&self, exec: &str) -> Result<Pending<WaitResponse>> {
-        self.connection()?.ask("Wait", &WaitRequest { id: self.id.clone(), exec_id: exec.into(), ..WaitRequest::default() })
+        self.connection()?.ask(
+            "Wait",
+            &WaitRequest {
+                id: self.id.clone(),
+                exec_id: exec.into(),
+                ..WaitRequest::default()
+            },
+        )
     }
 
     /// State, now.
@@ -265,7 +331,13 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it cannot be encoded.
     pub fn begin_state(&self) -> Result<Pending<StateResponse>> {
-        self.connection()?.ask("State", &StateRequest { id: self.id.clone(), ..StateRequest::default() })
+        self.connection()?.ask(
+            "State",
+            &StateRequest {
+                id: self.id.clone(),
+                ..StateRequest::default()
+            },
+        )
     }
 
     /// State must be as the container is: this status, and the streams verbatim as they were given to Create.
@@ -276,7 +348,11 @@ impl<'c, 'n> Task<'c, 'n> {
         let state = self.state()?;
         same("State.status", state.status.enum_value_or_default(), status)?;
         same("State.id", state.id.as_str(), self.id.as_str())?;
-        same("State.bundle", state.bundle.as_str(), self.bundle.display().to_string().as_str())?;
+        same(
+            "State.bundle",
+            state.bundle.as_str(),
+            self.bundle.display().to_string().as_str(),
+        )?;
         same("State.stdin", &state.stdin, &self.fifos.stdin)?;
         same("State.stdout", &state.stdout, &self.fifos.stdout)?;
         same("State.stderr", &state.stderr, &self.fifos.stderr)?;
@@ -289,7 +365,13 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it cannot be encoded.
     pub fn kill(&self, exec: &str, signal: u32) -> Result<Pending<Empty>> {
-        let request = KillRequest { id: self.id.clone(), exec_id: exec.into(), signal, all: false, ..KillRequest::default() };
+        let request = KillRequest {
+            id: self.id.clone(),
+            exec_id: exec.into(),
+            signal,
+            all: false,
+            ..KillRequest::default()
+        };
         self.connection()?.ask("Kill", &request)
     }
 
@@ -298,14 +380,28 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it does not come in time, or State says otherwise.
     pub fn exited(&self, deadline: Duration) -> Result<WaitResponse> {
-        let wait = self.exit.as_ref().ok_or_else(|| Failure::Claim("nobody waits for this container".into()))?;
+        let wait = self
+            .exit
+            .as_ref()
+            .ok_or_else(|| Failure::Claim("nobody waits for this container".into()))?;
         let exit = wait.granted(deadline)?;
         let at = exit.exited_at.as_ref().map(|at| at.seconds).unwrap_or_default();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs().cast_signed();
-        claim((now - 3600..=now + 60).contains(&at), format!("Wait.exited_at is {at} s after the epoch, and now is {now}"))?;
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs()
+            .cast_signed();
+        claim(
+            (now - 3600..=now + 60).contains(&at),
+            format!("Wait.exited_at is {at} s after the epoch, and now is {now}"),
+        )?;
         let state = self.is(Status::STOPPED)?;
         same("State.exit_status", state.exit_status, exit.exit_status)?;
-        same("State.exited_at", state.exited_at.as_ref().map(|at| at.seconds), Some(at))?;
+        same(
+            "State.exited_at",
+            state.exited_at.as_ref().map(|at| at.seconds),
+            Some(at),
+        )?;
         Ok(exit)
     }
 
@@ -316,13 +412,17 @@ impl<'c, 'n> Task<'c, 'n> {
     pub fn stop(&mut self, grace: Duration) -> Result<WaitResponse> {
         let stopped = self.begin_wait("")?;
         let gone = |answer: std::result::Result<Empty, crate::connection::Refusal>| match answer {
-            Err(refusal) if !refusal.means_gone() => Err(Failure::Claim(format!("Kill of {} was refused: {refusal}", self.name()))),
+            Err(refusal) if !refusal.means_gone() => Err(Failure::Claim(format!(
+                "Kill of {} was refused: {refusal}",
+                self.name()
+            ))),
             _ => Ok(()),
         };
         if !grace.is_zero() {
             gone(self.kill("", TERM)?.answer(ORDINARY)?)?;
             if let Ok(exit) = stopped.answer(grace) {
-                return exit.map_err(|refusal| Failure::Claim(format!("Wait of {} was refused: {refusal}", self.name())));
+                return exit
+                    .map_err(|refusal| Failure::Claim(format!("Wait of {} was refused: {refusal}", self.name())));
             }
         }
         gone(self.kill("", KILL)?.answer(ORDINARY)?)?;
@@ -334,7 +434,14 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it cannot be encoded.
     pub fn begin_delete(&self, exec: &str) -> Result<Pending<DeleteResponse>> {
-        self.connection()?.ask("Delete", &DeleteRequest { id: self.id.clone(), exec_id: exec.into(), ..DeleteRequest::default() })
+        self.connection()?.ask(
+            "Delete",
+            &DeleteRequest {
+                id: self.id.clone(),
+                exec_id: exec.into(),
+                ..DeleteRequest::default()
+            },
+        )
     }
 
     /// Delete, then Shutdown: what CRI-O sends when a container is removed. A connection that Shutdown ends is fine.
@@ -352,7 +459,11 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it is refused by a live shim.
     pub fn shutdown(&self) -> Result {
-        let request = ShutdownRequest { id: self.id.clone(), now: false, ..ShutdownRequest::default() };
+        let request = ShutdownRequest {
+            id: self.id.clone(),
+            now: false,
+            ..ShutdownRequest::default()
+        };
         let answer: Pending<Empty> = self.connection()?.ask("Shutdown", &request)?;
         match answer.answer(ORDINARY)? {
             Err(refusal) if refusal.code.is_some() => Err(Failure::Claim(format!("Shutdown was refused: {refusal}"))),
@@ -371,7 +482,11 @@ impl<'c, 'n> Task<'c, 'n> {
         self.crio.forget_log(&self.id);
         remove_bundle(&self.id)?;
         let exits = exit_file(&self.id);
-        if exits.exists() { fs::remove_file(&exits).trying(format!("removing {}", exits.display())) } else { Ok(()) }
+        if exits.exists() {
+            fs::remove_file(&exits).trying(format!("removing {}", exits.display()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Removes a stopped container: Delete, Shutdown, and CRI-O's own part.
@@ -389,7 +504,9 @@ impl<'c, 'n> Task<'c, 'n> {
     /// The kernel's.
     pub fn abandon(&mut self) -> Result<Vec<u8>> {
         self.hang_up();
-        self.streams.take().map_or(Ok(Vec::new()), |streams| Ok(streams.stdout.close()?.bytes))
+        self.streams
+            .take()
+            .map_or(Ok(Vec::new()), |streams| Ok(streams.stdout.close()?.bytes))
     }
 
     /// CRI-O is back: the `address` file, State, and the fifos that State names.
@@ -399,7 +516,12 @@ impl<'c, 'n> Task<'c, 'n> {
     pub fn recover(&mut self) -> Result<StateResponse> {
         self.connection = Some(self.crio.redial(&self.bundle)?);
         let state = self.state()?;
-        let fifos = Fifos { stdout: state.stdout.clone(), stderr: state.stderr.clone(), stdin: state.stdin.clone(), ..self.fifos.clone() };
+        let fifos = Fifos {
+            stdout: state.stdout.clone(),
+            stderr: state.stderr.clone(),
+            stdin: state.stdin.clone(),
+            ..self.fifos.clone()
+        };
         self.streams = Some(Streams::open(&fifos, state.terminal)?);
         Ok(state)
     }
@@ -415,9 +537,18 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When they are refused.
     pub fn stats(&self) -> Result<Any> {
-        let answer: Pending<StatsResponse> =
-            self.connection()?.ask("Stats", &StatsRequest { id: self.id.clone(), ..StatsRequest::default() })?;
-        answer.granted(ORDINARY)?.stats.into_option().ok_or_else(|| Failure::Claim("Stats answered without statistics".into()))
+        let answer: Pending<StatsResponse> = self.connection()?.ask(
+            "Stats",
+            &StatsRequest {
+                id: self.id.clone(),
+                ..StatsRequest::default()
+            },
+        )?;
+        answer
+            .granted(ORDINARY)?
+            .stats
+            .into_option()
+            .ok_or_else(|| Failure::Claim("Stats answered without statistics".into()))
     }
 
     /// Update with resources, as the runtime specification writes them.
@@ -425,9 +556,16 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When it is refused.
     pub fn update(&self, resources: &Value) -> Result {
-        let resources = Any { type_url: bundle::RESOURCES_TYPE.into(), value: resources.to_string().into_bytes(), ..Any::default() };
-        let request =
-            UpdateTaskRequest { id: self.id.clone(), resources: MessageField::some(resources), ..UpdateTaskRequest::default() };
+        let resources = Any {
+            type_url: bundle::RESOURCES_TYPE.into(),
+            value: resources.to_string().into_bytes(),
+            ..Any::default()
+        };
+        let request = UpdateTaskRequest {
+            id: self.id.clone(),
+            resources: MessageField::some(resources),
+            ..UpdateTaskRequest::default()
+        };
         let answer: Pending<Empty> = self.connection()?.ask("Update", &request)?;
         answer.granted(ORDINARY).map(drop)
     }
@@ -437,13 +575,18 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When CRI-O has abandoned it.
     pub fn stdout(&self) -> Result<&Reader> {
-        self.streams.as_ref().map(|streams| &streams.stdout).ok_or_else(|| Failure::Claim("nobody reads this container".into()))
+        self.streams
+            .as_ref()
+            .map(|streams| &streams.stdout)
+            .ok_or_else(|| Failure::Claim("nobody reads this container".into()))
     }
 }
 
 /// Where CRI-O keeps a container's bundle.
 pub fn bundle_of(id: &str) -> PathBuf {
-    Path::new("/run/containers/storage/overlay-containers").join(id).join("userdata")
+    Path::new("/run/containers/storage/overlay-containers")
+        .join(id)
+        .join("userdata")
 }
 
 /// Removes a container's bundle, if it is still there.
@@ -454,7 +597,9 @@ pub fn remove_bundle(id: &str) -> Result {
     let bundle = bundle_of(id);
     let folder = bundle.parent().unwrap_or(&bundle);
     match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).trying(format!("removing {}", folder.display())),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).trying(format!("removing {}", folder.display()))
+        }
         _ => Ok(()),
     }
 }
@@ -470,7 +615,10 @@ pub fn exit_file(id: &str) -> PathBuf {
 /// The kernel's.
 pub fn new_id() -> Result<String> {
     let one = || fs::read_to_string("/proc/sys/kernel/random/uuid").trying("making an id");
-    Ok(format!("{}{}", one()?, one()?).chars().filter(char::is_ascii_hexdigit).collect())
+    Ok(format!("{}{}", one()?, one()?)
+        .chars()
+        .filter(char::is_ascii_hexdigit)
+        .collect())
 }
 
 fn terminal_of(spec: &Value) -> bool {
@@ -481,8 +629,13 @@ fn terminal_of(spec: &Value) -> bool {
 fn device_of(path: &Path) -> String {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let path = path.display().to_string();
-    let mounted = table.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields.get(4) == Some(&path.as_str()));
-    mounted.and_then(|fields| Some((*fields.get(2)?).to_owned())).unwrap_or_default()
+    let mounted = table
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields.get(4) == Some(&path.as_str()));
+    mounted
+        .and_then(|fields| Some((*fields.get(2)?).to_owned()))
+        .unwrap_or_default()
 }
 
 /// The programs in whose mount namespaces a file system of this device number is mounted.
@@ -491,5 +644,9 @@ fn holders_of(device: &str) -> Vec<String> {
         let table = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid)).unwrap_or_default();
         table.lines().any(|line| line.split(' ').nth(2) == Some(device))
     };
-    tests::procs::all().iter().filter(|process| holds(process)).map(|process| format!("{} ({})", process.program(), process.pid)).collect()
+    tests::procs::all()
+        .iter()
+        .filter(|process| holds(process))
+        .map(|process| format!("{} ({})", process.program(), process.pid))
+        .collect()
 }

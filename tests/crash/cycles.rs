@@ -23,16 +23,20 @@ pub fn two_hundred_cycles(node: &Node, runtime: Runtime) -> Result {
         a_pod_of_containers(node, runtime, CONTAINERS)?;
     }
     // Connections of clients that are gone are closed by containerd when it notices.
-    node.events().bell.until("containerd's files", run::ORDINARY, || match node.containerd_descriptors() {
-        now if now <= before => Ok(()),
-        now => Err(format!("{before} before, {now} now")),
+    node.events().bell.until("containerd's files", run::ORDINARY, || {
+        match node.containerd_descriptors() {
+            now if now <= before => Ok(()),
+            now => Err(format!("{before} before, {now} now")),
+        }
     })
 }
 
 fn a_pod_of_containers(node: &Node, runtime: Runtime, count: usize) -> Result {
     let pod = node.pod(runtime, "cycle")?.run()?;
     for number in 0..count {
-        let container = pod.container(&format!("number-{number}"), &["sleep", "infinity"]).run()?;
+        let container = pod
+            .container(&format!("number-{number}"), &["sleep", "infinity"])
+            .run()?;
         same("exec", container.shell("echo hello")?.as_str(), "hello")?;
         container.remove()?;
     }

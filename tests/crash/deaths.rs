@@ -17,18 +17,36 @@ use tests::{
 use crate::Story;
 
 pub const COMMON: &[Story] = &[
-    ("the_shim_dies_idle", |node, runtime| killed(node, runtime, "containerd-shim-", Moment::Idle)),
-    ("the_shim_dies_during_an_exec", |node, runtime| killed(node, runtime, "containerd-shim-", Moment::Exec)),
+    ("the_shim_dies_idle", |node, runtime| {
+        killed(node, runtime, "containerd-shim-", Moment::Idle)
+    }),
+    ("the_shim_dies_during_an_exec", |node, runtime| {
+        killed(node, runtime, "containerd-shim-", Moment::Exec)
+    }),
 ];
 
 pub const OF_A_VM: &[Story] = &[
-    ("qemu_dies_idle", |node, runtime| killed(node, runtime, "qemu-system-", Moment::Idle)),
-    ("qemu_dies_during_an_exec", |node, runtime| killed(node, runtime, "qemu-system-", Moment::Exec)),
-    ("virtiofsd_dies_idle", |node, runtime| killed(node, runtime, "virtiofsd", Moment::Idle)),
-    ("virtiofsd_dies_during_an_exec", |node, runtime| killed(node, runtime, "virtiofsd", Moment::Exec)),
-    ("the_agent_dies_idle", |node, runtime| crashed(node, runtime, AGENT, Moment::Idle)),
-    ("the_agent_dies_during_an_exec", |node, runtime| crashed(node, runtime, AGENT, Moment::Exec)),
-    ("the_guests_kernel_dies", |node, runtime| crashed(node, runtime, KERNEL, Moment::Idle)),
+    ("qemu_dies_idle", |node, runtime| {
+        killed(node, runtime, "qemu-system-", Moment::Idle)
+    }),
+    ("qemu_dies_during_an_exec", |node, runtime| {
+        killed(node, runtime, "qemu-system-", Moment::Exec)
+    }),
+    ("virtiofsd_dies_idle", |node, runtime| {
+        killed(node, runtime, "virtiofsd", Moment::Idle)
+    }),
+    ("virtiofsd_dies_during_an_exec", |node, runtime| {
+        killed(node, runtime, "virtiofsd", Moment::Exec)
+    }),
+    ("the_agent_dies_idle", |node, runtime| {
+        crashed(node, runtime, AGENT, Moment::Idle)
+    }),
+    ("the_agent_dies_during_an_exec", |node, runtime| {
+        crashed(node, runtime, AGENT, Moment::Exec)
+    }),
+    ("the_guests_kernel_dies", |node, runtime| {
+        crashed(node, runtime, KERNEL, Moment::Idle)
+    }),
     ("a_frozen_machine_is_removed", a_frozen_machine_is_removed),
 ];
 
@@ -89,13 +107,19 @@ fn everyone_hears(pod: &Pod<'_>, container: &Container<'_>, moment: Moment, deat
         claim(exec.wait(KNOWN)? != 0, "an exec that was cut off did not succeed")?;
     }
     let exit = container.wait_exit_within(KNOWN.saturating_sub(start.elapsed()))?;
-    claim(exit.code != 0, format!("a container that was cut off did not succeed: {exit:?}"))?;
+    claim(
+        exit.code != 0,
+        format!("a container that was cut off did not succeed: {exit:?}"),
+    )?;
     let left = KNOWN.saturating_sub(start.elapsed()).max(Duration::from_secs(1));
-    pod.node().events().bell.until("the end of the pod", left, || match pod.state() {
-        Ok(state) if state == "SANDBOX_NOTREADY" => Ok(()),
-        Ok(state) => Err(state),
-        Err(failure) => Err(failure.to_string()),
-    })
+    pod.node()
+        .events()
+        .bell
+        .until("the end of the pod", left, || match pod.state() {
+            Ok(state) if state == "SANDBOX_NOTREADY" => Ok(()),
+            Ok(state) => Err(state),
+            Err(failure) => Err(failure.to_string()),
+        })
 }
 
 /// A machine that neither answers nor ends does not keep its pod from being removed.
@@ -107,11 +131,16 @@ fn a_frozen_machine_is_removed(node: &Node, runtime: Runtime) -> Result {
     kill(Pid::from_raw(qemu), Signal::SIGSTOP).trying("freezing QEMU")?;
     let start = Instant::now();
     pod.remove()?;
-    claim(start.elapsed() < run::ORDINARY, format!("removed after {:?}", start.elapsed()))
+    claim(
+        start.elapsed() < run::ORDINARY,
+        format!("removed after {:?}", start.elapsed()),
+    )
 }
 
 fn process_of(pod: &Pod<'_>, program: &str) -> Result<i32> {
     let processes = pod.processes();
     let found = processes.iter().find(|process| process.program().starts_with(program));
-    found.map(|process| process.pid).ok_or_else(|| Failure::Claim(format!("no {program} among {processes:?}")))
+    found
+        .map(|process| process.pid)
+        .ok_or_else(|| Failure::Claim(format!("no {program} among {processes:?}")))
 }

@@ -12,15 +12,27 @@ use tests::{
 
 use crate::Story;
 
-pub const COMMON: &[Story] =
-    &[("an_unreadable_root", an_unreadable_root), ("a_network_that_is_gone", a_network_that_is_gone)];
+pub const COMMON: &[Story] = &[
+    ("an_unreadable_root", an_unreadable_root),
+    ("a_network_that_is_gone", a_network_that_is_gone),
+];
 
 pub const OF_A_VM: &[Story] = &[
-    ("a_missing_kernel", |node, _| refused(node, "kata-no-kernel", &["/nowhere/vmlinux"])),
-    ("a_missing_initrd", |node, _| refused(node, "kata-no-initrd", &["/nowhere/initrd"])),
-    ("a_missing_qemu", |node, _| refused(node, "kata-no-qemu", &["/nowhere/qemu"])),
-    ("a_missing_virtiofsd", |node, _| refused(node, "kata-no-virtiofsd", &["/nowhere/virtiofsd"])),
-    ("an_unknown_key", |node, _| refused(node, "kata-bad-key", &["defualt_memory", "default_memory"])),
+    ("a_missing_kernel", |node, _| {
+        refused(node, "kata-no-kernel", &["/nowhere/vmlinux"])
+    }),
+    ("a_missing_initrd", |node, _| {
+        refused(node, "kata-no-initrd", &["/nowhere/initrd"])
+    }),
+    ("a_missing_qemu", |node, _| {
+        refused(node, "kata-no-qemu", &["/nowhere/qemu"])
+    }),
+    ("a_missing_virtiofsd", |node, _| {
+        refused(node, "kata-no-virtiofsd", &["/nowhere/virtiofsd"])
+    }),
+    ("an_unknown_key", |node, _| {
+        refused(node, "kata-bad-key", &["defualt_memory", "default_memory"])
+    }),
     ("a_kernel_that_is_none", |node, _| refused(node, "kata-bad-kernel", &[])),
     ("no_kvm", no_kvm),
     ("the_hosts_network", the_hosts_network),
@@ -33,7 +45,13 @@ const SOON: Duration = Duration::from_secs(30);
 pub fn handlers() -> Vec<(String, String)> {
     let good = Guest::Own.configuration().unwrap_or_default();
     let with = |key: &str, value: &str| -> String {
-        let changed = |line: &str| if line.starts_with(key) { format!("{key} = \"{value}\"") } else { line.to_owned() };
+        let changed = |line: &str| {
+            if line.starts_with(key) {
+                format!("{key} = \"{value}\"")
+            } else {
+                line.to_owned()
+            }
+        };
         good.lines().map(|line| changed(line) + "\n").collect()
     };
     let handlers = [
@@ -45,7 +63,10 @@ pub fn handlers() -> Vec<(String, String)> {
         ("kata-bad-kernel", with("kernel", "/etc/hostname")),
         ("kata-kvm", with("accelerator", "kvm")),
     ];
-    handlers.into_iter().map(|(name, text)| (name.to_owned(), text)).collect()
+    handlers
+        .into_iter()
+        .map(|(name, text)| (name.to_owned(), text))
+        .collect()
 }
 
 /// The CRI's caller is told every one of `words`, in one line.
@@ -61,13 +82,19 @@ fn one_sentence(said: &str, words: &[&str]) -> Result {
     for word in words {
         contains("refusal", said, word)?;
     }
-    claim(!said.contains("panicked") && !said.contains("RUST_BACKTRACE"), format!("a sentence, not a panic: {said}"))?;
+    claim(
+        !said.contains("panicked") && !said.contains("RUST_BACKTRACE"),
+        format!("a sentence, not a panic: {said}"),
+    )?;
     claim(said.trim().lines().count() == 1, format!("one line, not: {said}"))
 }
 
 /// Without hardware virtualization, a configuration that asks for it is refused: nothing emulates in silence.
 fn no_kvm(node: &Node, _: Runtime) -> Result {
-    claim(tests::config::accelerator() == "tcg", "this machine has KVM: the story needs one without (hide /dev/kvm)")?;
+    claim(
+        tests::config::accelerator() == "tcg",
+        "this machine has KVM: the story needs one without (hide /dev/kvm)",
+    )?;
     refused(node, "kata-kvm", &["KVM"])
 }
 
@@ -83,8 +110,15 @@ fn the_hosts_network(node: &Node, runtime: Runtime) -> Result {
 fn an_unreadable_root(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "rootless")?.run()?;
     let broken = pod.container("broken", &["true"]).create()?;
-    let mounts = node.ctr(["-n", "k8s.io", "snapshots", "mounts", "/anywhere", broken.id()])?.text();
-    let upper = mounts.split(['=', ',']).skip_while(|word| *word != "upperdir").nth(1).unwrap_or_default().to_owned();
+    let mounts = node
+        .ctr(["-n", "k8s.io", "snapshots", "mounts", "/anywhere", broken.id()])?
+        .text();
+    let upper = mounts
+        .split(['=', ','])
+        .skip_while(|word| *word != "upperdir")
+        .nth(1)
+        .unwrap_or_default()
+        .to_owned();
     let hidden = format!("{upper}.hidden");
     fs::rename(&upper, &hidden).trying(format!("hiding the layer in {mounts}"))?;
     let said = cri::refused(node, &["start", broken.id()], SOON);
@@ -97,9 +131,16 @@ fn an_unreadable_root(node: &Node, runtime: Runtime) -> Result {
 
 /// The network namespace that a task should join does not exist.
 fn a_network_that_is_gone(node: &Node, runtime: Runtime) -> Result {
-    let spec = node.task(runtime, "netless")?.flag("--with-ns").flag("network:/run/netns/gone").flag("--rm");
+    let spec = node
+        .task(runtime, "netless")?
+        .flag("--with-ns")
+        .flag("network:/run/netns/gone")
+        .flag("--rm");
     let output = finish(&mut spec.command(&["true"]), None, SOON)?;
     claim(output.code != 0, "a namespace that is gone is refused")?;
     contains("refusal", &output.errors(), "/run/netns/gone")?;
-    claim(!run::last_of(&output.errors(), 4000).contains("panicked"), "a sentence, not a panic")
+    claim(
+        !run::last_of(&output.errors(), 4000).contains("panicked"),
+        "a sentence, not a panic",
+    )
 }

@@ -105,7 +105,7 @@ impl Child {
     fn watch(pid: u32, pidfd: OwnedFd) -> io::Result<Child> {
         let pidfd = Arc::new(pidfd);
         let (tell, end) = watch::channel(None);
-        let watched = AsyncFd::register_with_interest(pidfd.clone(), Interest::READABLE)?;
+        let watched = AsyncFd::with_interest(pidfd.clone(), Interest::READABLE)?;
         tokio::spawn(async move {
             if let Ok(mut ready) = watched.readable().await {
                 ready.retain_ready();

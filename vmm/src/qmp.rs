@@ -157,7 +157,10 @@ impl Qmp {
             asked: 0,
         };
         tokio::spawn(conversation.run(inbox));
-        let qmp = Qmp { questions, events };
+        let qmp = Qmp {
+            questions,
+            events: events.downgrade(),
+        };
         qmp.execute::<Value>("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }

@@ -117,7 +117,9 @@ pub(super) fn name_cwd(error: String, cwd: &Path) -> String {
     if !error.contains("failed to chdir") {
         return error;
     }
-    let errno = error.rsplit(|c: char| !c.is_ascii_alphanumeric()).find(|word| word.starts_with('E'));
+    let errno = error
+        .rsplit(|c: char| !c.is_ascii_alphanumeric())
+        .find(|word| word.starts_with('E'));
     let text = match errno {
         Some("ENOENT") => "no such file or directory",
         Some("ENOTDIR") => "not a directory",

@@ -198,9 +198,14 @@ pub(super) fn limit_swap(resources: &mut LinuxResources, kernel_has_swap: bool) 
     if !kernel_has_swap {
         memory.set_swap(None);
         resources.set_memory(Some(memory));
-    } else if memory.swap().is_some_and(|swap| swap > 0 && memory.limit() == Some(swap)) {
+    } else if memory
+        .swap()
+        .is_some_and(|swap| swap > 0 && memory.limit() == Some(swap))
+    {
         let mut unified = resources.unified().clone().unwrap_or_default();
-        unified.entry("memory.swap.max".to_owned()).or_insert_with(|| "0".to_owned());
+        unified
+            .entry("memory.swap.max".to_owned())
+            .or_insert_with(|| "0".to_owned());
         resources.set_unified(Some(unified));
     }
 }

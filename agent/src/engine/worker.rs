@@ -108,7 +108,10 @@ pub(super) fn exec(id: &str, container: &Spec, process: Process, init: i32, noti
         start(notify)?;
         match read_status(launched.status)? {
             problem if problem.is_empty() => Ok((launched.pid, launched.pty)),
-            problem => Err(Failure { text: problem, ends: true }),
+            problem => Err(Failure {
+                text: problem,
+                ends: true,
+            }),
         }
     });
     let _ = fs::remove_file(notify);
@@ -233,7 +236,12 @@ impl Launch<'_> {
             pid_file: None,
             spec: Rc::new(spec),
         };
-        let cwd = args.spec.process().as_ref().map(|p| p.cwd().clone()).unwrap_or_default();
+        let cwd = args
+            .spec
+            .process()
+            .as_ref()
+            .map(|p| p.cwd().clone())
+            .unwrap_or_default();
         let trace = Trace::new().map_err(|e| format!("making a pipe: {e}"))?;
         let made = trace.record(|| container_main_process(&args));
         drop(args); // and with it this process's end of the status pipe
@@ -261,7 +269,9 @@ fn explain(error: &str, status: &OwnedFd, trace: &Trace) -> String {
     let mut text = [0; 4096];
     match nix::fcntl::fcntl(status, flags).and_then(|_| nix::unistd::read(status, &mut text)) {
         Ok(n) if n > 0 => String::from_utf8_lossy(&text[..n]).into_owned(),
-        _ => trace.first().map_or_else(|| error.to_owned(), |cause| format!("{error}: {cause}")),
+        _ => trace
+            .first()
+            .map_or_else(|| error.to_owned(), |cause| format!("{error}: {cause}")),
     }
 }
 

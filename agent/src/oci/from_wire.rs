@@ -21,7 +21,9 @@ pub fn spec_from_wire(spec: &wire::Spec) -> Result<oci::Spec> {
         .set_process(spec.Process.as_ref().map(process_from_wire).transpose()?)
         .set_root(spec.Root.as_ref().map(|root| {
             let mut result = oci::Root::default();
-            result.set_path(PathBuf::from(&root.Path)).set_readonly(flag(root.Readonly));
+            result
+                .set_path(PathBuf::from(&root.Path))
+                .set_readonly(flag(root.Readonly));
             result
         }))
         .set_hostname(text(&spec.Hostname))
@@ -52,7 +54,13 @@ pub fn process_from_wire(process: &wire::Process) -> Result<oci::Process> {
         .set_capabilities(process.Capabilities.as_ref().map(capabilities).transpose()?)
         .set_rlimits(try_list(&process.Rlimits, |limit| {
             let kind: oci::PosixRlimitType = named("process.rlimits[].type", &limit.Type)?;
-            built(oci::PosixRlimitBuilder::default().typ(kind).hard(limit.Hard).soft(limit.Soft).build())
+            built(
+                oci::PosixRlimitBuilder::default()
+                    .typ(kind)
+                    .hard(limit.Hard)
+                    .soft(limit.Soft)
+                    .build(),
+            )
         })?)
         .set_no_new_privileges(flag(process.NoNewPrivileges))
         .set_apparmor_profile(text(&process.ApparmorProfile))
@@ -83,11 +91,13 @@ pub fn resources_from_wire(resources: &wire::LinuxResources) -> Result<oci::Linu
         }))
         .set_network(resources.Network.as_ref().map(|network| {
             let mut result = oci::LinuxNetwork::default();
-            result.set_class_id(number(network.ClassID)).set_priorities(list(&network.Priorities, |priority| {
-                let mut result = oci::LinuxInterfacePriority::default();
-                result.set_name(priority.Name.clone()).set_priority(priority.Priority);
-                result
-            }));
+            result
+                .set_class_id(number(network.ClassID))
+                .set_priorities(list(&network.Priorities, |priority| {
+                    let mut result = oci::LinuxInterfacePriority::default();
+                    result.set_name(priority.Name.clone()).set_priority(priority.Priority);
+                    result
+                }));
             result
         }))
         .set_unified(map(&resources.Unified));
@@ -101,8 +111,7 @@ fn console_size(size: &wire::Box) -> Result<oci::Box> {
 
 fn capabilities(sets: &wire::LinuxCapabilities) -> Result<oci::LinuxCapabilities> {
     let set = |names: &Vec<String>| {
-        let set: Result<oci::Capabilities> =
-            names.iter().map(|name| named("process.capabilities", name)).collect();
+        let set: Result<oci::Capabilities> = names.iter().map(|name| named("process.capabilities", name)).collect();
         set.map(Some)
     };
     let mut result = oci::LinuxCapabilities::default();
@@ -149,7 +158,9 @@ fn hooks(hooks: &wire::Hooks) -> oci::Hooks {
 
 fn linux(linux: &wire::Linux) -> Result<oci::Linux> {
     let mapping = |mapping: &wire::LinuxIDMapping| {
-        let result = oci::LinuxIdMappingBuilder::default().host_id(mapping.HostID).container_id(mapping.ContainerID);
+        let result = oci::LinuxIdMappingBuilder::default()
+            .host_id(mapping.HostID)
+            .container_id(mapping.ContainerID);
         built(result.size(mapping.Size).build())
     };
     let mut result = oci::Linux::default();
@@ -194,7 +205,9 @@ fn device(device: &wire::LinuxDevice) -> Result<oci::LinuxDevice> {
 }
 
 fn device_rule(rule: &wire::LinuxDeviceCgroup) -> Result<oci::LinuxDeviceCgroup> {
-    let kind = text(&rule.Type).map(|kind| named("linux.resources.devices[].type", &kind)).transpose()?;
+    let kind = text(&rule.Type)
+        .map(|kind| named("linux.resources.devices[].type", &kind))
+        .transpose()?;
     let mut result = oci::LinuxDeviceCgroup::default();
     result
         .set_allow(rule.Allow)
@@ -210,14 +223,19 @@ fn seccomp(seccomp: &wire::LinuxSeccomp) -> Result<oci::LinuxSeccomp> {
     result
         .set_default_action(named("linux.seccomp.defaultAction", &seccomp.DefaultAction)?)
         .set_default_errno_ret(seccomp.DefaultErrnoRet)
-        .set_architectures(try_list(&seccomp.Architectures, |a| named("linux.seccomp.architectures", a))?)
+        .set_architectures(try_list(&seccomp.Architectures, |a| {
+            named("linux.seccomp.architectures", a)
+        })?)
         .set_flags(try_list(&seccomp.Flags, |f| named("linux.seccomp.flags", f))?)
         .set_syscalls(try_list(&seccomp.Syscalls, syscall)?);
     Ok(result)
 }
 
 fn syscall(syscall: &wire::LinuxSyscall) -> Result<oci::LinuxSyscall> {
-    let errno = syscall.ErrnoRet.as_ref().map(|wire::linux_syscall::ErrnoRet::Errnoret(errno)| *errno);
+    let errno = syscall
+        .ErrnoRet
+        .as_ref()
+        .map(|wire::linux_syscall::ErrnoRet::Errnoret(errno)| *errno);
     let mut result = oci::LinuxSyscall::default();
     result
         .set_names(syscall.Names.clone())
@@ -225,7 +243,10 @@ fn syscall(syscall: &wire::LinuxSyscall) -> Result<oci::LinuxSyscall> {
         .set_errno_ret(errno)
         .set_args(try_list(&syscall.Args, |arg| {
             let op: oci::LinuxSeccompOperator = named("linux.seccomp.syscalls[].args[].op", &arg.Op)?;
-            let mut result = oci::LinuxSeccompArgBuilder::default().index(arg.Index as usize).value(arg.Value).op(op);
+            let mut result = oci::LinuxSeccompArgBuilder::default()
+                .index(arg.Index as usize)
+                .value(arg.Value)
+                .op(op);
             if let Some(value) = number(arg.ValueTwo) {
                 result = result.value_two(value);
             }
@@ -265,7 +286,9 @@ fn cpu(cpu: &wire::LinuxCPU) -> oci::LinuxCpu {
 
 fn block_io(io: &wire::LinuxBlockIO) -> Result<oci::LinuxBlockIo> {
     let throttle = |device: &wire::LinuxThrottleDevice| {
-        let result = oci::LinuxThrottleDeviceBuilder::default().major(device.Major).minor(device.Minor);
+        let result = oci::LinuxThrottleDeviceBuilder::default()
+            .major(device.Major)
+            .minor(device.Minor);
         built(result.rate(device.Rate).build())
     };
     let weight = |weight: u32| number(weight).map(|weight| weight as u16);
@@ -274,7 +297,9 @@ fn block_io(io: &wire::LinuxBlockIO) -> Result<oci::LinuxBlockIo> {
         .set_weight(weight(io.Weight))
         .set_leaf_weight(weight(io.LeafWeight))
         .set_weight_device(try_list(&io.WeightDevice, |device| {
-            let mut result = oci::LinuxWeightDeviceBuilder::default().major(device.Major).minor(device.Minor);
+            let mut result = oci::LinuxWeightDeviceBuilder::default()
+                .major(device.Major)
+                .minor(device.Minor);
             if let Some(weight) = weight(device.Weight) {
                 result = result.weight(weight);
             }

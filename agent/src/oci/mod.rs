@@ -45,7 +45,10 @@ pub fn not_carried(spec: &Spec) -> Vec<&'static str> {
         let rdt = linux.intel_rdt().as_ref();
         note(rdt.is_some_and(|r| r.l3_cache_schema().is_none()), "linux.intelRdt");
         let seccomp = linux.seccomp().as_ref();
-        note(seccomp.is_some_and(|s| s.listener_path().is_some()), "linux.seccomp.listenerPath");
+        note(
+            seccomp.is_some_and(|s| s.listener_path().is_some()),
+            "linux.seccomp.listenerPath",
+        );
         if let Some(resources) = linux.resources() {
             resource_fields(resources, &mut note);
         }

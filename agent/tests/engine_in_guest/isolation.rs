@@ -133,7 +133,10 @@ async fn namespaces_are_new_or_joined(guest: Arc<Guest>) {
         { "type": "uts", "path": path("uts") }, { "type": "mount" }, { "type": "cgroup" }
     ] } });
     let ended = guest
-        .run("b", with(script("b", "ps -o args | grep -c '^sleep 1000'; hostname"), joined))
+        .run(
+            "b",
+            with(script("b", "ps -o args | grep -c '^sleep 1000'; hostname"), joined),
+        )
         .await;
     assert_eq!(ended.out.lines().collect::<Vec<_>>(), ["1", "pod"], "{ended:?}");
     guest.kill("a", first).await;

@@ -1,6 +1,10 @@
 //! Containers in time: many at once, hooks, and the zygote itself.
 
-use std::{fs, sync::Arc, time::{Duration, Instant}};
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 

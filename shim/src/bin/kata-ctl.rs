@@ -41,12 +41,25 @@ fn list() -> Result<String> {
     let entries = match std::fs::read_dir(RUN_DIR) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
-        Err(source) => return Err(Error::Path { action: "read", path: RUN_DIR.into(), source }),
+        Err(source) => {
+            return Err(Error::Path {
+                action: "read",
+                path: RUN_DIR.into(),
+                source,
+            });
+        }
     };
     let mut lines = Vec::new();
-    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+    for name in entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+    {
         if let Some(state) = State::load(&name)? {
-            let word = if state.shim.alive() { "running" } else { "dead, to be swept" };
+            let word = if state.shim.alive() {
+                "running"
+            } else {
+                "dead, to be swept"
+            };
             lines.push(format!("{name}  shim {}  {word}\n", state.shim.pid));
         }
     }

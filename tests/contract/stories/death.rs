@@ -15,7 +15,11 @@ use crate::{
 
 /// This module's stories.
 pub const TOLD: Told = &[
-    (OURS, "a_dead_shim_takes_everything_with_it_and_the_next_start_sweeps", shim),
+    (
+        OURS,
+        "a_dead_shim_takes_everything_with_it_and_the_next_start_sweeps",
+        shim,
+    ),
     (OURS, "a_dead_virtual_machine_becomes_exits", machine),
     (OURS, "a_dead_file_server_becomes_exits", file_server),
     (OURS, "a_dead_machine_ends_a_waiting_exec", waiting_exec),
@@ -75,7 +79,10 @@ fn dies(crio: &Crio<'_>, kind: Kind) -> Result {
     same("the shim", process::only(Kind::Shim, crio)?, shim)?;
     for task in &containers {
         if let Err(refusal) = task.kill("", 9)?.answer(ORDINARY)? {
-            claim(refusal.means_gone(), format!("Kill after the machine's death was refused: {refusal}"))?;
+            claim(
+                refusal.means_gone(),
+                format!("Kill after the machine's death was refused: {refusal}"),
+            )?;
         }
     }
     pod.end(containers)

@@ -16,11 +16,19 @@ use crate::{
 /// This module's stories.
 pub const TOLD: Told = &[
     (BOTH, "the_output_of_an_exec_is_complete_before_wait_answers", complete),
-    (BOTH, "an_exec_has_a_terminal_only_when_the_request_says_so", no_terminal),
+    (
+        BOTH,
+        "an_exec_has_a_terminal_only_when_the_request_says_so",
+        no_terminal,
+    ),
     (BOTH, "an_exec_with_a_terminal_follows_its_size", terminal),
     (BOTH, "an_exec_reads_its_input_to_the_end_that_closeio_makes", input),
     (BOTH, "an_exec_whose_time_is_up_is_killed_alone", timeout),
-    (OURS, "an_exec_whose_time_is_up_takes_its_children_along", timeout_of_a_group),
+    (
+        OURS,
+        "an_exec_whose_time_is_up_takes_its_children_along",
+        timeout_of_a_group,
+    ),
     (BOTH, "an_exec_of_nothing_fails_and_harms_nobody", nothing),
     (BOTH, "exit_codes_of_execs_are_theirs", codes),
     (BOTH, "many_execs_at_once_keep_their_output_apart", many),
@@ -38,13 +46,27 @@ fn complete(crio: &Crio<'_>) -> Result {
     let container = pod.idle()?;
     let script = format!("head -c {MUCH} /dev/zero | tr '\\0' o; head -c {MUCH} /dev/zero | tr '\\0' e >&2");
     for round in 0..12 {
-        let done = container.begin_exec(&["sh", "-c", &script], false, false)?.finish(ORDINARY)?;
+        let done = container
+            .begin_exec(&["sh", "-c", &script], false, false)?
+            .finish(ORDINARY)?;
         same("the exit code", done.code, 0)?;
-        same(&format!("bytes of standard output in round {round}"), count(&done.stdout, b'o'), MUCH)?;
-        same(&format!("bytes of standard error in round {round}"), count(&done.stderr, b'e'), MUCH)?;
+        same(
+            &format!("bytes of standard output in round {round}"),
+            count(&done.stdout, b'o'),
+            MUCH,
+        )?;
+        same(
+            &format!("bytes of standard error in round {round}"),
+            count(&done.stderr, b'e'),
+            MUCH,
+        )?;
         if crio.runtime == Runtime::Sandpod {
             // The reference is only lucky: CRI-O reads nothing after Wait.
-            same(&format!("bytes still in the pipes when Wait was answered, in round {round}"), done.late, 0)?;
+            same(
+                &format!("bytes still in the pipes when Wait was answered, in round {round}"),
+                done.late,
+                0,
+            )?;
         }
     }
     pod.end([container])
@@ -107,7 +129,11 @@ fn input(crio: &Crio<'_>) -> Result {
 fn timeout(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
     let container = pod.idle()?;
-    let exec = container.begin_exec(&["sh", "-c", "trap '' TERM INT; echo begun; exec sleep 1000"], false, false)?;
+    let exec = container.begin_exec(
+        &["sh", "-c", "trap '' TERM INT; echo begun; exec sleep 1000"],
+        false,
+        false,
+    )?;
     exec.streams.stdout.line("begun", ORDINARY)?;
     let done = exec.time_out()?;
     same("the exit code of a killed exec", done.code, 137)?;
@@ -124,7 +150,10 @@ fn timeout_of_a_group(crio: &Crio<'_>) -> Result {
     exec.streams.stdout.line("begun", ORDINARY)?;
     same("the exit code of a killed exec", exec.time_out()?.code, 137)?;
     let processes = container.shell("ps")?;
-    claim(!processes.contains("sleep 4321"), format!("the children of a killed exec live on: {processes}"))?;
+    claim(
+        !processes.contains("sleep 4321"),
+        format!("the children of a killed exec live on: {processes}"),
+    )?;
     pod.end([container])
 }
 
@@ -144,7 +173,13 @@ fn nothing(crio: &Crio<'_>) -> Result {
 fn codes(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
     let container = pod.idle()?;
-    for (script, code) in [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill -15 $$", 143)] {
+    for (script, code) in [
+        ("exit 0", 0),
+        ("exit 7", 7),
+        ("exit 255", 255),
+        ("kill -9 $$", 137),
+        ("kill -15 $$", 143),
+    ] {
         same(script, container.exec(&["sh", "-c", script])?.code, code)?;
     }
     pod.end([container])
@@ -176,7 +211,10 @@ fn orphan(crio: &Crio<'_>) -> Result {
     if crio.runtime == Runtime::Sandpod {
         let done = exec.finish(SOON)?;
         same("the exit code", done.code, 4)?;
-        claim(container.shell("ps")?.contains("sleep 1000"), "the daemon that the exec left was killed")?;
+        claim(
+            container.shell("ps")?.contains("sleep 1000"),
+            "the daemon that the exec left was killed",
+        )?;
     } else {
         // runc's pipes are the process's own: Wait comes, the end of the output does not. CRI-O does not wait for it either.
         container.kill(&exec.id, 0)?.answer(ORDINARY)?.ok();

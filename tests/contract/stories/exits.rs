@@ -41,10 +41,16 @@ fn codes(crio: &Crio<'_>) -> Result {
     }
     for (signal, code) in [(KILL, 137), (TERM, 143)] {
         // The first process of a pid namespace dies of no signal that it has no handler for, but for KILL.
-        let container = pod.start(&Wanted::shell("trap 'exit 143' TERM; echo ready; while :; do sleep 1000 & wait $!; done"))?;
+        let container = pod.start(&Wanted::shell(
+            "trap 'exit 143' TERM; echo ready; while :; do sleep 1000 & wait $!; done",
+        ))?;
         container.stdout()?.line("ready", ORDINARY)?;
         container.kill("", signal)?.granted(ORDINARY)?;
-        same("the exit code after a signal", container.exited(ORDINARY)?.exit_status, code)?;
+        same(
+            "the exit code after a signal",
+            container.exited(ORDINARY)?.exit_status,
+            code,
+        )?;
         container.remove()?;
     }
     pod.end([])
@@ -56,9 +62,16 @@ fn last_words(crio: &Crio<'_>) -> Result {
         let container = pod.start(&Wanted::shell("seq 1 20000; echo error >&2; exit 1"))?;
         container.exited(ORDINARY)?;
         let output = container.stdout()?.end(ORDINARY)?;
-        claim(output.ends_with(b"\n19999\n20000\n"), format!("{} bytes of output do not end as written", output.len()))?;
+        claim(
+            output.ends_with(b"\n19999\n20000\n"),
+            format!("{} bytes of output do not end as written", output.len()),
+        )?;
         let stderr = container.streams.as_ref().and_then(|streams| streams.stderr.as_ref());
-        same("standard error", stderr.map(|stderr| stderr.end(ORDINARY)).transpose()?, Some(b"error\n".to_vec()))?;
+        same(
+            "standard error",
+            stderr.map(|stderr| stderr.end(ORDINARY)).transpose()?,
+            Some(b"error\n".to_vec()),
+        )?;
         container.remove()?;
     }
     pod.end([])
@@ -85,8 +98,16 @@ fn late_kill(crio: &Crio<'_>) -> Result {
             same("the status of a late Kill", refusal.code, Some(Code::NOT_FOUND))?;
         }
     }
-    same("the exit code afterwards", container.is(Status::STOPPED)?.exit_status, 5)?;
-    same("a second Wait", container.begin_wait("")?.granted(ORDINARY)?.exit_status, 5)?;
+    same(
+        "the exit code afterwards",
+        container.is(Status::STOPPED)?.exit_status,
+        5,
+    )?;
+    same(
+        "a second Wait",
+        container.begin_wait("")?.granted(ORDINARY)?.exit_status,
+        5,
+    )?;
     pod.end([container])
 }
 
@@ -102,7 +123,10 @@ fn early_wait(crio: &Crio<'_>) -> Result {
 
 fn no_program(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
-    let mut container = pod.prepare(&Wanted { args: vec!["/no/such/program".into()], ..Wanted::default() })?;
+    let mut container = pod.prepare(&Wanted {
+        args: vec!["/no/such/program".into()],
+        ..Wanted::default()
+    })?;
     match container.create().and_then(|_| container.start()) {
         // Where the program is looked for only after Start was answered, the exit code says it as a shell does.
         Ok(()) => same("the exit code", container.exited(ORDINARY)?.exit_status, 127)?,
@@ -136,9 +160,15 @@ fn out_of_memory(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
     let file = |task: &Task<'_, '_>| task.bundle.join("oom").exists();
     let hog = pod.start(&Wanted::shell("x=abcdefgh; while :; do x=$x$x; done").with_memory(32))?;
-    let wait = hog.exit.as_ref().ok_or_else(|| Failure::Claim("nobody waits for this container".into()))?;
+    let wait = hog
+        .exit
+        .as_ref()
+        .ok_or_else(|| Failure::Claim("nobody waits for this container".into()))?;
     let exit = wait.granted(ORDINARY)?;
-    claim(file(&hog), "Wait of a container that ran out of memory was answered before the file `oom` was in its bundle")?;
+    claim(
+        file(&hog),
+        "Wait of a container that ran out of memory was answered before the file `oom` was in its bundle",
+    )?;
     same("the exit code", exit.exit_status, 137)?;
     let other = pod.start(&Wanted::shell("kill -9 $$; exit 137"))?;
     same("the exit code of another", other.exited(ORDINARY)?.exit_status, 137)?;

@@ -31,21 +31,40 @@ pub const TOLD: Told = &[
 ];
 
 fn probes(crio: &Crio<'_>) -> Result {
-    let suffix = crio.basename().strip_prefix("containerd-shim-").map(str::to_owned).unwrap_or_default();
+    let suffix = crio
+        .basename()
+        .strip_prefix("containerd-shim-")
+        .map(str::to_owned)
+        .unwrap_or_default();
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'+';
-    claim(!suffix.is_empty() && suffix.bytes().all(allowed), format!("CRI-O drops a handler whose program is {:?}", crio.basename()))?;
+    claim(
+        !suffix.is_empty() && suffix.bytes().all(allowed),
+        format!("CRI-O drops a handler whose program is {:?}", crio.basename()),
+    )?;
     let version = crio.probe("--version")?;
     same("the exit code of --version", version.code, 0)?;
-    claim(!version.text().is_empty() && version.errors().is_empty(), format!("--version says {version:?}"))?;
+    claim(
+        !version.text().is_empty() && version.errors().is_empty(),
+        format!("--version says {version:?}"),
+    )?;
     let features = crio.probe("features")?;
     same("the exit code of features", features.code, 0)?;
-    let document: Value = serde_json::from_slice(&features.stdout)
-        .map_err(|source| Failure::Json { what: "the features document".into(), source })?;
+    let document: Value = serde_json::from_slice(&features.stdout).map_err(|source| Failure::Json {
+        what: "the features document".into(),
+        source,
+    })?;
     for key in ["ociVersionMin", "ociVersionMax"] {
-        claim(document[key].is_string(), format!("the features document has no {key}: {document}"))?;
+        claim(
+            document[key].is_string(),
+            format!("the features document has no {key}: {document}"),
+        )?;
     }
     same("standard error of features", features.errors(), "")?;
-    same("daemons after the probes", process::running(Kind::Shim, crio), Vec::<i32>::new())
+    same(
+        "daemons after the probes",
+        process::running(Kind::Shim, crio),
+        Vec::<i32>::new(),
+    )
 }
 
 fn pod_of_two(crio: &Crio<'_>) -> Result {
@@ -53,7 +72,11 @@ fn pod_of_two(crio: &Crio<'_>) -> Result {
     let first = pod.idle()?;
     let second = pod.idle()?;
     for container in [&first, &second] {
-        same("the address for a container of the pod", &container.address, &pod.sandbox.address)?;
+        same(
+            "the address for a container of the pod",
+            &container.address,
+            &pod.sandbox.address,
+        )?;
         container.is(Status::RUNNING)?;
         same("the container's own word", container.shell("echo $((6 * 7))")?, "42")?;
     }
@@ -70,14 +93,28 @@ fn furnished(crio: &Crio<'_>) -> Result {
     fs::write(volume.join("from-host"), "from the host\n").trying("writing into a volume")?;
     let file = volume.join("file");
     fs::write(&file, "a single file\n").trying("writing a file to be a volume")?;
-    let wanted = Wanted::idle().with_volume(&volume, "/data", false).with_volume(&file, "/etc/single", true);
+    let wanted = Wanted::idle()
+        .with_volume(&volume, "/data", false)
+        .with_volume(&file, "/etc/single", true);
     let container = pod.start(&wanted)?;
     container.stdout()?.line("ready", ORDINARY)?;
-    same("resolv.conf", container.shell("cat /etc/resolv.conf")?, RESOLVER.trim_end())?;
-    same("/etc/hostname", container.shell("cat /etc/hostname")?, pod.facts.name.as_str())?;
+    same(
+        "resolv.conf",
+        container.shell("cat /etc/resolv.conf")?,
+        RESOLVER.trim_end(),
+    )?;
+    same(
+        "/etc/hostname",
+        container.shell("cat /etc/hostname")?,
+        pod.facts.name.as_str(),
+    )?;
     same("the host name", container.shell("hostname")?, pod.facts.name.as_str())?;
     same("$HOSTNAME", container.shell("echo $HOSTNAME")?, pod.facts.name.as_str())?;
-    same("a file from the host", container.shell("cat /data/from-host")?, "from the host")?;
+    same(
+        "a file from the host",
+        container.shell("cat /data/from-host")?,
+        "from the host",
+    )?;
     container.shell("echo from the container >/data/from-container")?;
     let seen = fs::read_to_string(volume.join("from-container")).trying("reading what the container wrote")?;
     same("a file from the container", seen.as_str(), "from the container\n")?;
@@ -88,7 +125,11 @@ fn furnished(crio: &Crio<'_>) -> Result {
     container.shell("echo x >/dev/shm/x && test -e /run/.containerenv && test -d /sys/fs/cgroup")?;
     container.shell("echo kept >/root/written && cat /root/written")?;
     let upper = container.rootfs.merged.join("root/written");
-    same("what the container wrote into its root file system", fs::read_to_string(upper).trying("reading it")?.as_str(), "kept\n")?;
+    same(
+        "what the container wrote into its root file system",
+        fs::read_to_string(upper).trying("reading it")?.as_str(),
+        "kept\n",
+    )?;
     pod.end([container])
 }
 
@@ -116,10 +157,16 @@ fn state(crio: &Crio<'_>) -> Result {
     pod.sandbox.is(Status::RUNNING)?;
     let mut plain = pod.create(&Wanted::idle().with_stdin())?;
     let created = plain.is(Status::CREATED)?;
-    claim(created.pid > 0, "State.pid of a created container is 0, which means stopped")?;
+    claim(
+        created.pid > 0,
+        "State.pid of a created container is 0, which means stopped",
+    )?;
     plain.start()?;
     let running = plain.is(Status::RUNNING)?;
-    claim(running.pid > 0, "State.pid of a running container is 0, which means stopped")?;
+    claim(
+        running.pid > 0,
+        "State.pid of a running container is 0, which means stopped",
+    )?;
     let mut terminal = pod.start(&Wanted::idle().with_tty())?;
     terminal.is(Status::RUNNING)?;
     for container in [&mut plain, &mut terminal] {
@@ -136,7 +183,11 @@ fn come_and_go(crio: &Crio<'_>) -> Result {
     for round in 0..3 {
         let mut brief = pod.start(&Wanted::shell(&format!("echo round {round}; exit {round}")))?;
         same("its exit code", brief.exited(ORDINARY)?.exit_status, round)?;
-        same("its output", brief.stdout()?.end(ORDINARY)?, format!("round {round}\n").into_bytes())?;
+        same(
+            "its output",
+            brief.stdout()?.end(ORDINARY)?,
+            format!("round {round}\n").into_bytes(),
+        )?;
         brief.rootfs.unmount()?;
         brief.remove()?;
         stays.is(Status::RUNNING)?;
@@ -150,7 +201,10 @@ fn come_and_go(crio: &Crio<'_>) -> Result {
 }
 
 fn sysctls(crio: &Crio<'_>) -> Result {
-    let sysctls = [("net.ipv4.ip_unprivileged_port_start", "80"), ("kernel.shm_rmid_forced", "1")];
+    let sysctls = [
+        ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ("kernel.shm_rmid_forced", "1"),
+    ];
     let wanted = PodWanted {
         sysctls: sysctls.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec(),
         ..PodWanted::default()
@@ -158,7 +212,11 @@ fn sysctls(crio: &Crio<'_>) -> Result {
     let pod = Pod::run_with(crio, &wanted)?;
     let container = pod.idle()?;
     for (key, value) in sysctls {
-        same(key, container.shell(&format!("cat /proc/sys/{}", key.replace('.', "/")))?, value)?;
+        same(
+            key,
+            container.shell(&format!("cat /proc/sys/{}", key.replace('.', "/")))?,
+            value,
+        )?;
     }
     pod.end([container])
 }

@@ -50,6 +50,10 @@ pub fn all() -> impl Iterator<Item = Story> {
         refusals::TOLD,
     ];
     told.into_iter().flatten().flat_map(|(runtimes, name, play)| {
-        runtimes.iter().map(|runtime| Story { name, runtime: *runtime, play: *play })
+        runtimes.iter().map(|runtime| Story {
+            name,
+            runtime: *runtime,
+            play: *play,
+        })
     })
 }

@@ -36,19 +36,39 @@ struct Numbers {
 
 /// A missing part crashes CRI-O: it follows these without looking.
 fn present<T>(part: &MessageField<T>, name: &str) -> Result {
-    claim(part.is_some(), format!("the statistics have no {name}; CRI-O would crash"))
+    claim(
+        part.is_some(),
+        format!("the statistics have no {name}; CRI-O would crash"),
+    )
 }
 
 fn decode(stats: &Any, strict: bool) -> Result<Numbers> {
-    let version = if fs::metadata("/sys/fs/cgroup/cgroup.controllers").is_ok() { "v2" } else { "v1" };
+    let version = if fs::metadata("/sys/fs/cgroup/cgroup.controllers").is_ok() {
+        "v2"
+    } else {
+        "v1"
+    };
     // CRI-O looks this string up as it is, without any prefix, and reads the version that its own host has.
-    same("the type of the statistics", stats.type_url.as_str(), format!("io.containerd.cgroups.{version}.Metrics").as_str())?;
-    claim(!stats.value.is_empty(), "the statistics are empty; CRI-O would call them unknown")?;
-    if version == "v1" { decode_v1(stats, strict) } else { decode_v2(stats) }
+    same(
+        "the type of the statistics",
+        stats.type_url.as_str(),
+        format!("io.containerd.cgroups.{version}.Metrics").as_str(),
+    )?;
+    claim(
+        !stats.value.is_empty(),
+        "the statistics are empty; CRI-O would call them unknown",
+    )?;
+    if version == "v1" {
+        decode_v1(stats, strict)
+    } else {
+        decode_v2(stats)
+    }
 }
 
 fn decode_v1(stats: &Any, strict: bool) -> Result<Numbers> {
-    let metrics = MetricsV1::parse_from_bytes(&stats.value).map_err(std::io::Error::other).trying("decoding the statistics")?;
+    let metrics = MetricsV1::parse_from_bytes(&stats.value)
+        .map_err(std::io::Error::other)
+        .trying("decoding the statistics")?;
     present(&metrics.cpu, "CPU")?;
     present(&metrics.cpu.usage, "CPU.Usage")?;
     present(&metrics.cpu.throttling, "CPU.Throttling")?;
@@ -70,7 +90,9 @@ fn decode_v1(stats: &Any, strict: bool) -> Result<Numbers> {
 }
 
 fn decode_v2(stats: &Any) -> Result<Numbers> {
-    let metrics = MetricsV2::parse_from_bytes(&stats.value).map_err(std::io::Error::other).trying("decoding the statistics")?;
+    let metrics = MetricsV2::parse_from_bytes(&stats.value)
+        .map_err(std::io::Error::other)
+        .trying("decoding the statistics")?;
     present(&metrics.cpu, "CPU")?;
     present(&metrics.memory, "Memory")?;
     present(&metrics.pids, "Pids")?;
@@ -93,7 +115,10 @@ fn statistics(crio: &Crio<'_>) -> Result {
     container.stdout()?.line("ready", ORDINARY)?;
     let running = decode(&container.stats()?, strict)?;
     same("the memory limit", running.limit, 64 << 20)?;
-    claim(running.memory > 0 && running.cpu > 0 && running.pids > 0, "a running container uses nothing")?;
+    claim(
+        running.memory > 0 && running.cpu > 0 && running.pids > 0,
+        "a running container uses nothing",
+    )?;
     container.stop(crate::pod::GRACE)?;
     if strict {
         // containerd 2.3 looks for the OOM kill after the exit.
@@ -106,10 +131,17 @@ fn usage(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
     let container = pod.idle()?;
     let before = decode(&container.stats()?, true)?;
-    container.shell("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; head -c 30000000 /dev/zero >/dev/shm/thirty")?;
+    container
+        .shell("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; head -c 30000000 /dev/zero >/dev/shm/thirty")?;
     let after = decode(&container.stats()?, true)?;
-    claim(after.cpu > before.cpu, format!("CPU time went from {} to {}", before.cpu, after.cpu))?;
-    claim(after.memory >= before.memory + 25_000_000, format!("memory went from {} to {} with 30 MB more", before.memory, after.memory))?;
+    claim(
+        after.cpu > before.cpu,
+        format!("CPU time went from {} to {}", before.cpu, after.cpu),
+    )?;
+    claim(
+        after.memory >= before.memory + 25_000_000,
+        format!("memory went from {} to {} with 30 MB more", before.memory, after.memory),
+    )?;
     pod.end([container])
 }
 
@@ -121,7 +153,11 @@ fn update(crio: &Crio<'_>) -> Result {
         "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
         "memory": {"limit": 96 << 20, "swap": 96 << 20},
     }))?;
-    same("the limit after the update", decode(&container.stats()?, false)?.limit, 96 << 20)?;
+    same(
+        "the limit after the update",
+        decode(&container.stats()?, false)?.limit,
+        96 << 20,
+    )?;
     pod.end([container])
 }
 
@@ -130,15 +166,25 @@ fn memory(crio: &Crio<'_>) -> Result {
     let small = pod.idle()?;
     let total = || -> Result<u64> {
         let line = small.shell("grep MemTotal /proc/meminfo")?;
-        Ok(line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or_default())
+        Ok(line
+            .split_whitespace()
+            .nth(1)
+            .and_then(|kib| kib.parse().ok())
+            .unwrap_or_default())
     };
     let before = total()?;
     let large = pod.start(&Wanted::idle().with_memory(512))?;
     large.stdout()?.line("ready", ORDINARY)?;
     let with = total()?;
-    claim(with >= before + 480 * 1024, format!("memory went from {before} to {with} KiB for a container of 512 MiB"))?;
+    claim(
+        with >= before + 480 * 1024,
+        format!("memory went from {before} to {with} KiB for a container of 512 MiB"),
+    )?;
     large.update(&json!({"memory": {"limit": 768u64 << 20, "swap": 768u64 << 20}}))?;
     let more = total()?;
-    claim(more >= with + 240 * 1024, format!("memory went from {with} to {more} KiB for 256 MiB more"))?;
+    claim(
+        more >= with + 240 * 1024,
+        format!("memory went from {with} to {more} KiB for 256 MiB more"),
+    )?;
     pod.end([small, large])
 }

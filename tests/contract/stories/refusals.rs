@@ -34,19 +34,32 @@ fn refused(crio: &Crio<'_>, wanted: &PodWanted) -> Result<String> {
     let mut place = Place::make(crio, wanted)?;
     let sandbox = place.prepare(crio)?;
     let refusal = sandbox.begin_create()?.refused(BOOT)?;
-    same("virtual machines of a refused sandbox", process::of_the_vm(crio), Vec::<i32>::new())?;
+    same(
+        "virtual machines of a refused sandbox",
+        process::of_the_vm(crio),
+        Vec::<i32>::new(),
+    )?;
     place.release()?;
     place.remove()?;
     sandbox.discard()?;
     // CRI-O sends neither Delete nor Shutdown for a sandbox whose Create failed.
     crio.node.as_before(&before, SOON)?;
     let sentence = refusal.message;
-    claim(sentence.contains(' ') && !sentence.contains('\n'), format!("{sentence:?} is no sentence"))?;
+    claim(
+        sentence.contains(' ') && !sentence.contains('\n'),
+        format!("{sentence:?} is no sentence"),
+    )?;
     Ok(sentence)
 }
 
 fn host_network(crio: &Crio<'_>) -> Result {
-    let sentence = refused(crio, &PodWanted { host_network: true, ..PodWanted::default() })?;
+    let sentence = refused(
+        crio,
+        &PodWanted {
+            host_network: true,
+            ..PodWanted::default()
+        },
+    )?;
     contains("the refusal", &sentence.to_lowercase(), "network")?;
     contains("the refusal", &sentence.to_lowercase(), "host")
 }
@@ -54,20 +67,40 @@ fn host_network(crio: &Crio<'_>) -> Result {
 fn unknown_key(crio: &Crio<'_>) -> Result {
     let text = format!("{}enable_teleportation = true\n", Guest::Own.configuration()?);
     let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)?;
-    contains("the refusal", &refused(&crio, &PodWanted::default())?, "enable_teleportation")
+    contains(
+        "the refusal",
+        &refused(&crio, &PodWanted::default())?,
+        "enable_teleportation",
+    )
 }
 
 fn no_kernel(crio: &Crio<'_>) -> Result {
     let text = Guest::Own.configuration()?;
-    let moved: String = text.lines().map(|line| if line.starts_with("kernel = ") { "kernel = \"/no/such/vmlinux\"\n".into() } else { format!("{line}\n") }).collect();
+    let moved: String = text
+        .lines()
+        .map(|line| {
+            if line.starts_with("kernel = ") {
+                "kernel = \"/no/such/vmlinux\"\n".into()
+            } else {
+                format!("{line}\n")
+            }
+        })
+        .collect();
     let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&moved)?;
-    contains("the refusal", &refused(&crio, &PodWanted::default())?, "/no/such/vmlinux")
+    contains(
+        "the refusal",
+        &refused(&crio, &PodWanted::default())?,
+        "/no/such/vmlinux",
+    )
 }
 
 /// CRI-O's memory of a pod whose shim is gone: the container's `start` has nowhere to go, and must not make a machine of its own.
 fn unknown_sandbox(crio: &Crio<'_>) -> Result {
     let place = Place::make(crio, &PodWanted::default())?;
-    let failure = place.prepare_container(crio, &Wanted::idle()).err().map(|failure| failure.to_string());
+    let failure = place
+        .prepare_container(crio, &Wanted::idle())
+        .err()
+        .map(|failure| failure.to_string());
     contains("the failure of `start`", &failure.unwrap_or_default(), &place.facts.id)?;
     same("virtual machines", process::of_the_vm(crio), Vec::<i32>::new())?;
     place.remove()

@@ -31,16 +31,29 @@ const LINES: usize = 200_000;
 fn output(crio: &Crio<'_>) -> Result {
     let mut pod = Pod::run(crio)?;
     let mut talker = pod.start(&Wanted::shell(&format!("seq 1 {LINES}; echo done >&2")))?;
-    talker.stdout()?.until("the first lines", ORDINARY, |bytes| bytes.len() > 1000)?;
+    talker
+        .stdout()?
+        .until("the first lines", ORDINARY, |bytes| bytes.len() > 1000)?;
     let mut text = talker.abandon()?;
     pod.sandbox.abandon()?;
     pod.sandbox.recover()?;
     talker.recover()?;
     text.append(&mut talker.stdout()?.end(ORDINARY * 3)?);
     let wanted: String = (1..=LINES).map(|line| format!("{line}\n")).collect();
-    let agree = text.iter().zip(wanted.as_bytes()).take_while(|(got, want)| got == want).count();
+    let agree = text
+        .iter()
+        .zip(wanted.as_bytes())
+        .take_while(|(got, want)| got == want)
+        .count();
     let around = last_of(&String::from_utf8_lossy(&text[..agree.min(text.len())]), 30);
-    claim(text == wanted.as_bytes(), format!("{} bytes of {} came, the same up to {agree}, {around:?}", text.len(), wanted.len()))?;
+    claim(
+        text == wanted.as_bytes(),
+        format!(
+            "{} bytes of {} came, the same up to {agree}, {around:?}",
+            text.len(),
+            wanted.len()
+        ),
+    )?;
     pod.end([talker])
 }
 
@@ -50,9 +63,17 @@ fn served(crio: &Crio<'_>) -> Result {
     container.stdout()?.line("ready", ORDINARY)?;
     container.abandon()?;
     pod.sandbox.abandon()?;
-    same("the sandbox's status", pod.sandbox.recover()?.status.enum_value_or_default(), Status::RUNNING)?;
+    same(
+        "the sandbox's status",
+        pod.sandbox.recover()?.status.enum_value_or_default(),
+        Status::RUNNING,
+    )?;
     let state = container.recover()?;
-    same("the container's status", state.status.enum_value_or_default(), Status::RUNNING)?;
+    same(
+        "the container's status",
+        state.status.enum_value_or_default(),
+        Status::RUNNING,
+    )?;
     container.is(Status::RUNNING)?;
     container.kill("", 0)?.granted(ORDINARY)?;
     same("an exec", container.shell("echo here")?, "here")?;
@@ -64,7 +85,9 @@ fn served(crio: &Crio<'_>) -> Result {
 /// After its restart CRI-O sends no Wait: only a new file in its exits folder makes it look.
 fn exit(crio: &Crio<'_>) -> Result {
     let mut pod = Pod::run(crio)?;
-    let mut container = pod.start(&Wanted::shell("trap 'exit 11' USR1; echo ready; while :; do sleep 1000 & wait $!; done"))?;
+    let mut container = pod.start(&Wanted::shell(
+        "trap 'exit 11' USR1; echo ready; while :; do sleep 1000 & wait $!; done",
+    ))?;
     container.stdout()?.line("ready", ORDINARY)?;
     container.abandon()?;
     pod.sandbox.abandon()?;
@@ -73,7 +96,9 @@ fn exit(crio: &Crio<'_>) -> Result {
     container.kill("", 10)?.granted(ORDINARY)?;
     let file = exit_file(&container.id);
     Bell::default().until("the file in CRI-O's exits folder", ORDINARY, || {
-        file.exists().then_some(()).ok_or_else(|| format!("no {}", file.display()))
+        file.exists()
+            .then_some(())
+            .ok_or_else(|| format!("no {}", file.display()))
     })?;
     same("State.exit_status", container.is(Status::STOPPED)?.exit_status, 11)?;
     pod.end([container])
@@ -81,11 +106,15 @@ fn exit(crio: &Crio<'_>) -> Result {
 
 fn in_a_row(crio: &Crio<'_>) -> Result {
     let pod = Pod::run(crio)?;
-    let mut container = pod.start(&Wanted::shell("trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.02; done"))?;
+    let mut container = pod.start(&Wanted::shell(
+        "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.02; done",
+    ))?;
     let mut text = Vec::new();
     for _ in 0..10 {
         let seen = text.len();
-        container.stdout()?.until("a line", ORDINARY, |bytes| bytes.contains(&b'\n'))?;
+        container
+            .stdout()?
+            .until("a line", ORDINARY, |bytes| bytes.contains(&b'\n'))?;
         text.append(&mut container.abandon()?);
         claim(text.len() > seen, "nothing came between two restarts")?;
         container.recover()?;
@@ -94,7 +123,13 @@ fn in_a_row(crio: &Crio<'_>) -> Result {
     same("the exit code", exit.exit_status, 0)?;
     text.append(&mut container.stdout()?.end(Duration::from_secs(10))?);
     let text = String::from_utf8_lossy(&text).into_owned();
-    let out_of_order = text.lines().zip(1..).find(|(line, number)| *line != format!("line {number}"));
-    claim(out_of_order.is_none(), format!("lines were lost or repeated at {out_of_order:?}"))?;
+    let out_of_order = text
+        .lines()
+        .zip(1..)
+        .find(|(line, number)| *line != format!("line {number}"));
+    claim(
+        out_of_order.is_none(),
+        format!("lines were lost or repeated at {out_of_order:?}"),
+    )?;
     pod.end([container])
 }

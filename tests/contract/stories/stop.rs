@@ -58,7 +58,11 @@ fn last_shutdown(crio: &Crio<'_>) -> Result {
     pod.stop(&mut [&mut first, &mut second])?;
     for container in [first, second] {
         container.remove()?;
-        same("the shim before the last Shutdown", process::only(Kind::Shim, crio)?, shim)?;
+        same(
+            "the shim before the last Shutdown",
+            process::only(Kind::Shim, crio)?,
+            shim,
+        )?;
         pod.sandbox.is(Status::STOPPED)?;
     }
     pod.remove()?;
