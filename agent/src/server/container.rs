@@ -231,7 +231,7 @@ mod tests {
             r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#,
         );
         join_pod(&mut spec, None).unwrap();
-        let expected = [("mount", None), ("cgroup", None), ("pid", None)];
+        let expected = [("mnt", None), ("cgroup", None), ("pid", None)];
         assert_eq!(kinds(&spec), expected.map(|(kind, path)| (kind.to_owned(), path)));
         assert_eq!(spec.hostname(), &None);
     }
@@ -248,7 +248,7 @@ mod tests {
         let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), None).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the mount namespace /proc/1/ns/mnt is not the guest's"
+            "the mnt namespace /proc/1/ns/mnt is not the guest's"
         );
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::Read,
+    io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -70,6 +70,25 @@ impl Machine {
     pub fn console(&self) -> String {
         let text = self.console.lock().unwrap();
         format!("console:\n{}", *text)
+    }
+
+    /// Plugs a second processor; returns when QEMU has done its part.
+    pub fn plug_processor(&self) -> std::io::Result<()> {
+        let plug = r#"{"execute":"device_add","arguments":{"driver":"max-x86_64-cpu","socket-id":0,"core-id":1,"thread-id":0}}"#;
+        let stream = std::os::unix::net::UnixStream::connect(self.folder.path().join("qmp.sock"))?;
+        let mut lines = BufReader::new(&stream).lines();
+        for command in [r#"{"execute":"qmp_capabilities"}"#, plug] {
+            writeln!(&stream, "{command}")?;
+            while let Some(line) = lines.next().transpose()? {
+                if line.contains("\"error\"") {
+                    return Err(std::io::Error::other(line));
+                }
+                if line.contains("\"return\"") {
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Ends it.

@@ -1,2 +1,162 @@
-//! Later.
-super::cases![];
+//! The guest's network.
+
+use std::sync::Arc;
+
+use agent::protocol::{
+    agent::*,
+    types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route},
+};
+
+use super::pod::Pod;
+
+super::cases![
+    an_interface_becomes_the_hosts,
+    routes_go_over_it,
+    neighbours_are_permanent,
+    what_cannot_be_is_refused
+];
+
+/// The hardware address that QEMU was given.
+const MAC: &str = "02:00:00:00:00:01";
+
+fn interface(name: &str, addresses: &[(&str, &str)]) -> UpdateInterfaceRequest {
+    let mut interface = Interface::new();
+    (interface.device, interface.name, interface.hwAddr) = (name.into(), name.into(), MAC.into());
+    interface.mtu = 1400;
+    interface.IPAddresses = addresses.iter().map(|(ip, mask)| address(ip, mask)).collect();
+    let mut request = UpdateInterfaceRequest::new();
+    request.interface = Some(interface).into();
+    request
+}
+
+fn address(ip: &str, mask: &str) -> IPAddress {
+    let mut address = IPAddress::new();
+    address.family = if ip.contains(':') {
+        IPFamily::v6.into()
+    } else {
+        IPFamily::v4.into()
+    };
+    (address.address, address.mask) = (ip.into(), mask.into());
+    address
+}
+
+async fn an_interface_becomes_the_hosts(pod: Arc<Pod>) {
+    pod.client
+        .update_interface(interface("first0", &[("10.1.2.3", "24"), ("10.9.9.9", "32")]))
+        .await
+        .unwrap();
+    // Again, with another name, and without one of the addresses.
+    let wanted = interface("pod0", &[("10.1.2.3", "24"), ("fd00::2", "64")]);
+    for _ in 0..2 {
+        pod.client.update_interface(wanted.clone()).await.unwrap();
+    }
+    let all = pod
+        .client
+        .list_interfaces(ListInterfacesRequest::new())
+        .await
+        .unwrap()
+        .Interfaces;
+    let found = all.iter().find(|interface| interface.hwAddr == MAC).unwrap();
+    assert_eq!((found.name.as_str(), found.mtu), ("pod0", 1400));
+    let addresses: Vec<_> = found
+        .IPAddresses
+        .iter()
+        .map(|a| format!("{}/{}", a.address, a.mask))
+        .collect();
+    assert!(addresses.contains(&"10.1.2.3/24".to_owned()), "{addresses:?}");
+    assert!(addresses.contains(&"fd00::2/64".to_owned()), "{addresses:?}");
+    assert!(!addresses.contains(&"10.9.9.9/32".to_owned()), "{addresses:?}");
+    let lo = all.iter().find(|interface| interface.name == "lo").unwrap();
+    assert_eq!(lo.IPAddresses[0].address, "127.0.0.1");
+}
+
+async fn routes_go_over_it(pod: Arc<Pod>) {
+    pod.client
+        .update_interface(interface("pod0", &[("10.1.2.3", "24"), ("fd00::2", "64")]))
+        .await
+        .unwrap();
+    let route = |dest: &str, gateway: &str, scope: u32| {
+        let mut route = Route::new();
+        (route.dest, route.gateway, route.device) = (dest.into(), gateway.into(), "pod0".into());
+        (route.scope, route.mtu) = (scope, 1300);
+        route
+    };
+    let mut request = UpdateRoutesRequest::new();
+    // The gateway is reachable by a route that comes after it.
+    let all = vec![
+        route("", "10.200.0.1", 0),
+        route("10.200.0.1/32", "", 253),
+        route("fd01::/64", "fd00::1", 0),
+    ];
+    request.routes = Some(Routes {
+        Routes: all,
+        ..Default::default()
+    })
+    .into();
+    for _ in 0..2 {
+        pod.client.update_routes(request.clone()).await.unwrap();
+    }
+    let routes = pod.client.list_routes(ListRoutesRequest::new()).await.unwrap().Routes;
+    let find = |dest: &str| routes.iter().find(|route| route.dest == dest && route.device == "pod0");
+    let default = find("").unwrap();
+    assert_eq!((default.gateway.as_str(), default.mtu), ("10.200.0.1", 1300));
+    assert_eq!(find("10.200.0.1/32").unwrap().scope, 253);
+    assert_eq!(find("fd01::/64").unwrap().gateway, "fd00::1");
+}
+
+async fn neighbours_are_permanent(pod: Arc<Pod>) {
+    let mut neighbour = ARPNeighbor::new();
+    neighbour.toIPAddress = Some(address("10.1.2.77", "")).into();
+    (neighbour.device, neighbour.lladdr, neighbour.state) = ("pod0".into(), "02:00:00:00:00:77".into(), 0x80);
+    let mut request = AddARPNeighborsRequest::new();
+    request.neighbors = Some(ARPNeighbors {
+        ARPNeighbors: vec![neighbour],
+        ..Default::default()
+    })
+    .into();
+    for _ in 0..2 {
+        pod.client.add_arp_neighbors(request.clone()).await.unwrap();
+    }
+    pod.run("c", "cat /proc/net/arp").await;
+    let table = String::from_utf8(pod.output("c", "").await).unwrap();
+    assert!(
+        table
+            .lines()
+            .any(|line| line.starts_with("10.1.2.77 ") && line.contains("0x6")),
+        "{table}"
+    );
+    pod.remove("c").await;
+}
+
+async fn what_cannot_be_is_refused(pod: Arc<Pod>) {
+    let error = pod
+        .client
+        .update_interface(interface("much-too-long-a-name", &[]))
+        .await
+        .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("an interface's name is \"much-too-long-a-name\""),
+        "{error}"
+    );
+    let error = pod
+        .client
+        .update_interface(interface("pod0", &[("10.0.0.300", "8")]))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().starts_with("an address is \"10.0.0.300\""), "{error}");
+    let mut route = Route::new();
+    (route.dest, route.device) = ("10.0.0.0/8".into(), "nothing0".into());
+    let mut request = UpdateRoutesRequest::new();
+    request.routes = Some(Routes {
+        Routes: vec![route],
+        ..Default::default()
+    })
+    .into();
+    let error = pod.client.update_routes(request).await.unwrap_err();
+    assert!(
+        error.to_string().starts_with("the guest has no interface \"nothing0\""),
+        "{error}"
+    );
+}

@@ -23,7 +23,7 @@ pub const SHARE: &str = "/run/kata-containers/shared/containers";
 pub const SHM: &str = "/run/kata-containers/sandbox/shm";
 /// For the boot; it takes 1 to 2 s with emulation.
 const PATIENCE: Duration = Duration::from_secs(60);
-const APPLETS: &str = "awk cat chmod cut dd echo env false grep head hostname id ip kill ls mkdir mount ping ps pwd readlink \
+const APPLETS: &str = "awk cat chmod cut dd df echo env false grep head hostname id ip kill ls mkdir mount ping ps pwd readlink \
      rm seq sh sleep sort stat stty sync tail tee test timeout touch tr true tty uname wc yes";
 
 /// A booted guest with a sandbox.
@@ -93,9 +93,9 @@ impl Pod {
         self.machine.console()
     }
 
-    /// The host's side of the containers' root file system.
-    pub fn rootfs(&self) -> std::path::PathBuf {
-        self.machine.share().join("rootfs")
+    /// Plugs a second processor.
+    pub fn plug_processor(&self) {
+        self.machine.plug_processor().expect("a processor");
     }
 
     /// Creates a container that runs a shell script.
