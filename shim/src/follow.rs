@@ -4,7 +4,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use agent::{client::ClientError, protocol::agent as wire};
 use containerd_shim_protos::{
-    api::{TaskExit, TaskOOM},
+    events::task::{TaskExit, TaskOOM},
     topics,
 };
 
@@ -20,9 +20,17 @@ use crate::{
 const CRIO_EXITS: &str = "/var/run/crio/exits";
 
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
-pub fn process(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: Option<String>, name: ProcessName, streams: Streams) {
+pub fn process(
+    sandbox: Arc<Sandbox>,
+    container: Arc<Container>,
+    exec: Option<String>,
+    name: ProcessName,
+    streams: Streams,
+) {
     let exec = exec.unwrap_or_default();
-    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else { return };
+    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else {
+        return;
+    };
     process.end_start(true);
     let agent = guest.agent.clone();
     let copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
@@ -40,7 +48,10 @@ pub fn process(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: Option<St
                 137
             }
         };
-        let exit = Exit { status, at: SystemTime::now() };
+        let exit = Exit {
+            status,
+            at: SystemTime::now(),
+        };
         copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
         ended(&sandbox, &container, &exec, &process, exit).await;
     });
@@ -56,7 +67,11 @@ pub async fn ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exec: &st
     }
     let event = TaskExit {
         container_id: container.id.clone(),
-        id: if exec.is_empty() { container.id.clone() } else { exec.into() },
+        id: if exec.is_empty() {
+            container.id.clone()
+        } else {
+            exec.into()
+        },
         pid: sandbox.pid(),
         exit_status: exit.status,
         exited_at: Some(timestamp(exit.at)).into(),
@@ -75,7 +90,13 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
     // An exit by SIGKILL may be the OOM killer's; the event may still be on its way, the counter is not.
     match guest.agent.stats_container(request).await {
         Ok(stats) => {
-            let kills = stats.cgroup_stats.memory_stats.stats.get("oom_kill").copied().unwrap_or(0);
+            let kills = stats
+                .cgroup_stats
+                .memory_stats
+                .stats
+                .get("oom_kill")
+                .copied()
+                .unwrap_or(0);
             container.keep_stats(stats);
             if exit.status == 137 && kills > 0 {
                 oom(sandbox, container);
@@ -97,7 +118,10 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
 
 fn oom(sandbox: &Sandbox, container: &Container) {
     if container.set_oom() {
-        let event = TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() };
+        let event = TaskOOM {
+            container_id: container.id.clone(),
+            ..TaskOOM::default()
+        };
         sandbox.events().send(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 }

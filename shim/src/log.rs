@@ -36,10 +36,22 @@ impl<'a> MakeWriter<'a> for Fifo {
 /// is logged.
 pub fn init(debug: bool) {
     // Open for reading too: a daemon that restarts leaves the fifo without a reader for a while.
-    let fifo = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_NONBLOCK).open("log");
+    let fifo = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open("log");
     let Ok(fifo) = fifo else { return };
-    let level = if debug { tracing::Level::DEBUG } else { tracing::Level::INFO };
-    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_max_level(level).with_writer(Fifo(fifo)).finish();
+    let level = if debug {
+        tracing::Level::DEBUG
+    } else {
+        tracing::Level::INFO
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_max_level(level)
+        .with_writer(Fifo(fifo))
+        .finish();
     // Set once, in a process that has just begun: there is no other subscriber to refuse it.
     tracing::subscriber::set_global_default(subscriber).unwrap_or_default();
 }
