@@ -104,7 +104,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent answered: QEMU {reason}"))),
         reason = virtiofsd.child().exited() => Err(Error::VmGone(format!("could not start: virtiofsd {reason}"))),
     };
-    let agent = connected.map_err(|error| explain(error, &vm, &virtiofsd))?;
+    let agent = connected.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
     trace.set(Mark::AgentConnected, SystemTime::now());
     configure(&agent, &plan, network.as_ref(), trace).await?;
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
@@ -229,19 +229,16 @@ async fn connect(vm: &Vm, config: &Config) -> Result<Client> {
     Ok(agent)
 }
 
-/// Adds the last words of whoever knows why: the guest's console, QEMU, virtiofsd.
-fn explain(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
+/// What those who may know why a VM ended said last: the guest's console, QEMU, virtiofsd.
+pub fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
     let tails = [
-        ("guest console", vm.console_tail()),
+        ("the guest's console", vm.console_tail()),
         ("QEMU", vm.log_tail()),
         ("virtiofsd", virtiofsd.log_tail()),
     ];
-    for (who, tail) in &tails {
-        if !tail.trim().is_empty() {
-            tracing::error!(who, "last words:\n{tail}");
-        }
-    }
-    error
+    let said = tails.iter().filter(|(_, tail)| !tail.trim().is_empty());
+    said.map(|(who, tail)| format!("the last words of {who}:\n{tail}\n"))
+        .collect()
 }
 
 async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {

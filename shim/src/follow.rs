@@ -19,6 +19,9 @@ use crate::{
 /// Where CRI-O learns of exits after its own restart, when nobody calls Wait any more (`container_exits_dir`).
 const CRIO_EXITS: &str = "/var/run/crio/exits";
 
+/// The exit of what died with its VM: 128 + SIGKILL.
+pub const KILLED: u32 = 137;
+
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
 pub fn process(
     sandbox: Arc<Sandbox>,
@@ -45,7 +48,7 @@ pub fn process(
             // The VM died under it, which kills it.
             Err(error) => {
                 tracing::info!(%error, ?name, "the process ended with its VM");
-                137
+                KILLED
             }
         };
         let exit = Exit {
@@ -62,9 +65,13 @@ pub async fn ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exec: &st
     if exec.is_empty() {
         container_ended(sandbox, container, exit).await;
     }
-    if !process.stop(exit) {
-        return;
+    if process.stop(exit) {
+        announce(sandbox, container, exec, exit);
     }
+}
+
+/// Tells whoever does not wait of an end.
+pub fn announce(sandbox: &Sandbox, container: &Container, exec: &str, exit: Exit) {
     let event = TaskExit {
         container_id: container.id.clone(),
         id: if exec.is_empty() {
@@ -105,7 +112,9 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
         Err(error) => tracing::info!(%error, container = container.id, "no last statistics"),
     }
     if container.kind == Kind::Single {
-        return sandbox.bring_down("is not needed any more: its container ended").await;
+        return sandbox
+            .bring_down("is not needed any more: its container ended", exit.status)
+            .await;
     }
     let mut request = wire::RemoveContainerRequest::new();
     request.container_id = container.id.clone();
@@ -146,7 +155,7 @@ pub fn watch_guest(sandbox: Arc<Sandbox>) {
             // A guest without its file server hangs on the next access: better it ends.
             exit = guest.virtiofsd.child().exited() => format!("was ended: virtiofsd {exit}"),
         };
-        sandbox.bring_down(&reason).await;
+        sandbox.bring_down(&reason, KILLED).await;
     });
 }
 

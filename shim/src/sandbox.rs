@@ -37,9 +37,9 @@ use crate::{
     container::{Container, Exec, Kind},
     error::{Context, Error, Result, decode},
     events::Events,
-    follow,
+    follow::{self, KILLED},
     io::{ProcessName, Stdio},
-    options,
+    log, options,
     pod::Pod,
     process::{Exit, Process, Status},
     service::timestamp,
@@ -198,7 +198,7 @@ impl Sandbox {
         }
         let result = self.create_in_guest(container, request, spec, role).await;
         if result.is_err() && container.kind == Kind::Single {
-            self.bring_down("is not needed: its only container could not be created")
+            self.bring_down("is not needed: its only container could not be created", KILLED)
                 .await;
             self.end_soon();
         }
@@ -217,6 +217,9 @@ impl Sandbox {
         let result = async {
             let pod = Pod::of(spec)?;
             let config = Config::load(options::config_path(options)?.as_deref())?.with_annotations(&pod.annotations)?;
+            if config.hypervisor.debug || config.agent.debug || config.runtime.debug {
+                log::verbose();
+            }
             for sentence in &config.report {
                 tracing::info!("configuration: {sentence}");
             }
@@ -230,6 +233,13 @@ impl Sandbox {
         .await;
         match result {
             Ok(guest) => {
+                // Whoever gave up on the sandbox while it booted found no VM to end.
+                if let Some(reason) = self.down.borrow().clone() {
+                    drop(guest);
+                    state.unwind_to(mark);
+                    *lock(&self.state) = Some(state);
+                    return Err(Error::VmGone(reason));
+                }
                 *lock(&self.state) = Some(state);
                 *lock(&self.trace) = trace;
                 self.guest
@@ -486,8 +496,7 @@ impl Sandbox {
                 signal as i32,
                 nix::libc::SIGTERM | nix::libc::SIGKILL | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGHUP
             ) {
-                container.init.stop(Exit::now(128 + signal));
-                self.bring_down("was stopped").await;
+                self.bring_down("was stopped", 128 + signal).await;
             }
             return Ok(());
         }
@@ -506,7 +515,7 @@ impl Sandbox {
         };
         match (guest.agent.signal_process(request).await, created && killing) {
             (Ok(()) | Err(agent::client::ClientError::NotFound(_)), true) => {
-                follow::ended(self, &container, exec, &process, Exit::now(137)).await;
+                follow::ended(self, &container, exec, &process, Exit::now(KILLED)).await;
                 Ok(())
             }
             (Ok(()), false) => {
@@ -517,7 +526,7 @@ impl Sandbox {
             }
             (Err(agent::client::ClientError::NotFound(_) | agent::client::ClientError::Gone), _) => Ok(()),
             (Err(error), _) if killing => {
-                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}"))
+                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}"), KILLED)
                     .await;
                 Ok(())
             }
@@ -530,17 +539,15 @@ impl Sandbox {
         let sandbox = self.clone();
         tokio::spawn(async move {
             if tokio::time::timeout(KILL_DEADLINE, process.wait()).await.is_err() {
-                sandbox
-                    .bring_down(&format!(
-                        "was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL"
-                    ))
-                    .await;
+                let reason = format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL");
+                sandbox.bring_down(&reason, KILLED).await;
             }
         });
     }
 
-    /// Ends the VM and everything in it, once; returns when the host is free of it.
-    pub async fn bring_down(self: &Arc<Self>, reason: &str) {
+    /// Ends the VM and everything in it, once; returns when the host is free of it. `status` is the exit of the sandbox's
+    /// own task.
+    pub async fn bring_down(self: &Arc<Self>, reason: &str, status: u32) {
         let first = self.down.send_if_modified(|down| {
             let first = down.is_none();
             if first {
@@ -556,6 +563,7 @@ impl Sandbox {
         tracing::info!(reason, "the virtual machine ends");
         let exit = guest.vm.stop(STOP_DEADLINE).await;
         tracing::info!(%exit, "the virtual machine has ended");
+        tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));
         guest.virtiofsd.child().kill();
         guest.virtiofsd.child().exited().await;
         for container in self.all() {
@@ -564,8 +572,15 @@ impl Sandbox {
             }
             // Whatever runs is followed by a task that has just lost its agent; what was only created has none.
             for process in container.processes() {
-                if container.kind == Kind::Sandbox || matches!(process.status(), Status::Created | Status::Starting) {
-                    process.stop(Exit::now(137));
+                let followed = !matches!(process.status(), Status::Created | Status::Starting);
+                if container.kind != Kind::Sandbox && !followed {
+                    process.stop(Exit::now(KILLED));
+                }
+            }
+            if container.kind == Kind::Sandbox {
+                let exit = Exit::now(status);
+                if container.init.stop(exit) {
+                    follow::announce(self, &container, "", exit);
                 }
             }
         }
@@ -682,7 +697,7 @@ impl Sandbox {
         let exit = match process.status() {
             Status::Stopped(exit) => exit,
             Status::Created => {
-                let exit = Exit::now(137);
+                let exit = Exit::now(KILLED);
                 if exec.is_empty() {
                     self.delete_created(&container, exit).await;
                 }
@@ -716,8 +731,7 @@ impl Sandbox {
     async fn delete_created(self: &Arc<Self>, container: &Arc<Container>, exit: Exit) {
         match container.kind {
             Kind::Sandbox => {
-                container.init.stop(exit);
-                self.bring_down("was deleted before it was started").await;
+                self.bring_down("was deleted before it was started", exit.status).await;
             }
             Kind::Member | Kind::Single => follow::ended(self, container, "", &container.init, exit).await,
         }
@@ -728,7 +742,7 @@ impl Sandbox {
         if !now && !lock(&self.containers).is_empty() {
             return Ok(());
         }
-        self.bring_down("is not needed any more").await;
+        self.bring_down("is not needed any more", KILLED).await;
         self.end();
         Ok(())
     }
