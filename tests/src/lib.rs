@@ -9,6 +9,7 @@ pub mod console;
 pub mod cri;
 pub mod events;
 pub mod failure;
+pub mod footprint;
 pub mod images;
 pub mod node;
 pub mod places;
