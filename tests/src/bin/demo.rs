@@ -204,7 +204,11 @@ fn exec(server: &Container<'_>) -> Result {
     );
     same("the exec", (output.code, output.text().as_str()), (3, "no terminal\n5"))?;
     // The client tells the terminal's size after the start.
-    let console = server.exec_on_terminal(&["sh", "-c", "tty; until stty size 2>/dev/null; do :; done"])?;
+    let console = server.exec_on_terminal(&[
+        "sh",
+        "-c",
+        "tty; until [ \"$(stty size 2>/dev/null)\" ]; do :; done; stty size",
+    ])?;
     console.expect("24 80")?;
     let screen = console.shown();
     console.wait(ORDINARY)?;
