@@ -12,6 +12,7 @@ pub mod events;
 pub mod failure;
 pub mod footprint;
 pub mod images;
+pub mod network;
 pub mod node;
 pub mod places;
 pub mod procs;
