@@ -75,7 +75,15 @@ fn killed(node: &Node, runtime: Runtime, program: &str, moment: Moment) -> Resul
     everyone_hears(&pod, &container, moment, || {
         kill(Pid::from_raw(victim), Signal::SIGKILL).trying(format!("killing {program}"))
     })?;
-    pod.remove()
+    pod.remove()?;
+    if runtime == Runtime::Runc {
+        // The reference leaves its socket.
+        run::succeed(
+            node.command("sh").args(["-c", "rm -f /run/containerd/s/*"]),
+            run::ORDINARY,
+        )?;
+    }
+    Ok(())
 }
 
 /// A privileged container that sees the guest's own processes does something to the guest.

@@ -24,6 +24,15 @@ impl Process {
         path.rsplit('/').next().unwrap_or(path)
     }
 
+    /// Its resident set in KiB, as ps shows it: shared pages count in full.
+    #[must_use]
+    pub fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok())
+            .unwrap_or(0)
+    }
+
     /// What it holds in memory.
     #[must_use]
     pub fn memory(&self) -> Memory {
