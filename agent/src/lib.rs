@@ -5,6 +5,7 @@
 pub mod client;
 pub mod engine;
 pub mod oci;
+pub mod server;
 
 /// Messages and services of the agent protocol, generated from `agent/proto/`.
 pub mod protocol {

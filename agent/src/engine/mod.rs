@@ -11,8 +11,9 @@
 mod cgroup;
 mod executor;
 mod inside;
+mod pause;
 mod spec;
-mod sys;
+pub(crate) mod sys;
 mod trace;
 mod wire;
 mod worker;
@@ -326,6 +327,11 @@ impl Engine {
             resources: Box::new(resources.clone()),
         })
         .await
+    }
+
+    /// Makes a process that does nothing but lead a new PID namespace, for containers that share one; returns its pid.
+    pub async fn pause(&self) -> Result<i32, EngineError> {
+        self.started(Request::Pause, Vec::new()).await.map(|(pid, _)| pid)
     }
 
     /// The folder of a container's cgroup.

@@ -55,6 +55,20 @@ fn disposition(signal: Signal, handler: SigHandler) -> nix::Result<()> {
     unsafe { sigaction(signal, &action) }.map(drop)
 }
 
+/// Closes every descriptor, the standard streams too.
+pub(super) fn close_all() {
+    // SAFETY: nothing is used after this that owns a descriptor: the caller only waits for its end.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+}
+
+/// Waits until a signal ends the process.
+pub(super) fn wait_forever() -> ! {
+    loop {
+        // SAFETY: pause(2) takes nothing.
+        unsafe { libc::pause() };
+    }
+}
+
 /// Receives one message and the descriptors that came with it (at most 8).
 pub(super) fn receive(socket: BorrowedFd<'_>, buf: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
     let mut iov = [io::IoSliceMut::new(buf)];
@@ -81,7 +95,7 @@ pub(super) fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
 }
 
 /// Sets the size of a terminal, in characters.
-pub(super) fn set_window_size(pty: BorrowedFd<'_>, rows: u16, columns: u16) -> nix::Result<()> {
+pub(crate) fn set_window_size(pty: BorrowedFd<'_>, rows: u16, columns: u16) -> nix::Result<()> {
     let size = libc::winsize {
         ws_row: rows,
         ws_col: columns,

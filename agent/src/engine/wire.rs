@@ -53,6 +53,8 @@ pub(super) enum Request {
         init: i32,
         stage: Stage,
     },
+    /// A process that only leads a PID namespace.
+    Pause,
     /// The container is gone; the answer is empty.
     Forget {
         id: String,

@@ -18,7 +18,7 @@ use nix::fcntl::OFlag;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Spec};
 
 use super::{
-    spec, sys,
+    pause, spec, sys,
     wire::{self, Answer, Request},
     worker::{self, Outcome},
 };
@@ -160,6 +160,7 @@ fn dispatch(containers: &HashMap<String, Spec>, request: Request, fds: Vec<Owned
         }
         Request::Update { id, resources } => worker::update(&id, container(&id)?, *resources),
         Request::Hooks { id, init, stage } => worker::hooks(&id, container(&id)?, init, stage),
+        Request::Pause => pause::start(),
         Request::Forget { .. } => Ok((Answer::Done, Vec::new())),
     }
 }

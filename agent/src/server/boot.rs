@@ -1,0 +1,143 @@
+//! From the initial RAM disk to a system that containers can run on. Nothing here needs a thread.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, symlink},
+    path::Path,
+    time::Duration,
+};
+
+use nix::{
+    fcntl::OFlag,
+    mount::{MsFlags, mount},
+    sys::{
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+        stat::Mode,
+    },
+    time::{ClockId, clock_gettime},
+    unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout},
+};
+
+use super::{
+    error::{Doing, Result},
+    modules, sys,
+};
+
+/// What a container may have open: what a container on a node gets.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// The guest's clock since its kernel began.
+pub(super) fn clock() -> Duration {
+    // CLOCK_BOOTTIME exists in every kernel that has cgroup v2.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// Leaves the initial RAM disk and makes what a system has: mounts, limits, `lo`, and the modules without which
+/// there is no channel to the host. The other modules are returned.
+pub(super) fn set_up() -> Result<modules::Boot> {
+    let mut boot = modules::Boot::read()?;
+    leave_ram_disk()?;
+    mount_system()?;
+    if boot.load_until_channel()? {
+        // The console came with a module, so the kernel could not open it for PID 1.
+        reopen_console()?;
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).doing(|| "raise the limit of open files".into())?;
+    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY)
+        .doing(|| "raise the limit of processes".into())?;
+    // For PID 1's helper; the engine gives containers their own.
+    write("/proc/self/oom_score_adj", "-1000")?;
+    // As many processes as a node has, so that a pid is not soon another's.
+    write("/proc/sys/kernel/pid_max", "4194304")?;
+    sys::loopback_up().doing(|| "bring the loopback interface up".into())?;
+    Ok(boot)
+}
+
+/// Moves onto a tmpfs: `pivot_root(2)`, which containers need, refuses to leave the initial RAM disk.
+///
+/// The disk's pages that are still used, the agent's own and the modules', stay where they are.
+fn leave_ram_disk() -> Result<()> {
+    let root = Path::new("/newroot");
+    fs::create_dir(root).doing(|| "make the root".into())?;
+    attach("tmpfs", root, "tmpfs", MsFlags::empty(), Some("mode=755,size=50%"))?;
+    for name in ["proc", "sys", "dev", "run", "etc", "sbin", "lib"] {
+        fs::create_dir(root.join(name)).doing(|| format!("make /{name}"))?;
+    }
+    let shared = |name: &str| fs::DirBuilder::new().mode(0o1777).create(root.join(name));
+    shared("tmp").doing(|| "make /tmp".into())?;
+    if Path::new("/lib/modules").exists() {
+        bind("/lib/modules", &root.join("lib/modules"), true)?;
+        // The kernel asks for modules by running this; see `modules::serve_kernel`.
+        bind("/init", &root.join("sbin/modprobe"), false)?;
+    }
+    chdir(root).doing(|| "enter the root".into())?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).doing(|| "move the root".into())?;
+    chroot(".").doing(|| "change the root".into())?;
+    chdir("/").doing(|| "enter the root".into())
+}
+
+fn mount_system() -> Result<()> {
+    let (nosuid, nodev, noexec) = (MsFlags::MS_NOSUID, MsFlags::MS_NODEV, MsFlags::MS_NOEXEC);
+    let strict = nosuid | nodev | noexec;
+    let at = |path: &'static str| Path::new(path);
+    attach("proc", at("/proc"), "proc", strict, None)?;
+    attach("sysfs", at("/sys"), "sysfs", strict, None)?;
+    attach("devtmpfs", at("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
+    for path in ["/dev/pts", "/dev/shm"] {
+        match fs::create_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error).doing(|| format!("make {path}"))?,
+            _ => {}
+        }
+    }
+    let terminals = Some("mode=620,ptmxmode=666,gid=5");
+    attach("devpts", at("/dev/pts"), "devpts", nosuid | noexec, terminals)?;
+    attach("tmpfs", at("/dev/shm"), "tmpfs", strict, Some("mode=1777"))?;
+    attach("tmpfs", at("/run"), "tmpfs", nosuid | nodev, Some("mode=755"))?;
+    attach("cgroup2", at("/sys/fs/cgroup"), "cgroup2", strict, Some("nsdelegate"))?;
+    for (link, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        // The kernel's devtmpfs has none of them.
+        symlink(target, Path::new("/dev").join(link)).doing(|| format!("make /dev/{link}"))?;
+    }
+    enable_controllers()
+}
+
+/// Containers' cgroups get every controller that the kernel has.
+fn enable_controllers() -> Result<()> {
+    let all = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").doing(|| "read the cgroup controllers".into())?;
+    let wanted: Vec<_> = all.split_whitespace().map(|name| format!("+{name}")).collect();
+    write("/sys/fs/cgroup/cgroup.subtree_control", &wanted.join(" "))
+}
+
+fn reopen_console() -> Result<()> {
+    let console = nix::fcntl::open("/dev/console", OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty());
+    // A guest may have no console: then PID 1 keeps /dev/null.
+    let Ok(console) = console else { return Ok(()) };
+    dup2_stdin(&console)
+        .and_then(|()| dup2_stdout(&console))
+        .and_then(|()| dup2_stderr(&console))
+        .doing(|| "use the console".into())
+}
+
+fn bind(source: &str, target: &Path, folder: bool) -> Result<()> {
+    let made = if folder {
+        fs::create_dir(target)
+    } else {
+        fs::write(target, "")
+    };
+    made.doing(|| format!("make {}", target.display()))?;
+    mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).doing(|| format!("keep {source}"))
+}
+
+fn attach(source: &str, target: &Path, kind: &str, flags: MsFlags, data: Option<&str>) -> Result<()> {
+    mount(Some(source), target, Some(kind), flags, data).doing(|| format!("mount {kind} on {}", target.display()))
+}
+
+pub(super) fn write(path: impl AsRef<Path>, text: &str) -> Result<()> {
+    let path = path.as_ref();
+    fs::write(path, text).doing(|| format!("write {text:?} to {}", path.display()))
+}

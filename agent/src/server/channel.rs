@@ -1,0 +1,177 @@
+//! The ways from the host to the agent: a virtio-serial port, and vsock.
+//!
+//! ```text
+//! virtio-serial   the port "sandpod.agent": one stream for the life of the VM
+//! vsock           port 1024: any number of connections; then the host's ready port is told
+//! ```
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{fd::{AsFd, OwnedFd}, unix::fs::OpenOptionsExt},
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use futures::{FutureExt, Stream, StreamExt, stream};
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+    unistd::{read, write},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader, Interest, ReadBuf, unix::AsyncFd},
+    sync::mpsc,
+};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use ttrpc::asynchronous::transport::Socket;
+
+use super::{sys, uevent::Uevents};
+
+/// What the host calls the port.
+const PORT: &str = "sandpod.agent";
+/// The port of the protocol (`agent-protocol.md`, transport).
+const VSOCK_PORT: u32 = 1024;
+/// What the kernel hands over at a time: a port's buffer is a page.
+const PORT_BUFFER: usize = 4096;
+/// Id of a virtio socket device (virtio 1.2, section 5).
+const VIRTIO_VSOCK: &str = "virtio:d00000013";
+
+/// Connections from the host, over all channels that are there or come. `ready_port` is the port of the host that is told when
+/// vsock is served.
+pub(super) fn connections(ready_port: Option<u32>) -> impl Stream<Item = io::Result<Socket>> + Send + 'static {
+    let (sender, receiver) = mpsc::channel(1);
+    for (name, served) in [
+        ("the virtio-serial port", serial(sender.clone()).boxed()),
+        ("vsock", vsock(sender, ready_port).boxed()),
+    ] {
+        tokio::spawn(async move {
+            if let Err(error) = served.await {
+                eprintln!("kata-agent: cannot serve {name}: {error}");
+            }
+        });
+    }
+    stream::unfold(receiver, |mut receiver| async move {
+        receiver.recv().await.map(|socket| (Ok(socket), receiver))
+    })
+    // ttrpc lets go of its connections when the listener ends.
+    .chain(stream::pending())
+}
+
+type Connections = mpsc::Sender<Socket>;
+
+async fn serial(connections: Connections) -> io::Result<()> {
+    let device = Uevents::listen()?.until(find_port).await?;
+    let port = open_port(&device)?;
+    if !host_is_there(&port)? {
+        let port = port.try_clone()?;
+        tokio::task::spawn_blocking(move || wait_for_host(&port)).await??;
+    }
+    let port = BufReader::with_capacity(PORT_BUFFER, Port(sys::asynchronous(port.into(), Interest::READABLE | Interest::WRITABLE)?));
+    connections.send(Socket::new(port)).await.map_err(io::Error::other)
+}
+
+fn find_port() -> io::Result<Option<String>> {
+    let Ok(ports) = fs::read_dir("/sys/class/virtio-ports") else {
+        return Ok(None); // the driver is not loaded yet
+    };
+    for port in ports {
+        let port = port?;
+        // A port gets its name after its folder.
+        let name = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+        if name.trim_end() == PORT {
+            return Ok(Some(port.file_name().to_string_lossy().into_owned()));
+        }
+    }
+    Ok(None)
+}
+
+fn open_port(device: &str) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    options.open(Path::new("/dev").join(device))
+}
+
+/// Whether the host's end is open: the driver learns it just after the port's name.
+fn host_is_there(port: &File) -> io::Result<bool> {
+    let mut ports = [PollFd::new(port.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ports, PollTimeout::ZERO)?;
+    Ok(!ports[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
+}
+
+/// Blocks until the host's end is open. Edge-triggered, because the hang-up is reported for as long as it lasts.
+fn wait_for_host(port: &File) -> io::Result<()> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let wanted = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+    epoll.add(port, EpollEvent::new(wanted, 0))?;
+    while !host_is_there(port)? {
+        epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE)?;
+    }
+    Ok(())
+}
+
+/// A virtio-serial port as a stream.
+struct Port(AsyncFd<OwnedFd>);
+
+impl AsyncRead for Port {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(context))?;
+            let unfilled = buffer.initialize_unfilled();
+            if let Ok(count) = guard.try_io(|port| Ok(read(port, unfilled)?)) {
+                buffer.advance(count?);
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Port {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(context))?;
+            if let Ok(count) = guard.try_io(|port| Ok(write(port, data)?)) {
+                return Poll::Ready(count);
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+async fn vsock(connections: Connections, ready_port: Option<u32>) -> io::Result<()> {
+    Uevents::listen()?.until(find_vsock).await?;
+    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT))?;
+    if let Some(port) = ready_port {
+        // The connection is the message. A host that does not hear it tries by itself.
+        if let Err(error) = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await {
+            eprintln!("kata-agent: cannot tell the host's port {port} that the agent serves: {error}");
+        }
+    }
+    let mut incoming = listener.incoming();
+    while let Some(stream) = incoming.next().await {
+        connections.send(Socket::new(stream?)).await.map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+fn find_vsock() -> io::Result<Option<()>> {
+    let Ok(devices) = fs::read_dir("/sys/bus/virtio/devices") else {
+        return Ok(None); // the driver is not loaded yet
+    };
+    let is_vsock = |device: io::Result<fs::DirEntry>| {
+        let alias = device.and_then(|device| fs::read_to_string(device.path().join("modalias")));
+        alias.is_ok_and(|alias| alias.starts_with(VIRTIO_VSOCK))
+    };
+    // The device is there before its driver; with the driver there is /dev/vsock.
+    let found = devices.into_iter().any(is_vsock) && Path::new("/dev/vsock").exists();
+    Ok(found.then_some(()))
+}

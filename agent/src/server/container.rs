@@ -1,0 +1,234 @@
+//! A container in the guest: what the host asked for, adapted to the pod's namespaces, and its processes.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use super::{
+    error::{Error, Result},
+    process::Process,
+};
+use crate::protocol::agent::{CreateContainerRequest, ExecProcessRequest};
+
+/// The most bytes of an id: it becomes the name of a folder.
+const LONGEST_ID: usize = 200;
+
+/// A container that exists.
+#[derive(Debug)]
+pub(super) struct Container {
+    /// Its id.
+    pub(super) id: String,
+    /// Its init process.
+    pub(super) init: Arc<Process>,
+    /// Its root file system.
+    pub(super) root: PathBuf,
+    /// The mount points of its own storages.
+    pub(super) storages: Vec<String>,
+    /// Its further processes by exec_id; `None` while one is being made.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+}
+
+impl Container {
+    /// A container with nothing but its init.
+    pub(super) fn new(id: String, init: Arc<Process>, root: PathBuf, storages: Vec<String>) -> Container {
+        Container {
+            id,
+            init,
+            root,
+            storages,
+            execs: Mutex::default(),
+        }
+    }
+
+    /// Whether an exec_id names the init: upstream's shims say it differently (`agent-protocol.md` §1.2).
+    pub(super) fn is_init(&self, exec: &str) -> bool {
+        exec.is_empty() || exec == self.id
+    }
+
+    /// Finds a process, which may have ended.
+    pub(super) fn process(&self, exec: &str) -> Result<Arc<Process>> {
+        if self.is_init(exec) {
+            return Ok(Arc::clone(&self.init));
+        }
+        match self.execs().get(exec) {
+            Some(Some(process)) => Ok(Arc::clone(process)),
+            _ => Err(self.no_process(exec)),
+        }
+    }
+
+    /// The error of a process that is not there.
+    pub(super) fn no_process(&self, exec: &str) -> Error {
+        Error::NoProcess {
+            container: self.id.clone(),
+            exec: exec.to_owned(),
+        }
+    }
+
+    /// Takes an exec_id for a process to come.
+    pub(super) fn reserve(&self, exec: &str) -> Result<()> {
+        if self.is_init(exec) {
+            return Err(Error::Invalid(format!("exec_id {exec:?} is that of the container's init")));
+        }
+        let mut execs = self.execs();
+        match execs.get(exec) {
+            Some(Some(process)) if process.is_told() => {}
+            None => {}
+            Some(_) => return Err(Error::Invalid(format!("process {exec:?} of container {:?} exists", self.id))),
+        }
+        execs.insert(exec.to_owned(), None);
+        Ok(())
+    }
+
+    /// Puts the process in its reserved place, or gives the place up.
+    pub(super) fn fill(&self, exec: &str, process: Option<Arc<Process>>) {
+        let mut execs = self.execs();
+        match process {
+            Some(process) => drop(execs.insert(exec.to_owned(), Some(process))),
+            None => drop(execs.remove(exec)),
+        }
+    }
+
+    /// Forgets a further process, unless its exec_id is another's by now.
+    pub(super) fn forget(&self, exec: &str, process: &Arc<Process>) {
+        let mut execs = self.execs();
+        if matches!(execs.get(exec), Some(Some(found)) if Arc::ptr_eq(found, process)) {
+            execs.remove(exec);
+        }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Process>>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Refuses what this agent would have to drop in silence.
+pub(super) fn check_create(request: &CreateContainerRequest) -> Result<()> {
+    check_id("container_id", &request.container_id)?;
+    if !request.exec_id.is_empty() && request.exec_id != request.container_id {
+        return Err(Error::Invalid(format!("exec_id {:?} of an init is neither empty nor the container's", request.exec_id)));
+    }
+    if let Some(device) = request.devices.first() {
+        return unimplemented(format!("the device {:?} of type {:?}", device.container_path, device.type_));
+    }
+    if !request.shared_mounts.is_empty() {
+        return unimplemented("shared_mounts");
+    }
+    if request.string_user.is_some() {
+        return unimplemented("string_user");
+    }
+    check_ports([request.stdin_port, request.stdout_port, request.stderr_port])
+}
+
+/// As [`check_create`], for an exec.
+pub(super) fn check_exec(request: &ExecProcessRequest) -> Result<()> {
+    check_id("exec_id", &request.exec_id)?;
+    if request.string_user.is_some() {
+        return unimplemented("string_user");
+    }
+    check_ports([request.stdin_port, request.stdout_port, request.stderr_port])
+}
+
+fn check_ports(ports: [u32; 3]) -> Result<()> {
+    if ports == [0; 3] { Ok(()) } else { unimplemented("stdio on vsock ports (passfd)") }
+}
+
+fn unimplemented<T>(what: impl Into<String>) -> Result<T> {
+    Err(Error::Unimplemented(what.into()))
+}
+
+/// Ids become names of folders and of cgroups.
+pub(super) fn check_id(field: &str, id: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':' | '+');
+    if !id.is_empty() && id.len() <= LONGEST_ID && id.chars().all(plain) && !id.starts_with('.') {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("{field} {id:?} is not a plain name of at most {LONGEST_ID} characters")))
+}
+
+/// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that
+/// the pod's containers share. The PID namespace is a new one, or the one at `pid_namespace`.
+pub(super) fn join_pod(spec: &mut Spec, pid_namespace: Option<&Path>) -> Result<()> {
+    use LinuxNamespaceType as Type;
+    let mut linux = spec.linux().clone().ok_or_else(|| missing("linux"))?;
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    namespaces.retain(|namespace| !matches!(namespace.typ(), Type::Uts | Type::Ipc | Type::Network | Type::Pid));
+    if let Some(namespace) = namespaces.iter().find(|namespace| namespace.path().is_some()) {
+        let (kind, path) = (namespace.typ(), namespace.path().clone().unwrap_or_default());
+        return Err(Error::Invalid(format!("the {kind} namespace {} is not the guest's", path.display())));
+    }
+    let mut pid = LinuxNamespace::default();
+    pid.set_typ(Type::Pid).set_path(pid_namespace.map(Path::to_owned));
+    namespaces.push(pid);
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
+    // The pod's, which CreateSandbox has set.
+    spec.set_hostname(None);
+    Ok(())
+}
+
+/// The root file system that a specification names.
+pub(super) fn root_of(spec: &Spec) -> Result<PathBuf> {
+    let root = spec.root().as_ref().ok_or_else(|| missing("root"))?;
+    Ok(root.path().clone())
+}
+
+/// Whether the container's init has a terminal.
+pub(super) fn has_terminal(spec: &Spec) -> Result<bool> {
+    let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
+    Ok(process.terminal() == Some(true))
+}
+
+pub(super) fn missing(section: &str) -> Error {
+    Error::Invalid(format!("the specification has no {section}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(namespaces: &str) -> Spec {
+        let text = format!(r#"{{"ociVersion":"1.0.2","hostname":"h","linux":{{"namespaces":{namespaces}}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn kinds(spec: &Spec) -> Vec<(String, Option<PathBuf>)> {
+        let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+        namespaces.iter().map(|n| (n.typ().to_string(), n.path().clone())).collect()
+    }
+
+    #[test]
+    fn a_container_shares_the_guests_namespaces_but_not_its_processes() {
+        let mut spec = spec(r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#);
+        join_pod(&mut spec, None).unwrap();
+        let expected = [("mount", None), ("cgroup", None), ("pid", None)];
+        assert_eq!(kinds(&spec), expected.map(|(kind, path)| (kind.to_owned(), path)));
+        assert_eq!(spec.hostname(), &None);
+    }
+
+    #[test]
+    fn processes_are_shared_on_demand() {
+        let mut spec = spec(r#"[{"type":"mount"},{"type":"pid"}]"#);
+        join_pod(&mut spec, Some(Path::new("/proc/7/ns/pid"))).unwrap();
+        assert_eq!(kinds(&spec)[1], ("pid".into(), Some("/proc/7/ns/pid".into())));
+    }
+
+    #[test]
+    fn a_namespace_of_the_host_is_refused() {
+        let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), None).unwrap_err();
+        assert_eq!(error.to_string(), "the mount namespace /proc/1/ns/mnt is not the guest's");
+    }
+
+    #[test]
+    fn ids_are_plain_names() {
+        for good in ["a", "a-b_c.d", "0123456789abcdef"] {
+            assert!(check_id("container_id", good).is_ok());
+        }
+        for bad in ["", ".", "..", "a/b", "a b", "ä", &"a".repeat(201)] {
+            assert!(check_id("container_id", bad).is_err(), "{bad}");
+        }
+    }
+}

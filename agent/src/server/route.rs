@@ -1,0 +1,201 @@
+//! The guest's routes.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures::TryStreamExt;
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+        },
+    },
+};
+
+use super::{
+    error::{Doing, Result},
+    network::{Network, bad, device, family, has_ipv6},
+};
+use crate::protocol::{
+    agent::Routes,
+    types::{IPFamily, Route},
+};
+
+impl Network {
+    /// Adds routes, those to links before those over gateways, which the first make reachable; what is there stays.
+    /// Idempotent.
+    pub(super) async fn update_routes(&self, mut routes: Routes) -> Result<Routes> {
+        routes.Routes.sort_by_key(|route| !route.gateway.is_empty());
+        let parsed = routes.Routes.iter().map(parse).collect::<Result<Vec<_>>>()?;
+        for (route, message) in routes.Routes.iter().zip(parsed) {
+            if message.header.address_family == AddressFamily::Inet6 && !has_ipv6() {
+                continue;
+            }
+            let added = self.handle().await?.route().add(message).replace().execute().await;
+            match added {
+                Err(rtnetlink::Error::NetlinkError(refusal)) if refusal.raw_code() == -libc::EEXIST => {}
+                other => other.doing(|| show(route))?,
+            }
+        }
+        self.list_routes().await
+    }
+
+    /// The routes of the main table.
+    pub(super) async fn list_routes(&self) -> Result<Routes> {
+        let routes = self.handle().await?.route();
+        let mut list = Routes::new();
+        for query in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let found: Vec<_> = routes.get(query).execute().try_collect().await.doing(|| "list the routes".into())?;
+            let main = found.iter().filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
+            list.Routes.extend(main.map(describe));
+        }
+        Ok(list)
+    }
+}
+
+fn show(route: &Route) -> String {
+    let to = if route.dest.is_empty() { "default" } else { &route.dest };
+    let mut text = format!("add the route to {to}");
+    for (word, value) in [("via", &route.gateway), ("on", &route.device), ("from", &route.source)] {
+        if !value.is_empty() {
+            text += &format!(" {word} {value}");
+        }
+    }
+    text
+}
+
+fn parse(route: &Route) -> Result<RouteMessage> {
+    let destination = parse_network(&route.dest)?;
+    let gateway = parse_host("a route's gateway", &route.gateway)?;
+    let source = parse_host("a route's source", &route.source)?;
+    let told = match route.family.enum_value_or_default() {
+        IPFamily::v4 => AddressFamily::Inet,
+        IPFamily::v6 => AddressFamily::Inet6,
+    };
+    // A family of zero is IPv4, or was not said.
+    let seen = gateway.or(destination.map(|(ip, _)| ip)).or(source);
+    let mut message = RouteMessage::default();
+    message.header.address_family = match seen {
+        Some(IpAddr::V4(_)) => AddressFamily::Inet,
+        Some(IpAddr::V6(_)) => AddressFamily::Inet6,
+        None => told,
+    };
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.kind = rtnetlink::packet_route::route::RouteType::Unicast;
+    message.header.scope = RouteScope::from(u8::try_from(route.scope).map_err(|_| bad("a scope", &route.scope.to_string()))?);
+    message.header.flags = RouteFlags::from_bits_retain(route.flags);
+    let attributes = &mut message.attributes;
+    if let Some((ip, prefix)) = destination.filter(|(_, prefix)| *prefix > 0) {
+        message.header.destination_prefix_length = prefix;
+        attributes.push(RouteAttribute::Destination(ip.into()));
+    }
+    attributes.extend(gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
+    attributes.extend(source.map(|ip| RouteAttribute::PrefSource(ip.into())));
+    attributes.push(RouteAttribute::Oif(device(&route.device)?));
+    if route.mtu > 0 {
+        attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
+    }
+    Ok(message)
+}
+
+/// A network in CIDR form, or a host; nothing for the default route.
+fn parse_network(text: &str) -> Result<Option<(IpAddr, u8)>> {
+    if matches!(text, "" | "default") {
+        return Ok(None);
+    }
+    let error = || bad("a route's destination", text);
+    let (ip, prefix) = match text.split_once('/') {
+        Some((ip, prefix)) => (ip, Some(prefix.parse().map_err(|_| error())?)),
+        None => (text, None),
+    };
+    let ip: IpAddr = ip.parse().map_err(|_| error())?;
+    let longest = if ip.is_ipv4() { 32 } else { 128 };
+    match prefix.unwrap_or(longest) {
+        prefix if prefix <= longest => Ok(Some((ip, prefix))),
+        _ => Err(error()),
+    }
+}
+
+fn parse_host(what: &str, text: &str) -> Result<Option<IpAddr>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    // Upstream's shims may send it with its prefix length.
+    let ip = text.split('/').next().unwrap_or_default();
+    ip.parse().map(Some).map_err(|_| bad(what, text))
+}
+
+fn describe(message: &RouteMessage) -> Route {
+    let mut route = Route::new();
+    let text = |address: &RouteAddress| match address {
+        RouteAddress::Inet(ip) => ip.to_string(),
+        RouteAddress::Inet6(ip) => ip.to_string(),
+        _ => String::new(),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => {
+                route.dest = format!("{}/{}", text(to), message.header.destination_prefix_length);
+            }
+            RouteAttribute::Gateway(via) => route.gateway = text(via),
+            RouteAttribute::PrefSource(from) => route.source = text(from),
+            RouteAttribute::Oif(index) => route.device = name_of(*index),
+            RouteAttribute::Metrics(metrics) => {
+                let mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+                route.mtu = mtu.unwrap_or(0);
+            }
+            _ => {}
+        }
+    }
+    route.scope = u8::from(message.header.scope).into();
+    route.flags = message.header.flags.bits();
+    let unspecified: IpAddr = match message.header.address_family {
+        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    route.family = family(unspecified).into();
+    route
+}
+
+fn name_of(index: u32) -> String {
+    let name = nix::net::if_::if_indextoname(index);
+    name.ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations_are_networks_hosts_or_the_default() {
+        assert_eq!(parse_network("").unwrap(), None);
+        assert_eq!(parse_network("10.1.0.0/16").unwrap(), Some(("10.1.0.0".parse().unwrap(), 16)));
+        assert_eq!(parse_network("fe80::1").unwrap(), Some(("fe80::1".parse().unwrap(), 128)));
+        for wrong in ["10.0.0.0/33", "x", "10.0.0.0/", "/8"] {
+            assert!(parse_network(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_route_says_its_family_by_its_addresses() {
+        let mut route = Route::new();
+        route.device = "lo".into();
+        route.gateway = "fe80::1".into();
+        route.scope = 253;
+        route.mtu = 1400;
+        let message = parse(&route).unwrap();
+        assert_eq!(message.header.address_family, AddressFamily::Inet6);
+        assert_eq!(u8::from(message.header.scope), 253);
+        assert!(message.attributes.contains(&RouteAttribute::Metrics(vec![RouteMetric::Mtu(1400)])));
+        route.device = "nix9".into();
+        assert_eq!(parse(&route).unwrap_err().to_string(), "the guest has no interface \"nix9\"");
+    }
+}

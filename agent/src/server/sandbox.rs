@@ -1,0 +1,311 @@
+//! The pod: its containers and what they share.
+//!
+//! ```text
+//! empty ──CreateSandbox──▶ there ──CreateContainer, …, RemoveContainer──▶ there ──DestroySandbox──▶ ends with its VM
+//! ```
+//!
+//! A container goes created → running → stopped → gone (see `engine`). Bookkeeping is behind short locks that are
+//! never held across an await; calls that mount take the lock of the storages, and so come one after the other.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use nix::mount::{MntFlags, umount2};
+use tokio::sync::{Mutex as AsyncMutex, watch};
+
+use super::{
+    container::{self, Container},
+    error::{Doing, Error, Result},
+    modules,
+    oom::Oom,
+    process::{Process, UNREAD},
+    reaper::{Exit, Reaper},
+    stdio::Prepared,
+    storage::Storages,
+};
+use crate::{
+    engine::{Create, Engine, Exec, Started},
+    oci,
+    protocol::agent::{
+        CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest, RemoveContainerRequest, Storage,
+    },
+};
+
+/// Where the host's share is mounted; upstream's agent and shims know it by this path.
+const SHARE: &str = "/run/kata-containers/shared/containers/";
+/// The most characters of a host name that the kernel takes.
+const LONGEST_HOSTNAME: usize = 64;
+
+/// The pod of this guest.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    /// Makes containers.
+    pub(super) engine: Engine,
+    /// Sees processes end.
+    pub(super) reaper: Arc<Reaper>,
+    /// Sees processes killed for want of memory.
+    pub(super) oom: Arc<Oom>,
+    /// True when every driver that the image loads at boot is there.
+    drivers: watch::Receiver<bool>,
+    id: OnceLock<String>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    storages: Arc<AsyncMutex<Storages>>,
+    /// PID 1 of the PID namespace that containers share on demand.
+    shared: AsyncMutex<Option<Exit>>,
+}
+
+impl Sandbox {
+    /// An empty one.
+    pub(super) fn new(engine: Engine, reaper: Arc<Reaper>, oom: Arc<Oom>, drivers: watch::Receiver<bool>) -> Sandbox {
+        Sandbox {
+            engine,
+            reaper,
+            oom,
+            drivers,
+            id: OnceLock::new(),
+            containers: Mutex::default(),
+            storages: Arc::default(),
+            shared: AsyncMutex::default(),
+        }
+    }
+
+    /// Waits until devices of every kind have their drivers.
+    pub(super) async fn drivers(&self) {
+        // An error means that loading failed, which was said; what needs a missing driver says so.
+        let _ = self.drivers.clone().wait_for(|there| *there).await;
+    }
+
+    /// Makes what the pod's containers share.
+    pub(super) async fn create(&self, request: CreateSandboxRequest) -> Result<()> {
+        if !request.guest_hook_path.is_empty() {
+            return Err(Error::Unimplemented("guest_hook_path".into()));
+        }
+        container::check_id("sandbox_id", &request.sandbox_id)?;
+        self.id
+            .set(request.sandbox_id)
+            .map_err(|id| Error::Invalid(format!("sandbox {id:?} cannot be made: this guest has a sandbox")))?;
+        self.drivers().await;
+        for module in request.kernel_modules {
+            blocking(move || modules::load(&module.name, &module.parameters)).await?;
+        }
+        if !request.hostname.is_empty() {
+            let name: String = request.hostname.chars().take(LONGEST_HOSTNAME).collect();
+            nix::unistd::sethostname(&name).doing(|| format!("set the host name {name:?}"))?;
+        }
+        if !request.dns.is_empty() {
+            let text = request.dns.join("\n") + "\n";
+            fs::write("/etc/resolv.conf", text).doing(|| "write /etc/resolv.conf".into())?;
+        }
+        self.add_storages(request.storages).await.map(drop)
+    }
+
+    /// Ends every process and writes the data out.
+    pub(super) async fn destroy(&self) -> Result<()> {
+        let containers: Vec<_> = self.containers().values().cloned().collect();
+        for container in containers {
+            let request = RemoveContainerRequest {
+                container_id: container.id.clone(),
+                ..Default::default()
+            };
+            self.remove_container(request).await?;
+        }
+        blocking(|| {
+            nix::unistd::sync();
+            Ok(())
+        })
+        .await
+    }
+
+    /// Makes a container.
+    pub(super) async fn create_container(&self, mut request: CreateContainerRequest) -> Result<()> {
+        container::check_create(&request)?;
+        let spec = request.OCI.take().ok_or_else(|| Error::Invalid("CreateContainer has no OCI".into()))?;
+        let mut spec = oci::spec_from_wire(&spec)?;
+        let id = request.container_id;
+        let is_sandbox = self.id.get().is_some_and(|sandbox| *sandbox == id);
+        let pid_namespace = match request.sandbox_pidns && !is_sandbox {
+            true => Some(self.shared_processes().await?),
+            false => None,
+        };
+        container::join_pod(&mut spec, pid_namespace.as_deref())?;
+        let root = container::root_of(&spec)?;
+        let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
+        let storages = self.add_storages(request.storages).await?;
+        let create = Create {
+            id: id.clone(),
+            spec,
+            stdio,
+        };
+        let expected = self.reaper.expect();
+        let started = self.engine.create(create).await;
+        let made = started.map_err(Error::from).and_then(|Started { pid, pty }| {
+            let exit = expected.claim(pid);
+            let streams = prepared.complete(pty)?;
+            Ok(Arc::new(Process::new(exit, streams)))
+        });
+        let init = match made {
+            Ok(init) => init,
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = self.engine.delete(&id).await;
+                let _ = self.remove_storages(storages).await;
+                return Err(error);
+            }
+        };
+        if is_sandbox {
+            // The pause container of upstream's shims leads the shared PID namespace.
+            *self.shared.lock().await = Some(init.exit.clone());
+        } else if let Err(error) = self.oom.watch(&id, &self.engine.cgroup(&id)?) {
+            eprintln!("kata-agent: no OOM events of container {id}: {error}");
+        }
+        let container = Container::new(id.clone(), init, root, storages);
+        self.containers().insert(id, Arc::new(container));
+        Ok(())
+    }
+
+    /// Starts a further process.
+    pub(super) async fn exec(&self, mut request: ExecProcessRequest) -> Result<()> {
+        container::check_exec(&request)?;
+        let container = self.container(&request.container_id)?;
+        let process = request.process.take().ok_or_else(|| Error::Invalid("ExecProcess has no process".into()))?;
+        let process = oci::process_from_wire(&process)?;
+        container.reserve(&request.exec_id)?;
+        let started = async {
+            let (prepared, stdio) = Prepared::new(process.terminal() == Some(true))?;
+            let expected = self.reaper.expect();
+            let exec = Exec {
+                id: container.id.clone(),
+                process,
+                stdio,
+            };
+            let Started { pid, pty } = self.engine.exec(exec).await?;
+            let exit = expected.claim(pid);
+            Ok(Arc::new(Process::new(exit, prepared.complete(pty)?)))
+        };
+        let (process, result) = match started.await {
+            Ok(process) => (Some(process), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        container.fill(&request.exec_id, process);
+        result
+    }
+
+    /// Waits for the end of a process; a further process is then forgotten, once its output is read.
+    pub(super) async fn wait(&self, container: &str, exec: &str) -> Result<i32> {
+        let container = self.container(container)?;
+        let process = container.process(exec)?;
+        let status = process.wait().await;
+        if !container.is_init(exec) {
+            let exec = exec.to_owned();
+            if process.is_over() {
+                container.forget(&exec, &process);
+            } else {
+                tokio::spawn(async move {
+                    while !process.is_over() && process.idle() < UNREAD {
+                        tokio::time::sleep(UNREAD.saturating_sub(process.idle())).await;
+                    }
+                    container.forget(&exec, &process);
+                });
+            }
+        }
+        Ok(status)
+    }
+
+    /// Removes a container with all its processes.
+    pub(super) async fn remove_container(&self, request: RemoveContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let deleted = self.engine.delete(&container.id);
+        match request.timeout {
+            0 => deleted.await?,
+            seconds => tokio::time::timeout(Duration::from_secs(seconds.into()), deleted)
+                .await
+                .map_err(|_| Error::Late(format!("removing container {:?}", container.id)))??,
+        }
+        self.containers().remove(&container.id);
+        let root = container.root.clone();
+        blocking(move || release(&root)).await?;
+        self.remove_storages(container.storages.clone()).await
+    }
+
+    /// Finds a container.
+    pub(super) fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let found = self.containers().get(id).cloned();
+        found.ok_or_else(|| Error::NoContainer(id.to_owned()))
+    }
+
+    /// The PID namespace of the pod.
+    async fn shared_processes(&self) -> Result<PathBuf> {
+        let mut shared = self.shared.lock().await;
+        let leader = match shared.as_ref().filter(|leader| leader.now().is_none()) {
+            Some(leader) => leader.clone(),
+            None => {
+                let expected = self.reaper.expect();
+                expected.claim(self.engine.pause().await?)
+            }
+        };
+        let path = PathBuf::from(format!("/proc/{}/ns/pid", leader.pid()));
+        *shared = Some(leader);
+        Ok(path)
+    }
+
+    async fn add_storages(&self, storages: Vec<Storage>) -> Result<Vec<String>> {
+        if storages.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut all = Arc::clone(&self.storages).lock_owned().await;
+        blocking(move || all.add(&storages)).await
+    }
+
+    async fn remove_storages(&self, points: Vec<String>) -> Result<()> {
+        if points.is_empty() {
+            return Ok(());
+        }
+        let mut all = Arc::clone(&self.storages).lock_owned().await;
+        blocking(move || all.remove(&points)).await
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs what blocks beside the runtime.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Panic(error.to_string())),
+    }
+}
+
+/// Lets the file server close the files of a container that is gone: below the share, a root file system that the
+/// host has mounted is a mount of its own, made by the guest's kernel on the first access.
+fn release(root: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let mut below: Vec<_> = points.filter(|point| Path::new(point).starts_with(root)).collect();
+    below.reverse();
+    for point in below {
+        // Gone by itself when the host has unmounted it.
+        let _ = umount2(point, MntFlags::MNT_DETACH);
+    }
+    Ok(())
+}
+
+/// Unmounts what is mounted below the share and whose source the host has taken away.
+pub(super) fn release_stale() -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let mut below: Vec<_> = points.filter(|point| point.starts_with(SHARE) && point.len() > SHARE.len()).collect();
+    below.reverse();
+    for point in below {
+        if fs::metadata(point).is_err() {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
+    Ok(())
+}

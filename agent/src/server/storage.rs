@@ -1,0 +1,229 @@
+//! What the host asks to be mounted.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::{PermissionsExt, chown},
+    path::{Component, Path},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+
+use super::error::{Doing, Error, Result};
+use crate::protocol::agent::Storage;
+
+/// The drivers that there are.
+pub(super) const DRIVERS: [&str; 3] = ["ephemeral", "local", "virtio-fs"];
+
+/// Everything in the guest that the host may name as a mount point is below.
+const BASE: &str = "/run/kata-containers";
+
+/// The mount points in use and how many use each.
+#[derive(Debug, Default)]
+pub(super) struct Storages(HashMap<String, usize>);
+
+impl Storages {
+    /// Mounts in order; on failure what was mounted is undone. Blocks.
+    pub(super) fn add(&mut self, storages: &[Storage]) -> Result<Vec<String>> {
+        let mut added = Vec::new();
+        for storage in storages {
+            let point = storage.mount_point.trim_end_matches('/').to_owned();
+            let result = match self.0.get_mut(&point) {
+                Some(users) => {
+                    *users += 1;
+                    Ok(())
+                }
+                None => attach(storage, Path::new(&point)).map(|()| {
+                    self.0.insert(point.clone(), 1);
+                }),
+            };
+            if let Err(error) = result {
+                // The first error is the one to tell.
+                let _ = self.remove(&added);
+                return Err(error);
+            }
+            added.push(point);
+        }
+        Ok(added)
+    }
+
+    /// Unmounts what has no user any more. Blocks.
+    pub(super) fn remove(&mut self, points: &[String]) -> Result<()> {
+        for point in points.iter().rev() {
+            let Some(users) = self.0.get_mut(point) else { continue };
+            *users -= 1;
+            if *users == 0 {
+                self.0.remove(point);
+                detach(Path::new(point))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn attach(storage: &Storage, point: &Path) -> Result<()> {
+    check(storage, point)?;
+    match storage.driver.as_str() {
+        "virtio-fs" | "ephemeral" => mount_storage(storage, point),
+        "local" => make_local(storage, point),
+        other => Err(Error::Unimplemented(format!("the storage driver {other:?}"))),
+    }
+}
+
+fn check(storage: &Storage, point: &Path) -> Result<()> {
+    let plain = point.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !point.starts_with(BASE) || !plain {
+        let text = format!("the mount point {:?} of a storage is not below {BASE}", storage.mount_point);
+        return Err(Error::Invalid(text));
+    }
+    if let Some(option) = storage.driver_options.first() {
+        return Err(Error::Unimplemented(format!("the driver option {option:?} of storage {}", storage.driver)));
+    }
+    Ok(())
+}
+
+fn mount_storage(storage: &Storage, point: &Path) -> Result<()> {
+    if storage.driver == "ephemeral" && !matches!(storage.fstype.as_str(), "tmpfs" | "hugetlbfs") {
+        return Err(Error::Invalid(format!("an ephemeral storage of file system {:?}", storage.fstype)));
+    }
+    let Options { flags, data, group } = Options::parse(&storage.options)?;
+    make_folder(point)?;
+    let data = (!data.is_empty()).then_some(data.as_str());
+    let what = || format!("mount {} {:?} on {}", storage.fstype, storage.source, point.display());
+    mount(Some(storage.source.as_str()), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
+    give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)
+}
+
+/// A folder of the guest's memory that lives as long as the sandbox.
+fn make_local(storage: &Storage, point: &Path) -> Result<()> {
+    make_folder(point)?;
+    let mut group = storage.fs_group.as_ref().map(|group| group.group_id);
+    for option in &storage.options {
+        match option.split_once('=') {
+            Some(("mode", mode)) => {
+                let mode = u32::from_str_radix(mode, 8).map_err(|_| bad(option))?;
+                let mode = fs::Permissions::from_mode(mode & 0o7777);
+                fs::set_permissions(point, mode).doing(|| format!("set the mode of {}", point.display()))?;
+            }
+            Some(("fsgid", id)) => group = Some(id.parse().map_err(|_| bad(option))?),
+            _ => return Err(bad(option)),
+        }
+    }
+    give_to(group, point)
+}
+
+/// A volume's group: its members may write, and what they make is the group's too.
+fn give_to(group: Option<u32>, point: &Path) -> Result<()> {
+    let Some(group) = group else { return Ok(()) };
+    let given = || {
+        chown(point, None, Some(group))?;
+        let mode = fs::metadata(point)?.permissions().mode() | 0o2070;
+        fs::set_permissions(point, fs::Permissions::from_mode(mode))
+    };
+    given().doing(|| format!("give {} to group {group}", point.display()))
+}
+
+fn make_folder(point: &Path) -> Result<()> {
+    fs::create_dir_all(point).doing(|| format!("make {}", point.display()))
+}
+
+fn detach(point: &Path) -> Result<()> {
+    let what = || format!("unmount {}", point.display());
+    match umount2(point, MntFlags::MNT_DETACH) {
+        Ok(()) => drop(fs::remove_dir(point)),
+        // A local one is not mounted.
+        Err(Errno::EINVAL) => fs::remove_dir_all(point).doing(what)?,
+        Err(error) => return Err(error).doing(what),
+    }
+    Ok(())
+}
+
+fn bad(option: &str) -> Error {
+    Error::Invalid(format!("the storage option {option:?}"))
+}
+
+/// The options of a mount.
+#[derive(Debug, PartialEq)]
+struct Options {
+    flags: MsFlags,
+    data: String,
+    group: Option<u32>,
+}
+
+impl Options {
+    fn parse(options: &[String]) -> Result<Options> {
+        let mut parsed = Options {
+            flags: MsFlags::empty(),
+            data: String::new(),
+            group: None,
+        };
+        for option in options {
+            let flag = match option.as_str() {
+                "" | "defaults" | "rw" => MsFlags::empty(),
+                "ro" => MsFlags::MS_RDONLY,
+                "nodev" => MsFlags::MS_NODEV,
+                "noexec" => MsFlags::MS_NOEXEC,
+                "nosuid" => MsFlags::MS_NOSUID,
+                "noatime" => MsFlags::MS_NOATIME,
+                "nodiratime" => MsFlags::MS_NODIRATIME,
+                "relatime" => MsFlags::MS_RELATIME,
+                "strictatime" => MsFlags::MS_STRICTATIME,
+                "sync" => MsFlags::MS_SYNCHRONOUS,
+                "dirsync" => MsFlags::MS_DIRSYNC,
+                other => {
+                    match other.strip_prefix("fsgid=") {
+                        Some(id) => parsed.group = Some(id.parse().map_err(|_| bad(option))?),
+                        None if parsed.data.is_empty() => parsed.data = other.to_owned(),
+                        None => parsed.data = format!("{},{other}", parsed.data),
+                    }
+                    continue;
+                }
+            };
+            parsed.flags |= flag;
+        }
+        Ok(parsed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(list: &[&str]) -> Result<Options> {
+        Options::parse(&list.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn options_are_flags_data_or_a_group() {
+        let parsed = options(&["noexec", "nosuid", "nodev", "mode=1777", "size=67108864", "fsgid=7"]).unwrap();
+        let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let expected = Options {
+            flags,
+            data: "mode=1777,size=67108864".into(),
+            group: Some(7),
+        };
+        assert_eq!(parsed, expected);
+        assert_eq!(options(&["fsgid=x"]).unwrap_err().to_string(), "the storage option \"fsgid=x\"");
+    }
+
+    #[test]
+    fn nothing_is_mounted_outside_the_agents_folder_or_by_an_unknown_driver() {
+        let mut storage = Storage::new();
+        for (driver, point, error) in [
+            ("local", "/etc", "the mount point \"/etc\" of a storage is not below /run/kata-containers"),
+            (
+                "local",
+                "/run/kata-containers/../x",
+                "the mount point \"/run/kata-containers/../x\" of a storage is not below /run/kata-containers",
+            ),
+            ("blk", "/run/kata-containers/x", "the storage driver \"blk\" is not implemented by this agent"),
+        ] {
+            storage.driver = driver.into();
+            storage.mount_point = point.into();
+            assert_eq!(attach(&storage, Path::new(point)).unwrap_err().to_string(), error);
+        }
+    }
+}
