@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::PathBuf};
 use crate::{
     census,
     failure::{Failure, Result},
-    procs::Process,
+    procs::{Memory, Process},
 };
 
 /// The parts of a pod's memory in KiB.
@@ -20,6 +20,8 @@ pub struct Footprint {
     pub virtiofsd_kib: u64,
     /// QEMU's, without guest RAM.
     pub qemu_kib: u64,
+    /// Of QEMU's, mapped files: the kernel and initrd it loaded, its own program. Several VMs share them.
+    pub qemu_files_kib: u64,
     /// Guest RAM that the host has given: what the guest's kernel and processes ever touched and have not given back.
     pub guest_kib: u64,
 }
@@ -28,15 +30,17 @@ impl Footprint {
     /// Looks at a pod's shim and everything below it.
     #[must_use]
     pub fn of(processes: &[Process]) -> Footprint {
-        let own = |name: &str| {
+        let sum = |name: &str, part: fn(Memory) -> u64| {
             let named = processes.iter().filter(|process| process.program().starts_with(name));
-            named.map(|process| process.memory().own_kib).sum()
+            named.map(|process| part(process.memory())).sum()
         };
+        let own = |name: &str| sum(name, |memory| memory.own_kib);
         let objects: BTreeMap<u64, u64> = processes.iter().flat_map(memory_objects).collect();
         Footprint {
             shim_kib: own("containerd-shim-"),
             virtiofsd_kib: own("virtiofsd"),
             qemu_kib: own("qemu-system-"),
+            qemu_files_kib: sum("qemu-system-", |memory| memory.files_kib),
             guest_kib: objects.values().sum(),
         }
     }

@@ -23,6 +23,11 @@ const RUNTIME: Runtime = Runtime::Kata(Guest::Debian);
 /// How long what belonged to the pod may outlive its removal.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// How long the guest's kernel may take to let go of memory.
+const RETURN: Duration = Duration::from_secs(10);
+
+const MEM_TOTAL: &str = "grep MemTotal /proc/meminfo";
+
 /// The guide's figures for the shim, virtiofsd, QEMU and the guest's kernel, in MiB.
 const GUIDE: [u64; 4] = [20, 10, 30, 110];
 
@@ -145,51 +150,57 @@ fn footprint(pod: &Pod<'_>) -> Result {
         mib(held.total_kib()),
         GUIDE.iter().sum::<u64>()
     );
+    shown(
+        "of QEMU's",
+        &format!(
+            "{} MiB are mapped files (kernel, initrd, programs), which all machines of a node share",
+            mib(held.qemu_files_kib)
+        ),
+    );
     let charge = Charge::of(&pod.cgroup())?;
-    println!(
-        "  {:<44} {:>8}",
-        "the pod's cgroup on the host, without files",
-        mib(charge.usage_kib - charge.files_kib)
+    shown(
+        "charged to the pod's cgroup on the host",
+        &format!(
+            "{} MiB, of which {} MiB are pages of files",
+            mib(charge.usage_kib),
+            mib(charge.files_kib)
+        ),
     );
     Ok(())
 }
 
-/// The limit is added when the container is created: it is there before the first instruction of the container.
+/// The limit is added before the container's first instruction, which is to look.
 fn memory(pod: &Pod<'_>, server: &Container<'_>) -> Result {
     title("Memory follows the limits");
-    let before = total_mib(server)?;
+    let before = total_mib(&server.shell(MEM_TOTAL)?)?;
     shown("MemTotal in the guest", &format!("{before} MiB"));
     let limited = pod
-        .container("limited", &["sleep", "infinity"])
+        .shell("limited", &format!("{MEM_TOTAL}; exec sleep infinity"))
         .memory_mib(512)
-        .create()?;
-    let after = total_mib(server)?;
+        .run()?;
+    limited.wait_for_log("kB")?;
+    let at_start = total_mib(&limited.logs()?)?;
     shown(
-        "a container with a limit of 512 MiB is created, not started",
-        &format!("{after} MiB"),
+        "seen by the first instruction of a container with a limit of 512 MiB",
+        &format!("{at_start} MiB"),
     );
-    limited.start()?;
-    shown("and started", &format!("{} MiB", total_mib(&limited)?));
     // The new memory's page structures come out of it.
     claim(
-        after >= before + 512 - 16,
+        at_start >= before + 512 - 16,
         "the memory was not plugged before the container started",
     )?;
-    limited.remove()?;
-    let patience = Duration::from_secs(10);
     let start = Instant::now();
-    pod.node()
-        .events()
-        .bell
-        .until("the return of the memory", patience, || match total_mib(server) {
-            // virtio-mem keeps one block; a memory module that the guest uses stays (Debian's 6.1 kernel).
-            Ok(now) if now <= before + 2 => Ok(()),
-            Ok(now) => Err(format!("{now} MiB")),
-            Err(failure) => Err(failure.to_string()),
-        })?;
+    limited.remove()?;
+    let seen = || total_mib(&server.shell(MEM_TOTAL)?);
+    let bell = &pod.node().events().bell;
+    bell.until("the return of the memory", RETURN, || match seen() {
+        Ok(now) if now <= before => Ok(()),
+        Ok(now) => Err(format!("{now} MiB")),
+        Err(failure) => Err(failure.to_string()),
+    })?;
     shown(
-        "and removed",
-        &format!("{} MiB after {}", total_mib(server)?, seconds(start)),
+        "after the container's removal",
+        &format!("{before} MiB again, {} later", seconds(start)),
     );
     Ok(())
 }
@@ -235,8 +246,7 @@ fn failing(pod: &Pod<'_>) -> Result {
     same("the exit", exit, wanted)
 }
 
-fn total_mib(container: &Container<'_>) -> Result<u64> {
-    let line = container.shell("grep MemTotal /proc/meminfo")?;
+fn total_mib(line: &str) -> Result<u64> {
     let kib = line
         .split_whitespace()
         .nth(1)
