@@ -46,8 +46,8 @@ pub struct MemoryState {
 
 impl Vm {
     /// Grows or shrinks guest memory to `total_mib` (boot + plugged), rounded up to what the device can do, and waits
-    /// until the guest has taken it or given it back; it then puts it to use within milliseconds. A guest that does nothing for 3 s is taken at its word: the
-    /// state says what it has.
+    /// until the guest has taken it, which it puts to use within milliseconds, or given it back. A guest that does
+    /// nothing for 3 s is taken at its word: the state says what it has.
     ///
     /// # Errors
     /// When `total_mib` is out of the VM's range, every slot for memory modules is taken, or QEMU refuses.
