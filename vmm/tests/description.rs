@@ -1,4 +1,5 @@
 //! A VM's description: what is refused, and the QEMU arguments that the rest becomes.
+#![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
 
 #[path = "support/spec.rs"]
 mod support;

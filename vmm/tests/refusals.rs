@@ -1,4 +1,5 @@
 //! What cannot be started says why in a sentence and leaves nothing. One test, because it counts what its process has.
+#![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
 
 #[path = "support/spec.rs"]
 mod support;

@@ -43,8 +43,7 @@ pub(super) fn set_up() -> Result<modules::Boot> {
         reopen_console()?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).doing(|| "raise the limit of open files".into())?;
-    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY)
-        .doing(|| "raise the limit of processes".into())?;
+    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).doing(|| "raise the limit of processes".into())?;
     // For PID 1's helper; the engine gives containers their own.
     write("/proc/self/oom_score_adj", "-1000")?;
     // As many processes as a node has, so that a pid is not soon another's.
@@ -85,7 +84,9 @@ fn mount_system() -> Result<()> {
     attach("devtmpfs", at("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
     for path in ["/dev/pts", "/dev/shm"] {
         match fs::create_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error).doing(|| format!("make {path}"))?,
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(error).doing(|| format!("make {path}"))?
+            }
             _ => {}
         }
     }
@@ -114,7 +115,11 @@ fn enable_controllers() -> Result<()> {
 }
 
 fn reopen_console() -> Result<()> {
-    let console = nix::fcntl::open("/dev/console", OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC, Mode::empty());
+    let console = nix::fcntl::open(
+        "/dev/console",
+        OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    );
     // A guest may have no console: then PID 1 keeps /dev/null.
     let Ok(console) = console else { return Ok(()) };
     dup2_stdin(&console)

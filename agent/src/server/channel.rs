@@ -8,7 +8,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::{fd::{AsFd, OwnedFd}, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::Path,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -69,7 +72,10 @@ async fn serial(connections: Connections) -> io::Result<()> {
         let port = port.try_clone()?;
         tokio::task::spawn_blocking(move || wait_for_host(&port)).await??;
     }
-    let port = BufReader::with_capacity(PORT_BUFFER, Port(sys::asynchronous(port.into(), Interest::READABLE | Interest::WRITABLE)?));
+    let port = BufReader::with_capacity(
+        PORT_BUFFER,
+        Port(sys::asynchronous(port.into(), Interest::READABLE | Interest::WRITABLE)?),
+    );
     connections.send(Socket::new(port)).await.map_err(io::Error::other)
 }
 
@@ -98,7 +104,9 @@ fn open_port(device: &str) -> io::Result<File> {
 fn host_is_there(port: &File) -> io::Result<bool> {
     let mut ports = [PollFd::new(port.as_fd(), PollFlags::POLLIN)];
     poll(&mut ports, PollTimeout::ZERO)?;
-    Ok(!ports[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
+    Ok(!ports[0]
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLHUP)))
 }
 
 /// Blocks until the host's end is open. Edge-triggered, because the hang-up is reported for as long as it lasts.

@@ -71,13 +71,20 @@ impl Container {
     /// Takes an exec_id for a process to come.
     pub(super) fn reserve(&self, exec: &str) -> Result<()> {
         if self.is_init(exec) {
-            return Err(Error::Invalid(format!("exec_id {exec:?} is that of the container's init")));
+            return Err(Error::Invalid(format!(
+                "exec_id {exec:?} is that of the container's init"
+            )));
         }
         let mut execs = self.execs();
         match execs.get(exec) {
             Some(Some(process)) if process.is_told() => {}
             None => {}
-            Some(_) => return Err(Error::Invalid(format!("process {exec:?} of container {:?} exists", self.id))),
+            Some(_) => {
+                return Err(Error::Invalid(format!(
+                    "process {exec:?} of container {:?} exists",
+                    self.id
+                )));
+            }
         }
         execs.insert(exec.to_owned(), None);
         Ok(())
@@ -109,10 +116,16 @@ impl Container {
 pub(super) fn check_create(request: &CreateContainerRequest) -> Result<()> {
     check_id("container_id", &request.container_id)?;
     if !request.exec_id.is_empty() && request.exec_id != request.container_id {
-        return Err(Error::Invalid(format!("exec_id {:?} of an init is neither empty nor the container's", request.exec_id)));
+        return Err(Error::Invalid(format!(
+            "exec_id {:?} of an init is neither empty nor the container's",
+            request.exec_id
+        )));
     }
     if let Some(device) = request.devices.first() {
-        return unimplemented(format!("the device {:?} of type {:?}", device.container_path, device.type_));
+        return unimplemented(format!(
+            "the device {:?} of type {:?}",
+            device.container_path, device.type_
+        ));
     }
     if !request.shared_mounts.is_empty() {
         return unimplemented("shared_mounts");
@@ -133,7 +146,11 @@ pub(super) fn check_exec(request: &ExecProcessRequest) -> Result<()> {
 }
 
 fn check_ports(ports: [u32; 3]) -> Result<()> {
-    if ports == [0; 3] { Ok(()) } else { unimplemented("stdio on vsock ports (passfd)") }
+    if ports == [0; 3] {
+        Ok(())
+    } else {
+        unimplemented("stdio on vsock ports (passfd)")
+    }
 }
 
 fn unimplemented<T>(what: impl Into<String>) -> Result<T> {
@@ -146,7 +163,9 @@ pub(super) fn check_id(field: &str, id: &str) -> Result<()> {
     if !id.is_empty() && id.len() <= LONGEST_ID && id.chars().all(plain) && !id.starts_with('.') {
         return Ok(());
     }
-    Err(Error::Invalid(format!("{field} {id:?} is not a plain name of at most {LONGEST_ID} characters")))
+    Err(Error::Invalid(format!(
+        "{field} {id:?} is not a plain name of at most {LONGEST_ID} characters"
+    )))
 }
 
 /// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that
@@ -158,7 +177,10 @@ pub(super) fn join_pod(spec: &mut Spec, pid_namespace: Option<&Path>) -> Result<
     namespaces.retain(|namespace| !matches!(namespace.typ(), Type::Uts | Type::Ipc | Type::Network | Type::Pid));
     if let Some(namespace) = namespaces.iter().find(|namespace| namespace.path().is_some()) {
         let (kind, path) = (namespace.typ(), namespace.path().clone().unwrap_or_default());
-        return Err(Error::Invalid(format!("the {kind} namespace {} is not the guest's", path.display())));
+        return Err(Error::Invalid(format!(
+            "the {kind} namespace {} is not the guest's",
+            path.display()
+        )));
     }
     let mut pid = LinuxNamespace::default();
     pid.set_typ(Type::Pid).set_path(pid_namespace.map(Path::to_owned));
@@ -197,12 +219,17 @@ mod tests {
 
     fn kinds(spec: &Spec) -> Vec<(String, Option<PathBuf>)> {
         let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
-        namespaces.iter().map(|n| (n.typ().to_string(), n.path().clone())).collect()
+        namespaces
+            .iter()
+            .map(|n| (n.typ().to_string(), n.path().clone()))
+            .collect()
     }
 
     #[test]
     fn a_container_shares_the_guests_namespaces_but_not_its_processes() {
-        let mut spec = spec(r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#);
+        let mut spec = spec(
+            r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#,
+        );
         join_pod(&mut spec, None).unwrap();
         let expected = [("mount", None), ("cgroup", None), ("pid", None)];
         assert_eq!(kinds(&spec), expected.map(|(kind, path)| (kind.to_owned(), path)));
@@ -219,7 +246,10 @@ mod tests {
     #[test]
     fn a_namespace_of_the_host_is_refused() {
         let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), None).unwrap_err();
-        assert_eq!(error.to_string(), "the mount namespace /proc/1/ns/mnt is not the guest's");
+        assert_eq!(
+            error.to_string(),
+            "the mount namespace /proc/1/ns/mnt is not the guest's"
+        );
     }
 
     #[test]

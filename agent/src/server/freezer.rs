@@ -17,7 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Freezes or thaws everything in a cgroup and below it; returns when it is done. Idempotent. Blocks.
 pub(super) fn set(cgroup: &Path, frozen: bool) -> Result<()> {
-    let what = || format!("{} the processes in {}", if frozen { "freeze" } else { "thaw" }, cgroup.display());
+    let what = || {
+        format!(
+            "{} the processes in {}",
+            if frozen { "freeze" } else { "thaw" },
+            cgroup.display()
+        )
+    };
     let value = if frozen { "1" } else { "0" };
     fs::write(cgroup.join("cgroup.freeze"), value).doing(what)?;
     let done = wait(cgroup, &format!("frozen {value}"));

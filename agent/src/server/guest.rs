@@ -15,8 +15,7 @@ use nix::{
 use super::{
     boot,
     error::{Doing, Error, Result},
-    storage,
-    sys,
+    storage, sys,
     uevent::Uevents,
 };
 use crate::protocol::agent::{
@@ -101,7 +100,10 @@ fn offline(class: &str, prefix: &str, file: &str, value: &str) -> io::Result<Vec
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix(prefix)).unwrap_or_default();
+        let number = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(prefix))
+            .unwrap_or_default();
         if number.parse::<u32>().is_ok() {
             // The first processor has no such file: it cannot be taken out of use.
             let state = fs::read_to_string(entry.path().join(file)).unwrap_or_default();
@@ -132,14 +134,20 @@ pub(super) fn reseed(request: &ReseedRandomDevRequest) -> Result<()> {
     if request.data.is_empty() {
         return Err(Error::Invalid("ReseedRandomDev has no data".into()));
     }
-    let random = OpenOptions::new().write(true).open("/dev/urandom").doing(|| "open /dev/urandom".into())?;
+    let random = OpenOptions::new()
+        .write(true)
+        .open("/dev/urandom")
+        .doing(|| "open /dev/urandom".into())?;
     sys::add_entropy(&random, &request.data).doing(|| "add entropy".into())
 }
 
 /// Sets the clock.
 pub(super) fn set_time(request: &SetGuestDateTimeRequest) -> Result<()> {
     if request.Sec < 0 || !(0..1_000_000).contains(&request.Usec) {
-        return Err(Error::Invalid(format!("{} s {} µs is no date", request.Sec, request.Usec)));
+        return Err(Error::Invalid(format!(
+            "{} s {} µs is no date",
+            request.Sec, request.Usec
+        )));
     }
     let time = TimeSpec::new(request.Sec, request.Usec * 1000);
     clock_settime(ClockId::CLOCK_REALTIME, time).doing(|| "set the clock".into())

@@ -87,7 +87,11 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
     });
     let listener = Listener::new(channel::connections(ready_port()?));
     let mut server = rpc::server(&service).add_listener(listener);
-    server.start().await.map_err(io::Error::other).doing(|| "serve".into())?;
+    server
+        .start()
+        .await
+        .map_err(io::Error::other)
+        .doing(|| "serve".into())?;
     if !modules.is_done() {
         if let Err(error) = blocking(move || modules.load_rest()).await {
             eprintln!("kata-agent: {error}");
@@ -101,7 +105,12 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
 /// The host's port that is to be told when vsock is served: `sandpod.ready_port=` on the kernel's command line.
 fn ready_port() -> Result<Option<u32>> {
     let line = fs::read_to_string("/proc/cmdline").doing(|| "read the kernel's command line".into())?;
-    let port = line.split_whitespace().find_map(|word| word.strip_prefix("sandpod.ready_port="));
-    let port = port.map(|port| port.parse().map_err(|_| Error::Invalid(format!("the ready port {port:?} is no number"))));
+    let port = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("sandpod.ready_port="));
+    let port = port.map(|port| {
+        port.parse()
+            .map_err(|_| Error::Invalid(format!("the ready port {port:?} is no number")))
+    });
     port.transpose()
 }

@@ -66,7 +66,8 @@ fn load_at_boot(path: &Path) -> Result<()> {
 fn insert(path: &Path, parameters: &str) -> Result<()> {
     let what = || format!("load the kernel module {}", name_of(path));
     let file = File::open(path).doing(what)?;
-    let parameters = CString::new(parameters).map_err(|_| Error::Invalid("a module's parameters contain NUL".into()))?;
+    let parameters =
+        CString::new(parameters).map_err(|_| Error::Invalid("a module's parameters contain NUL".into()))?;
     match sys::load_module(&file, &parameters) {
         Ok(()) | Err(Errno::EEXIST) => Ok(()),
         Err(error) => Err(error).doing(what),
@@ -94,7 +95,11 @@ pub(super) fn load(name: &str, parameters: &[String]) -> Result<()> {
     for path in orders.into_iter().flatten() {
         let found = name_of(&path);
         if !is_loaded(&found) {
-            let parameters = if found == *name { parameters.join(" ") } else { String::new() };
+            let parameters = if found == *name {
+                parameters.join(" ")
+            } else {
+                String::new()
+            };
             insert(&folder.join(&path), &parameters)?;
         }
     }
@@ -174,7 +179,8 @@ mod tests {
 
     #[test]
     fn aliases_name_modules() {
-        let aliases = "# a comment\nalias fs-overlay overlay\nalias ip6t-REJECT ip6t_REJECT\nalias net-pf-16-proto-* x\n";
+        let aliases =
+            "# a comment\nalias fs-overlay overlay\nalias ip6t-REJECT ip6t_REJECT\nalias net-pf-16-proto-* x\n";
         assert_eq!(aliased(aliases, "fs_overlay"), ["overlay"]);
         assert_eq!(aliased(aliases, "ip6t_REJECT"), ["ip6t_REJECT"]);
         assert_eq!(aliased(aliases, "net_pf_16_proto_12"), ["x"]);

@@ -1,11 +1,6 @@
 //! The guest's network: interfaces, addresses and neighbours as the host has them.
 
-use std::{
-    fs, io,
-    net::IpAddr,
-    path::Path,
-    time::Duration,
-};
+use std::{fs, io, net::IpAddr, path::Path, time::Duration};
 
 use futures::TryStreamExt;
 use rtnetlink::{
@@ -45,7 +40,10 @@ impl Network {
             tokio::spawn(connection);
             Ok::<_, io::Error>(handle)
         };
-        self.0.get_or_try_init(connect).await.doing(|| "speak to the kernel's network".into())
+        self.0
+            .get_or_try_init(connect)
+            .await
+            .doing(|| "speak to the kernel's network".into())
     }
 
     /// Gives an interface, found by its hardware address or else its name, the name, addresses and MTU of the
@@ -92,7 +90,13 @@ impl Network {
     async fn update_addresses(&self, index: u32, wanted: &Wanted) -> Result<()> {
         let what = || format!("set the addresses of {:?}", wanted.name);
         let addresses = self.handle().await?.address();
-        let present: Vec<_> = addresses.get().set_link_index_filter(index).execute().try_collect().await.doing(what)?;
+        let present: Vec<_> = addresses
+            .get()
+            .set_link_index_filter(index)
+            .execute()
+            .try_collect()
+            .await
+            .doing(what)?;
         let mut missing = wanted.addresses.clone();
         for message in present {
             let Some(address) = address_of(&message) else { continue };
@@ -110,7 +114,10 @@ impl Network {
                 // The host's interface has it: no other will, and it is of use at once.
                 request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
             }
-            request.execute().await.doing(|| format!("give {:?} the address {address}/{prefix}", wanted.name))?;
+            request
+                .execute()
+                .await
+                .doing(|| format!("give {:?} the address {address}/{prefix}", wanted.name))?;
         }
         Ok(())
     }
@@ -135,7 +142,11 @@ impl Network {
     }
 
     async fn add_neighbour(&self, neighbour: &ARPNeighbor) -> Result<()> {
-        let address = neighbour.toIPAddress.as_ref().map(|to| to.address.as_str()).unwrap_or_default();
+        let address = neighbour
+            .toIPAddress
+            .as_ref()
+            .map(|to| to.address.as_str())
+            .unwrap_or_default();
         // Upstream's shims may send it with its prefix length.
         let address = address.split('/').next().unwrap_or_default();
         let address: IpAddr = address.parse().map_err(|_| bad("a neighbour's address", address))?;
@@ -148,7 +159,10 @@ impl Network {
             request = request.state(NeighbourState::from(state));
         }
         request = request.flags(NeighbourFlags::from_bits_retain(neighbour.flags as u8));
-        request.execute().await.doing(|| format!("add the neighbour {address} of {:?}", neighbour.device))
+        request
+            .execute()
+            .await
+            .doing(|| format!("add the neighbour {address} of {:?}", neighbour.device))
     }
 }
 
@@ -176,7 +190,11 @@ impl Wanted {
             0 => None,
             mtu => Some(u32::try_from(mtu).map_err(|_| bad("an MTU", &mtu.to_string()))?),
         };
-        let mut addresses = interface.IPAddresses.iter().map(parse_address).collect::<Result<Vec<_>>>()?;
+        let mut addresses = interface
+            .IPAddresses
+            .iter()
+            .map(parse_address)
+            .collect::<Result<Vec<_>>>()?;
         if !has_ipv6() {
             addresses.retain(|(address, _)| address.is_ipv4());
         }
@@ -201,7 +219,11 @@ struct Link {
 async fn find(wanted: &Wanted) -> Result<Link> {
     let found = async { Uevents::listen()?.until(|| look_for(wanted)).await };
     let what = || match wanted.mac {
-        Some(mac) => format!("find the interface {:?} with the address {}", wanted.name, show_mac(&mac)),
+        Some(mac) => format!(
+            "find the interface {:?} with the address {}",
+            wanted.name,
+            show_mac(&mac)
+        ),
         None => format!("find the interface {:?}", wanted.name),
     };
     match tokio::time::timeout(APPEARS, found).await {
@@ -251,9 +273,15 @@ pub(super) fn has_ipv6() -> bool {
 }
 
 fn parse_address(address: &IPAddress) -> Result<(IpAddr, u8)> {
-    let ip: IpAddr = address.address.parse().map_err(|_| bad("an address", &address.address))?;
+    let ip: IpAddr = address
+        .address
+        .parse()
+        .map_err(|_| bad("an address", &address.address))?;
     let longest = if ip.is_ipv4() { 32 } else { 128 };
-    let prefix: u8 = address.mask.parse().map_err(|_| bad("a prefix length", &address.mask))?;
+    let prefix: u8 = address
+        .mask
+        .parse()
+        .map_err(|_| bad("a prefix length", &address.mask))?;
     if prefix > longest {
         return Err(bad("a prefix length", &address.mask));
     }
@@ -306,8 +334,13 @@ fn describe(link: &LinkMessage, addresses: &[AddressMessage]) -> Interface {
     if link.header.flags.contains(LinkFlags::Noarp) {
         interface.raw_flags = NOARP;
     }
-    let own = addresses.iter().filter(|address| address.header.index == link.header.index);
-    interface.IPAddresses = own.filter_map(address_of).map(|(ip, prefix)| wire_address(ip, prefix)).collect();
+    let own = addresses
+        .iter()
+        .filter(|address| address.header.index == link.header.index);
+    interface.IPAddresses = own
+        .filter_map(address_of)
+        .map(|(ip, prefix)| wire_address(ip, prefix))
+        .collect();
     interface
 }
 
@@ -335,7 +368,10 @@ mod tests {
         assert_eq!(error(&interface), "an interface's name is \"\", which it cannot be");
         interface.device = "eth0".into();
         interface.hwAddr = "02:00:00:00:00".into();
-        assert_eq!(error(&interface), "a hardware address is \"02:00:00:00:00\", which it cannot be");
+        assert_eq!(
+            error(&interface),
+            "a hardware address is \"02:00:00:00:00\", which it cannot be"
+        );
         interface.hwAddr = "02:00:00:00:00:01".into();
         interface.IPAddresses = vec![wire_address("10.0.0.1".parse().unwrap(), 33)];
         assert_eq!(error(&interface), "a prefix length is \"33\", which it cannot be");

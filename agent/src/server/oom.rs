@@ -70,7 +70,9 @@ impl Oom {
 
     async fn run(self: Arc<Self>) -> io::Result<()> {
         loop {
-            let read = self.ready.async_io(Interest::READABLE, |_| Ok(self.inotify.read_events()?));
+            let read = self
+                .ready
+                .async_io(Interest::READABLE, |_| Ok(self.inotify.read_events()?));
             for event in read.await? {
                 if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                     self.watched().remove(&event.wd);
@@ -83,7 +85,9 @@ impl Oom {
 
     fn look(&self, descriptor: WatchDescriptor) {
         let mut watched = self.watched();
-        let killed = watched.get(&descriptor).is_some_and(|watched| kills(&watched.events) > 0);
+        let killed = watched
+            .get(&descriptor)
+            .is_some_and(|watched| kills(&watched.events) > 0);
         if killed {
             if let Some(Watched { container, .. }) = watched.remove(&descriptor) {
                 // The receiver lives as long as the sender.

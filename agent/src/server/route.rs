@@ -49,8 +49,15 @@ impl Network {
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
             RouteMessageBuilder::<Ipv6Addr>::new().build(),
         ] {
-            let found: Vec<_> = routes.get(query).execute().try_collect().await.doing(|| "list the routes".into())?;
-            let main = found.iter().filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
+            let found: Vec<_> = routes
+                .get(query)
+                .execute()
+                .try_collect()
+                .await
+                .doing(|| "list the routes".into())?;
+            let main = found
+                .iter()
+                .filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
             list.Routes.extend(main.map(describe));
         }
         Ok(list)
@@ -87,7 +94,8 @@ fn parse(route: &Route) -> Result<RouteMessage> {
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
     message.header.kind = rtnetlink::packet_route::route::RouteType::Unicast;
-    message.header.scope = RouteScope::from(u8::try_from(route.scope).map_err(|_| bad("a scope", &route.scope.to_string()))?);
+    message.header.scope =
+        RouteScope::from(u8::try_from(route.scope).map_err(|_| bad("a scope", &route.scope.to_string()))?);
     message.header.flags = RouteFlags::from_bits_retain(route.flags);
     let attributes = &mut message.attributes;
     if let Some((ip, prefix)) = destination.filter(|(_, prefix)| *prefix > 0) {
@@ -177,8 +185,14 @@ mod tests {
     #[test]
     fn destinations_are_networks_hosts_or_the_default() {
         assert_eq!(parse_network("").unwrap(), None);
-        assert_eq!(parse_network("10.1.0.0/16").unwrap(), Some(("10.1.0.0".parse().unwrap(), 16)));
-        assert_eq!(parse_network("fe80::1").unwrap(), Some(("fe80::1".parse().unwrap(), 128)));
+        assert_eq!(
+            parse_network("10.1.0.0/16").unwrap(),
+            Some(("10.1.0.0".parse().unwrap(), 16))
+        );
+        assert_eq!(
+            parse_network("fe80::1").unwrap(),
+            Some(("fe80::1".parse().unwrap(), 128))
+        );
         for wrong in ["10.0.0.0/33", "x", "10.0.0.0/", "/8"] {
             assert!(parse_network(wrong).is_err(), "{wrong}");
         }
@@ -194,8 +208,15 @@ mod tests {
         let message = parse(&route).unwrap();
         assert_eq!(message.header.address_family, AddressFamily::Inet6);
         assert_eq!(u8::from(message.header.scope), 253);
-        assert!(message.attributes.contains(&RouteAttribute::Metrics(vec![RouteMetric::Mtu(1400)])));
+        assert!(
+            message
+                .attributes
+                .contains(&RouteAttribute::Metrics(vec![RouteMetric::Mtu(1400)]))
+        );
         route.device = "nix9".into();
-        assert_eq!(parse(&route).unwrap_err().to_string(), "the guest has no interface \"nix9\"");
+        assert_eq!(
+            parse(&route).unwrap_err().to_string(),
+            "the guest has no interface \"nix9\""
+        );
     }
 }

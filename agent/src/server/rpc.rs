@@ -48,7 +48,9 @@ type Context = TtrpcContext;
 /// A server of both services, without a listener yet.
 pub(super) fn server(service: &Arc<Service>) -> Server {
     let caller = Arc::new(Caller(Arc::clone(service)));
-    Server::new().register_service(create_agent_service(caller.clone())).register_service(create_health(caller))
+    Server::new()
+        .register_service(create_agent_service(caller.clone()))
+        .register_service(create_health(caller))
 }
 
 /// Runs each call in a task of its own: a caller that gives up, or whose connection ends, leaves no half of it, and a
@@ -62,7 +64,9 @@ impl Caller {
         F: Future<Output = Result<T>> + Send + 'static,
     {
         let result = tokio::spawn(call(Arc::clone(&self.0))).await;
-        result.unwrap_or_else(|error| Err(Error::Panic(error.to_string()))).map_err(Into::into)
+        result
+            .unwrap_or_else(|error| Err(Error::Panic(error.to_string())))
+            .map_err(Into::into)
     }
 }
 

@@ -124,7 +124,10 @@ impl Sandbox {
     /// Makes a container.
     pub(super) async fn create_container(&self, mut request: CreateContainerRequest) -> Result<()> {
         container::check_create(&request)?;
-        let spec = request.OCI.take().ok_or_else(|| Error::Invalid("CreateContainer has no OCI".into()))?;
+        let spec = request
+            .OCI
+            .take()
+            .ok_or_else(|| Error::Invalid("CreateContainer has no OCI".into()))?;
         let mut spec = oci::spec_from_wire(&spec)?;
         let id = request.container_id;
         let is_sandbox = self.id.get().is_some_and(|sandbox| *sandbox == id);
@@ -172,7 +175,10 @@ impl Sandbox {
     pub(super) async fn exec(&self, mut request: ExecProcessRequest) -> Result<()> {
         container::check_exec(&request)?;
         let container = self.container(&request.container_id)?;
-        let process = request.process.take().ok_or_else(|| Error::Invalid("ExecProcess has no process".into()))?;
+        let process = request
+            .process
+            .take()
+            .ok_or_else(|| Error::Invalid("ExecProcess has no process".into()))?;
         let process = oci::process_from_wire(&process)?;
         container.reserve(&request.exec_id)?;
         let started = async {
@@ -300,7 +306,9 @@ fn release(root: &Path) -> Result<()> {
 pub(super) fn release_stale() -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    let mut below: Vec<_> = points.filter(|point| point.starts_with(SHARE) && point.len() > SHARE.len()).collect();
+    let mut below: Vec<_> = points
+        .filter(|point| point.starts_with(SHARE) && point.len() > SHARE.len())
+        .collect();
     below.reverse();
     for point in below {
         if fs::metadata(point).is_err() {

@@ -16,7 +16,9 @@ const LARGEST: i32 = 64;
 
 /// Signals a process, or a whole container (the conventions are those of `agent-protocol.md` §1.2).
 pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<()> {
-    let signal = i32::try_from(request.signal).ok().filter(|signal| (0..=LARGEST).contains(signal));
+    let signal = i32::try_from(request.signal)
+        .ok()
+        .filter(|signal| (0..=LARGEST).contains(signal));
     let signal = signal.ok_or_else(|| Error::Invalid(format!("signal {} does not exist", request.signal)))?;
     let container = sandbox.container(&request.container_id)?;
     if request.exec_id.is_empty() && signal == Signal::SIGKILL as i32 {
@@ -54,7 +56,11 @@ fn ignores_term(process: &Process) -> bool {
 /// From the text of `/proc/<pid>/status` (proc_pid_status(5)): PID 1 of its namespace, and the signal is neither
 /// blocked (somebody waits for it), ignored on purpose, nor caught.
 fn is_protected_from(status: &str, signal: i32) -> bool {
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+    };
     let is_leader = field("NSpid").and_then(|pids| pids.split_whitespace().last()) == Some("1");
     let mut sets = ["SigBlk", "SigIgn", "SigCgt"].into_iter().filter_map(field);
     let has = |set: &str| u64::from_str_radix(set.trim(), 16).map_or(true, |set| set >> (signal - 1) & 1 == 1);

@@ -19,7 +19,9 @@ pub(super) fn of(cgroup: &Path) -> Result<StatsContainerResponse> {
     stats.hugetlb_stats = files.huge_pages()?;
     let mut response = StatsContainerResponse::new();
     response.cgroup_stats = Some(stats).into();
-    response.network_stats = fs::read_to_string("/proc/net/dev").map(|text| network(&text)).unwrap_or_default();
+    response.network_stats = fs::read_to_string("/proc/net/dev")
+        .map(|text| network(&text))
+        .unwrap_or_default();
     Ok(response)
 }
 
@@ -85,7 +87,10 @@ impl Files<'_> {
         let mut kernel = MemoryData::new();
         kernel.usage = all.get("kernel").copied().unwrap_or_else(|| {
             // Kernels before 5.18 do not add it up.
-            ["kernel_stack", "pagetables", "percpu", "slab"].iter().filter_map(|key| all.get(*key)).sum()
+            ["kernel_stack", "pagetables", "percpu", "slab"]
+                .iter()
+                .filter_map(|key| all.get(*key))
+                .sum()
         });
         kernel.max_usage = kernel.usage;
         kernel.limit = u64::MAX;
@@ -102,7 +107,9 @@ impl Files<'_> {
         let mut stats = PidsStats::new();
         stats.current = self.value("pids.current")?;
         // No limit is 0 there.
-        stats.limit = Some(self.value("pids.max")?).filter(|limit| *limit != u64::MAX).unwrap_or(0);
+        stats.limit = Some(self.value("pids.max")?)
+            .filter(|limit| *limit != u64::MAX)
+            .unwrap_or(0);
         Ok(stats)
     }
 
@@ -115,8 +122,12 @@ impl Files<'_> {
         for entry in fs::read_dir(self.0).doing(|| format!("read {}", self.0.display()))? {
             let name = entry.doing(|| format!("read {}", self.0.display()))?.file_name();
             let name = name.to_string_lossy();
-            let size = name.strip_prefix("hugetlb.").and_then(|name| name.strip_suffix(".current"));
-            let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) else { continue };
+            let size = name
+                .strip_prefix("hugetlb.")
+                .and_then(|name| name.strip_suffix(".current"));
+            let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) else {
+                continue;
+            };
             let mut stats = HugetlbStats::new();
             stats.usage = self.value(&name)?;
             stats.max_usage = stats.usage;
@@ -131,7 +142,9 @@ impl Files<'_> {
 /// `<key> <number>` on each line.
 fn pairs(text: &str) -> HashMap<String, u64> {
     let pairs = text.lines().filter_map(|line| line.split_once(' '));
-    pairs.filter_map(|(key, value)| Some((key.to_owned(), value.trim().parse().ok()?))).collect()
+    pairs
+        .filter_map(|(key, value)| Some((key.to_owned(), value.trim().parse().ok()?)))
+        .collect()
 }
 
 /// `<major>:<minor> rbytes=<n> wbytes=<n> rios=<n> wios=<n> dbytes=<n> dios=<n>` on each line.
@@ -151,7 +164,11 @@ fn io_stats(text: &str) -> BlkioStats {
             entry.value = values.get(key).and_then(|value| number(value)).unwrap_or(0);
             entry
         };
-        let bytes = [entry("rbytes", "Read"), entry("wbytes", "Write"), entry("dbytes", "Discard")];
+        let bytes = [
+            entry("rbytes", "Read"),
+            entry("wbytes", "Write"),
+            entry("dbytes", "Discard"),
+        ];
         let operations = [entry("rios", "Read"), entry("wios", "Write"), entry("dios", "Discard")];
         stats.io_service_bytes_recursive.extend(bytes);
         stats.io_serviced_recursive.extend(operations);
@@ -162,13 +179,19 @@ fn io_stats(text: &str) -> BlkioStats {
 /// From the text of `/proc/net/dev` (proc_pid_net(5)); the pod's, as its containers share one network.
 fn network(text: &str) -> Vec<NetworkStats> {
     let interfaces = text.lines().filter_map(|line| line.split_once(':'));
-    let interfaces = interfaces.map(|(name, counts)| (name.trim(), counts)).filter(|(name, _)| *name != "lo");
+    let interfaces = interfaces
+        .map(|(name, counts)| (name.trim(), counts))
+        .filter(|(name, _)| *name != "lo");
     let stats = interfaces.map(|(name, counts)| {
-        let counts: Vec<u64> = counts.split_whitespace().map(|count| count.parse().unwrap_or(0)).collect();
+        let counts: Vec<u64> = counts
+            .split_whitespace()
+            .map(|count| count.parse().unwrap_or(0))
+            .collect();
         let count = |index: usize| counts.get(index).copied().unwrap_or(0);
         let mut stats = NetworkStats::new();
         stats.name = name.to_owned();
-        (stats.rx_bytes, stats.rx_packets, stats.rx_errors, stats.rx_dropped) = (count(0), count(1), count(2), count(3));
+        (stats.rx_bytes, stats.rx_packets, stats.rx_errors, stats.rx_dropped) =
+            (count(0), count(1), count(2), count(3));
         (stats.tx_bytes, stats.tx_packets, stats.tx_errors, stats.tx_dropped) =
             (count(8), count(9), count(10), count(11));
         stats
@@ -183,8 +206,15 @@ mod tests {
     #[test]
     fn io_is_counted_by_device_and_operation() {
         let stats = io_stats("253:0 rbytes=4096 wbytes=8 rios=1 wios=2 dbytes=0 dios=0\n8:16\n");
-        let bytes: Vec<_> = stats.io_service_bytes_recursive.iter().map(|e| (e.major, e.op.as_str(), e.value)).collect();
-        assert_eq!(bytes[..3], [(253, "Read", 4096), (253, "Write", 8), (253, "Discard", 0)]);
+        let bytes: Vec<_> = stats
+            .io_service_bytes_recursive
+            .iter()
+            .map(|e| (e.major, e.op.as_str(), e.value))
+            .collect();
+        assert_eq!(
+            bytes[..3],
+            [(253, "Read", 4096), (253, "Write", 8), (253, "Discard", 0)]
+        );
         assert_eq!(stats.io_serviced_recursive[1].value, 2);
         assert_eq!(bytes.len(), 6);
     }
@@ -194,18 +224,32 @@ mod tests {
         let text = "Inter-|   Receive\n face |bytes\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  eth0: 10 2 3 4 0 0 0 0 50 6 7 8 0 0 0 0\n";
         let stats = network(text);
         assert_eq!(stats.len(), 1);
-        assert_eq!((stats[0].rx_bytes, stats[0].rx_dropped, stats[0].tx_bytes, stats[0].tx_dropped), (10, 4, 50, 8));
+        assert_eq!(
+            (
+                stats[0].rx_bytes,
+                stats[0].rx_dropped,
+                stats[0].tx_bytes,
+                stats[0].tx_dropped
+            ),
+            (10, 4, 50, 8)
+        );
     }
 
     #[test]
     fn a_container_is_measured_by_its_files() {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in [
-            ("cpu.stat", "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 5\nnr_throttled 2\nthrottled_usec 9\n"),
+            (
+                "cpu.stat",
+                "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 5\nnr_throttled 2\nthrottled_usec 9\n",
+            ),
             ("memory.current", "100\n"),
             ("memory.max", "max\n"),
             ("memory.stat", "anon 60\nfile 30\nkernel_stack 4\nslab 6\n"),
-            ("memory.events", "low 0\nhigh 0\nmax 8\noom 1\noom_kill 1\noom_group_kill 0\n"),
+            (
+                "memory.events",
+                "low 0\nhigh 0\nmax 8\noom 1\noom_kill 1\noom_group_kill 0\n",
+            ),
             ("pids.current", "3\n"),
             ("pids.max", "max\n"),
             ("hugetlb.2MB.current", "2097152\n"),
@@ -218,7 +262,10 @@ mod tests {
         assert_eq!(stats.cpu_stats.cpu_usage.total_usage, 7000);
         assert_eq!(stats.cpu_stats.throttling_data.throttled_time, 9000);
         let memory = stats.memory_stats.unwrap();
-        assert_eq!((memory.usage.usage, memory.usage.limit, memory.usage.failcnt), (100, u64::MAX, 8));
+        assert_eq!(
+            (memory.usage.usage, memory.usage.limit, memory.usage.failcnt),
+            (100, u64::MAX, 8)
+        );
         assert_eq!((memory.cache, memory.kernel_usage.usage), (30, 10));
         assert_eq!((memory.stats["oom_kill"], memory.stats["anon"]), (1, 60));
         assert_eq!((stats.pids_stats.current, stats.pids_stats.limit), (3, 0));

@@ -192,7 +192,9 @@ impl Output {
     pub(super) async fn read(&self, most: usize, exit: &Exit) -> Result<Vec<u8>> {
         let mut left = self.left.lock().await;
         if left.is_none() {
-            let read = self.end.async_io(Interest::READABLE, |end| take(end, most.min(MAX_READ)));
+            let read = self
+                .end
+                .async_io(Interest::READABLE, |end| take(end, most.min(MAX_READ)));
             tokio::select! {
                 biased;
                 () = overdue(exit) => {}

@@ -74,26 +74,44 @@ fn attach(storage: &Storage, point: &Path) -> Result<()> {
 }
 
 fn check(storage: &Storage, point: &Path) -> Result<()> {
-    let plain = point.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let plain = point
+        .components()
+        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     if !point.starts_with(BASE) || !plain {
-        let text = format!("the mount point {:?} of a storage is not below {BASE}", storage.mount_point);
+        let text = format!(
+            "the mount point {:?} of a storage is not below {BASE}",
+            storage.mount_point
+        );
         return Err(Error::Invalid(text));
     }
     if let Some(option) = storage.driver_options.first() {
-        return Err(Error::Unimplemented(format!("the driver option {option:?} of storage {}", storage.driver)));
+        return Err(Error::Unimplemented(format!(
+            "the driver option {option:?} of storage {}",
+            storage.driver
+        )));
     }
     Ok(())
 }
 
 fn mount_storage(storage: &Storage, point: &Path) -> Result<()> {
     if storage.driver == "ephemeral" && !matches!(storage.fstype.as_str(), "tmpfs" | "hugetlbfs") {
-        return Err(Error::Invalid(format!("an ephemeral storage of file system {:?}", storage.fstype)));
+        return Err(Error::Invalid(format!(
+            "an ephemeral storage of file system {:?}",
+            storage.fstype
+        )));
     }
     let Options { flags, data, group } = Options::parse(&storage.options)?;
     make_folder(point)?;
     let data = (!data.is_empty()).then_some(data.as_str());
     let what = || format!("mount {} {:?} on {}", storage.fstype, storage.source, point.display());
-    mount(Some(storage.source.as_str()), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
+    mount(
+        Some(storage.source.as_str()),
+        point,
+        Some(storage.fstype.as_str()),
+        flags,
+        data,
+    )
+    .doing(what)?;
     give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)
 }
 
@@ -206,20 +224,31 @@ mod tests {
             group: Some(7),
         };
         assert_eq!(parsed, expected);
-        assert_eq!(options(&["fsgid=x"]).unwrap_err().to_string(), "the storage option \"fsgid=x\"");
+        assert_eq!(
+            options(&["fsgid=x"]).unwrap_err().to_string(),
+            "the storage option \"fsgid=x\""
+        );
     }
 
     #[test]
     fn nothing_is_mounted_outside_the_agents_folder_or_by_an_unknown_driver() {
         let mut storage = Storage::new();
         for (driver, point, error) in [
-            ("local", "/etc", "the mount point \"/etc\" of a storage is not below /run/kata-containers"),
+            (
+                "local",
+                "/etc",
+                "the mount point \"/etc\" of a storage is not below /run/kata-containers",
+            ),
             (
                 "local",
                 "/run/kata-containers/../x",
                 "the mount point \"/run/kata-containers/../x\" of a storage is not below /run/kata-containers",
             ),
-            ("blk", "/run/kata-containers/x", "the storage driver \"blk\" is not implemented by this agent"),
+            (
+                "blk",
+                "/run/kata-containers/x",
+                "the storage driver \"blk\" is not implemented by this agent",
+            ),
         ] {
             storage.driver = driver.into();
             storage.mount_point = point.into();

@@ -48,7 +48,11 @@ impl Uevents {
     }
 
     /// Blocks until `found` is true, at most until `deadline`; whether it was.
-    pub(super) fn block_until(&self, deadline: Instant, mut found: impl FnMut() -> io::Result<bool>) -> io::Result<bool> {
+    pub(super) fn block_until(
+        &self,
+        deadline: Instant,
+        mut found: impl FnMut() -> io::Result<bool>,
+    ) -> io::Result<bool> {
         loop {
             if found()? {
                 return Ok(true);
@@ -69,5 +73,8 @@ impl Uevents {
 fn drain(queue: &OwnedFd) {
     let mut event = [0; 8192];
     // A queue that overflowed has lost events, but the time to look is now all the same.
-    while matches!(recv(queue.as_raw_fd(), &mut event, MsgFlags::empty()), Ok(_) | Err(Errno::ENOBUFS)) {}
+    while matches!(
+        recv(queue.as_raw_fd(), &mut event, MsgFlags::empty()),
+        Ok(_) | Err(Errno::ENOBUFS)
+    ) {}
 }

@@ -13,6 +13,8 @@ mod lifecycle;
 mod limits;
 mod process;
 mod spec;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::sync::{Arc, OnceLock};
 

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
-    path::Path,
+    path::PathBuf,
 };
 
 use nix::{
@@ -13,9 +13,6 @@ use nix::{
         reboot::{RebootMode, reboot},
     },
 };
-
-/// The agent's port is the second of the first device.
-const PORT: &str = "/dev/vport0p1";
 
 /// Says `up` and serves until the host has no more questions.
 pub fn main() -> ! {
@@ -54,14 +51,23 @@ fn port() -> File {
     watch
         .add_watch("/dev", AddWatchFlags::IN_CREATE)
         .expect("a watch on /dev");
-    while !Path::new(PORT).exists() {
-        watch.read_events().expect("a new device");
-    }
-    File::options()
-        .read(true)
-        .write(true)
-        .open(PORT)
-        .expect("the agent's port")
+    let port = loop {
+        match agent_port() {
+            Some(port) => break port,
+            None => drop(watch.read_events().expect("a new device")),
+        }
+    };
+    let opened = File::options().read(true).write(true).open(port);
+    opened.expect("the agent's port")
+}
+
+/// The second port of the only device, whose number is its place among all virtio devices.
+fn agent_port() -> Option<PathBuf> {
+    let devices = fs::read_dir("/dev").expect("/dev").flatten();
+    devices.map(|device| device.path()).find(|path| {
+        let name = path.to_string_lossy();
+        name.starts_with("/dev/vport") && name.ends_with("p1")
+    })
 }
 
 fn new_mount(kind: &str, path: &str) -> nix::Result<()> {

@@ -6,6 +6,7 @@
 //! Needs root, `qemu-system-x86_64`, the guest kernel (`SANDPOD_TEST_KERNEL`, or else what
 //! `deploy/guest/build-kernel.sh` prints; a kernel with modules has a `modules-load.list` beside it) and virtiofsd (`SANDPOD_TEST_VIRTIOFSD`, or else what
 //! `deploy/build-virtiofsd.sh` prints).
+#![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
 
 mod ends;
 mod guest;
@@ -29,8 +30,11 @@ const DEADLINE: Duration = Duration::from_secs(90);
 /// A story about a VM.
 struct Story {
     name: &'static str,
-    tell: fn(Arc<Kit>) -> Pin<Box<dyn Future<Output = ()>>>,
+    tell: fn(Arc<Kit>) -> Told,
 }
+
+/// A story under way.
+type Told = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Names async functions as stories.
 #[macro_export]

@@ -42,6 +42,7 @@ async fn shared(kit: &Kit) -> Shared {
         tag: "share".into(),
         queue_size: 1024,
     });
+    spec.memory.boot_mib = 256;
     let mut machine = Machine::boot_with(&spawner, &spec, Some(connection)).await;
     assert_eq!(machine.ask("mount share").await, "done");
     Shared {
@@ -66,8 +67,8 @@ async fn guest_and_host_share_a_folder(kit: Arc<Kit>) {
     );
 
     // Memory that is plugged later is shared with the server too.
-    machine.vm.set_memory(4096).await.unwrap();
-    assert_eq!(machine.ask("hold 1800").await, "done");
+    machine.vm.set_memory(768).await.unwrap();
+    assert_eq!(machine.ask("hold 400").await, "done");
     assert_eq!(machine.ask("read /mnt/host").await, "from the host");
     machine.end().await;
     virtiofsd.child().exited().await;

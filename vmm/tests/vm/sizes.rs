@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    panic::Location,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,24 +26,39 @@ pub fn stories() -> impl IntoIterator<Item = Story> {
         memory_modules_come_and_go,
         memory_modules_run_out_of_slots,
         memory_that_cannot_change,
-        vcpus_come_and_go,
+        vcpus_come_and_stay,
     ]
 }
 
 /// What a change of size may take, on a machine that is busy with other stories.
 const SOON: Duration = Duration::from_secs(2);
 
-async fn soon<T>(change: impl Future<Output = Result<T, VmError>>) -> T {
-    let began = Instant::now();
-    let changed = change.await.unwrap();
-    assert!(began.elapsed() < SOON, "it took {:?}", began.elapsed());
-    changed
+/// The result of a change that is to be done in [`SOON`].
+#[track_caller]
+fn soon<T>(change: impl Future<Output = Result<T, VmError>>) -> impl Future<Output = T> {
+    let whose = Location::caller();
+    async move {
+        let began = Instant::now();
+        let changed = change
+            .await
+            .unwrap_or_else(|error| panic!("the change at {whose}: {error}"));
+        let took = began.elapsed();
+        assert!(took < SOON, "the change at {whose} took {took:?}");
+        changed
+    }
 }
 
-#[track_caller]
-fn near(found: u64, expected: u64) {
-    // 16 KiB in each MiB describe its pages, and come out of the same memory.
-    assert!(found.abs_diff(expected) <= 16, "{found} MiB instead of {expected} MiB");
+/// Waits until the guest counts so much memory. It puts what it has taken to use block by block.
+async fn counted(machine: &mut Machine, expected: u64) {
+    let began = Instant::now();
+    loop {
+        let found = machine.meminfo("MemTotal").await;
+        // 16 KiB in each MiB describe its pages, and come out of the same memory.
+        if found.abs_diff(expected) <= expected / 64 {
+            return;
+        }
+        assert!(began.elapsed() < SOON, "{found} MiB instead of {expected} MiB");
+    }
 }
 
 async fn virtio_mem_comes_and_goes(kit: Arc<Kit>) {
@@ -56,18 +72,18 @@ async fn virtio_mem_comes_and_goes(kit: Arc<Kit>) {
     assert_eq!(machine.vm.memory().await.unwrap(), state(0, 0));
 
     assert_eq!(soon(machine.vm.set_memory(2048 + 512)).await, state(512, 512));
-    near(machine.meminfo("MemTotal").await, before + 512);
+    counted(&mut machine, before + 512).await;
     // An odd size is rounded up to what the device can do.
     assert_eq!(soon(machine.vm.set_memory(2048 + 513)).await, state(514, 514));
 
     let after = soon(machine.vm.set_memory(2048)).await;
     assert_eq!(after.requested_mib, 0);
     assert!(after.plugged_mib <= 2, "{after:?}");
-    near(machine.meminfo("MemTotal").await, before);
+    counted(&mut machine, before).await;
     assert_eq!(machine.vm.memory().await.unwrap(), after);
 
     assert_eq!(soon(machine.vm.set_memory(8192)).await, state(6144, 6144));
-    near(machine.meminfo("MemTotal").await, before + 6144);
+    counted(&mut machine, before + 6144).await;
     machine.end().await;
 }
 
@@ -120,14 +136,14 @@ async fn memory_modules_come_and_go(kit: Arc<Kit>) {
     };
 
     assert_eq!(soon(machine.vm.set_memory(2048 + 512)).await, state(512));
-    near(machine.meminfo("MemTotal").await, before + 512);
+    counted(&mut machine, before + 512).await;
     // Rounded up to the guest's memory block.
     assert_eq!(soon(machine.vm.set_memory(2048 + 513)).await, state(640));
-    near(machine.meminfo("MemTotal").await, before + 640);
+    counted(&mut machine, before + 640).await;
     // A module that is larger than what is spare stays.
     assert_eq!(soon(machine.vm.set_memory(2048 + 256)).await, state(512));
     assert_eq!(soon(machine.vm.set_memory(2048)).await, state(0));
-    near(machine.meminfo("MemTotal").await, before);
+    counted(&mut machine, before).await;
     // Names and slots are free again.
     assert_eq!(soon(machine.vm.set_memory(2048 + 128)).await, state(128));
     machine.end().await;
@@ -158,19 +174,17 @@ async fn memory_that_cannot_change(kit: Arc<Kit>) {
     machine.end().await;
 }
 
-async fn vcpus_come_and_go(kit: Arc<Kit>) {
+async fn vcpus_come_and_stay(kit: Arc<Kit>) {
     let mut spec = kit.spec();
     spec.vcpus = Vcpus { boot: 1, max: 4 };
     let mut machine = Machine::boot(&spec).await;
     assert_eq!(machine.ask("online").await, "1");
     assert_eq!(soon(machine.vm.set_vcpus(3)).await, 3);
     assert_eq!(machine.ask("online").await, "3");
-    assert_eq!(soon(machine.vm.set_vcpus(3)).await, 3);
-    assert_eq!(soon(machine.vm.set_vcpus(2)).await, 2);
-    assert_eq!(machine.ask("online").await, "2");
-    // The one that booted stays.
-    assert_eq!(soon(machine.vm.set_vcpus(0)).await, 1);
-    assert_eq!(machine.ask("online").await, "1");
+    // With emulation, one that went would take QEMU along when the next one comes.
+    for fewer in [3, 2, 0] {
+        assert_eq!(soon(machine.vm.set_vcpus(fewer)).await, 3);
+    }
     assert_eq!(soon(machine.vm.set_vcpus(4)).await, 4);
     assert_eq!(machine.ask("online").await, "4");
     let refused = machine.vm.set_vcpus(5).await.unwrap_err();

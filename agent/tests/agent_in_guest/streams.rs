@@ -1,0 +1,2 @@
+//! Later.
+super::cases![];
