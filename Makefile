@@ -22,7 +22,7 @@ export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
 .PHONY: help demo test bench lint build guest guest-own guest-debian install clean
-.PHONY: programs test-programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test
+.PHONY: programs test-programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,12 +35,13 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 test: deps-test ## every test and every lint (cold: under 25 minutes)
 	$(MAKE) -j2 kernel test-programs virtiofsd peers debian-kernel lint
 	$(MAKE) guest
-	echo 'tests: running, usually 5 minutes'
-	cargo test --release --workspace --quiet
+	$(MAKE) units
+	echo 'tests: the suites with real peers, two at a time, usually 6 minutes; each prints when it is done'
+	$(MAKE) -j2 --keep-going --output-sync=target suite-e2e suite-crash suite-contract
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
-	$(MAKE) -j2 kernel programs virtiofsd peers
-	$(MAKE) guest-own
+	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
+	$(MAKE) guest
 	$(RELEASE)/bench
 
 lint: ## formatting, clippy and documentation, warnings denied
@@ -85,6 +86,15 @@ programs: ## the shim, the agent, kata-ctl and the tests' programs
 test-programs: programs
 	echo 'test-programs: compiling, usually 2 minutes the first time'
 	cargo test --quiet --release --workspace --no-run
+
+units: ## every test that needs no peers: units, golden files, properties, the agent's engine in a guest
+	echo 'units: usually a minute'
+	cargo test --release --quiet --workspace --exclude tests
+	cargo test --release --quiet -p tests --lib --bins
+
+# Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
+suite-e2e suite-crash suite-contract: suite-%:
+	cargo test --release --quiet -p tests --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 kernel: ## our own guest kernel
 	deploy/guest/build-kernel.sh >/dev/null

@@ -7,7 +7,7 @@ set -euo pipefail
 build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev binutils kmod xz-utils zstd)
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
-test=(crun)
+test=(busybox-static)
 
 packages=() tools=()
 for group; do

@@ -5,11 +5,11 @@
 //!                   network ────┴─▶ QEMU ─▶ agent ─▶ guest network ─▶ CreateSandbox
 //! ```
 
-use std::{path::Path, sync::Arc, time::SystemTime};
+use std::{fs::File, os::fd::OwnedFd, path::Path, sync::Arc, time::SystemTime};
 
 use agent::{
     client::Client,
-    protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, Storage},
+    protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
@@ -18,13 +18,13 @@ use vmm::{
 
 use crate::{
     cgroup::SandboxCgroup,
-    config::{Accelerator, Config},
+    config::{self, Accelerator, Config, NetworkModel},
     error::{Context, Error, Result},
     net::{self, Network},
+    pod::Pod,
     rootfs::Share,
     sizer::Sizer,
     sizing::Sizing,
-    pod::Pod,
     spec::{GUEST_SHARE, GUEST_SHM, NetNs},
     trace::{Mark, Trace},
     undo::{ProcessId, State, Undo},
@@ -68,22 +68,24 @@ pub struct Plan<'a> {
 
 /// Boots the guest of a sandbox.
 pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
-    let sizing = Sizing::new(&plan.config, &plan.pod)?;
+    let sizing = Sizing::new(&plan.config, plan.pod.resources)?;
     let cgroup = enter_cgroup(&plan, state)?;
     let share = make_share(plan.sandbox, state)?;
     let network = match &plan.pod.netns {
-        NetNs::Path(netns) => {
+        NetNs::Path(netns) if plan.config.runtime.network == NetworkModel::TcFilter => {
             // Recorded before it is touched. The snapshot refuses the host's network namespace.
             let netns = netns.clone();
             let snapshot = in_thread("look at the pod's network", move || net::snapshot(&netns)).await?;
             state.push(Undo::Network(snapshot.record()))?;
             Some(snapshot)
         }
-        NetNs::New => None,
+        NetNs::Path(_) | NetNs::New => None,
     };
     let attach = async {
         match network {
-            Some(snapshot) => in_thread("attach the pod's network", move || snapshot.attach()).await.map(Some),
+            Some(snapshot) => in_thread("attach the pod's network", move || snapshot.attach())
+                .await
+                .map(Some),
             None => Ok(None),
         }
     };
@@ -102,16 +104,27 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent answered: QEMU {reason}"))),
         reason = virtiofsd.child().exited() => Err(Error::VmGone(format!("could not start: virtiofsd {reason}"))),
     };
-    let agent = connected.map_err(|error| explain(error, &vm, &virtiofsd))?;
+    let agent = connected.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
     trace.set(Mark::AgentConnected, SystemTime::now());
     configure(&agent, &plan, network.as_ref(), trace).await?;
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
-    Ok(Guest { vm, virtiofsd, agent, share, sizer, config: plan.config, pod: plan.pod, cgroup })
+    Ok(Guest {
+        vm,
+        virtiofsd,
+        agent,
+        share,
+        sizer,
+        config: plan.config,
+        pod: plan.pod,
+        cgroup,
+    })
 }
 
 /// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.
 fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgroup>> {
-    let Some(path) = plan.pod.cgroups_path.as_deref().filter(|path| !path.is_empty()) else { return Ok(None) };
+    let Some(path) = plan.pod.cgroups_path.as_deref().filter(|path| !path.is_empty()) else {
+        return Ok(None);
+    };
     let cgroup = SandboxCgroup::plan(path)?;
     state.push(Undo::Cgroup(cgroup.record()))?;
     cgroup.create()?;
@@ -126,7 +139,7 @@ fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
     Share::mount(sandbox)
 }
 
-fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<(Virtiofsd, std::os::fd::OwnedFd)> {
+fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<(Virtiofsd, OwnedFd)> {
     let spec = VirtiofsdSpec {
         program: plan.config.hypervisor.virtio_fs_daemon.clone(),
         shared_dir: share.root().to_owned(),
@@ -136,7 +149,12 @@ fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<
     Ok(Virtiofsd::start(spawner, &spec)?)
 }
 
-fn describe(plan: &Plan<'_>, sizing: &Sizing, network: Option<&Network>, fs: std::os::fd::OwnedFd) -> Result<(VmSpec, VmFds, Placement)> {
+fn describe(
+    plan: &Plan<'_>,
+    sizing: &Sizing,
+    network: Option<&Network>,
+    fs: OwnedFd,
+) -> Result<(VmSpec, VmFds, Placement)> {
     let config = &plan.config.hypervisor;
     let spec = VmSpec {
         name: format!("sandbox-{}", plan.sandbox),
@@ -151,32 +169,57 @@ fn describe(plan: &Plan<'_>, sizing: &Sizing, network: Option<&Network>, fs: std
         vcpus: sizing.vcpus(),
         memory: sizing.memory(),
         channel: Channel::for_host(),
-        fs: Some(FsDevice { tag: SHARE_TAG.into(), queue_size: config.virtio_fs_queue_size }),
+        fs: Some(FsDevice {
+            tag: SHARE_TAG.into(),
+            queue_size: config.virtio_fs_queue_size,
+        }),
         nics: network.map(Network::nics).unwrap_or_default(),
         seccomp: config.seccomp_sandbox,
     };
     let netns = match &plan.pod.netns {
-        NetNs::Path(path) => std::fs::File::open(path).at("open the network namespace", path)?.into(),
-        NetNs::New => empty_netns()?,
+        NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
+        NetNs::New => net::empty_namespace()?,
     };
     let taps = match network {
         Some(network) => network.taps().action("pass the taps to QEMU")?,
         None => Vec::new(),
     };
-    let fds = VmFds { fs: Some(fs), taps, vhost_net: Vec::new() };
-    Ok((spec, fds, Placement { netns: Some(netns), uid: QEMU_USER, gid: QEMU_USER }))
+    let vhost_net = if config.vhost_net {
+        open_vhost_net(taps.len())?
+    } else {
+        Vec::new()
+    };
+    let fds = VmFds {
+        fs: Some(fs),
+        taps,
+        vhost_net,
+    };
+    Ok((
+        spec,
+        fds,
+        Placement {
+            netns: Some(netns),
+            uid: QEMU_USER,
+            gid: QEMU_USER,
+        },
+    ))
 }
 
-/// A network namespace without anything, for a VM that gets no network.
-fn empty_netns() -> Result<std::os::fd::OwnedFd> {
-    let made = std::thread::spawn(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
-        std::fs::File::open("/proc/thread-self/ns/net")
-    });
-    match made.join() {
-        Ok(namespace) => namespace.map(Into::into).action("make an empty network namespace"),
-        Err(_) => Err(std::io::Error::other("the thread panicked")).action("make an empty network namespace"),
+/// One vhost-net device per card, where the host has vhost-net.
+fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
+    let device = Path::new("/dev/vhost-net");
+    if !device.exists() {
+        return Ok(Vec::new());
     }
+    let open = |_| {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(device)
+            .map(OwnedFd::from)
+            .at("open", device)
+    };
+    (0..cards).map(open).collect()
 }
 
 async fn connect(vm: &Vm, config: &Config) -> Result<Client> {
@@ -186,15 +229,16 @@ async fn connect(vm: &Vm, config: &Config) -> Result<Client> {
     Ok(agent)
 }
 
-/// Adds the last words of whoever knows why: the guest's console, QEMU, virtiofsd.
-fn explain(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
-    let tails = [("guest console", vm.console_tail()), ("QEMU", vm.log_tail()), ("virtiofsd", virtiofsd.log_tail())];
-    for (who, tail) in &tails {
-        if !tail.trim().is_empty() {
-            tracing::error!(who, "last words:\n{tail}");
-        }
-    }
-    error
+/// What those who may know why a VM ended said last: the guest's console, QEMU, virtiofsd.
+pub fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
+    let tails = [
+        ("the guest's console", vm.console_tail()),
+        ("QEMU", vm.log_tail()),
+        ("virtiofsd", virtiofsd.log_tail()),
+    ];
+    let said = tails.iter().filter(|(_, tail)| !tail.trim().is_empty());
+    said.map(|(who, tail)| format!("the last words of {who}:\n{tail}\n"))
+        .collect()
 }
 
 async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {
@@ -213,21 +257,31 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     request.dns = dns_lines(&plan.pod)?;
     request.sandbox_pidns = plan.pod.shared_pidns;
     request.storages = vec![share_storage(), shm_storage()];
+    request.kernel_modules = plan.config.agent.kernel_modules.iter().map(kernel_module).collect();
     agent.create_sandbox(request).await?;
 
     let mut request = GuestDetailsRequest::new();
     request.mem_block_size = true;
-    let details = agent.guest_details(request).await?;
+    let details = agent.get_guest_details(request).await?;
     let answered = SystemTime::now();
     let clock = |key: &str| -> Option<u64> {
         let features = &details.agent_details.extra_features;
-        features.iter().find_map(|feature| feature.strip_prefix(key)?.parse().ok())
+        features
+            .iter()
+            .find_map(|feature| feature.strip_prefix(key)?.parse().ok())
     };
     // Only our own agent tells its clock; a foreign one leaves two marks out of the waterfall.
     if let (Some(pid1), Some(now)) = (clock("sandpod.pid1_us="), clock("sandpod.now_us=")) {
         trace.set_guest(pid1, now, answered);
     }
     Ok(())
+}
+
+fn kernel_module(module: &config::KernelModule) -> KernelModule {
+    let mut request = KernelModule::new();
+    request.name = module.name.clone();
+    request.parameters = module.parameters.clone();
+    request
 }
 
 fn share_storage() -> Storage {
@@ -246,7 +300,9 @@ fn shm_storage() -> Storage {
     storage.source = "shm".into();
     storage.fstype = "tmpfs".into();
     // 64 MiB is what CRI-O and containerd give a pod's /dev/shm.
-    storage.options = ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"].map(str::to_owned).to_vec();
+    storage.options = ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"]
+        .map(str::to_owned)
+        .to_vec();
     storage.mount_point = GUEST_SHM.into();
     storage
 }
@@ -272,6 +328,12 @@ async fn in_thread<T: Send + 'static, E: Into<Error> + Send + 'static>(
 
 /// The lines of the pod's resolv.conf, for the guest itself.
 fn dns_lines(pod: &Pod) -> Result<Vec<String>> {
-    let Some(path) = &pod.resolv_conf else { return Ok(Vec::new()) };
-    Ok(std::fs::read_to_string(path).at("read", path)?.lines().map(str::to_owned).collect())
+    let Some(path) = &pod.resolv_conf else {
+        return Ok(Vec::new());
+    };
+    Ok(std::fs::read_to_string(path)
+        .at("read", path)?
+        .lines()
+        .map(str::to_owned)
+        .collect())
 }

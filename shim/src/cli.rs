@@ -83,7 +83,9 @@ impl Cli {
                 "info" => action = Some(Action::Info),
                 "debug" => cli.debug = inline.as_deref() != Some("false"),
                 "namespace" | "id" | "address" | "bundle" | "publish-binary" | "socket" => {
-                    let value = inline.or_else(|| args.next()).ok_or_else(|| CliError::NoValue(name.into()))?;
+                    let value = inline
+                        .or_else(|| args.next())
+                        .ok_or_else(|| CliError::NoValue(name.into()))?;
                     match name {
                         "namespace" => cli.namespace = value,
                         "id" => cli.id = value,
@@ -108,7 +110,9 @@ pub fn is_name(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= 128
         && !id.starts_with('.')
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 #[cfg(test)]
@@ -116,27 +120,38 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Cli, CliError> {
-        Cli::parse(line.split(' ').map(|word| if word == "''" { String::new() } else { word.to_owned() }))
+        Cli::parse(
+            line.split(' ')
+                .map(|word| if word == "''" { String::new() } else { word.to_owned() }),
+        )
     }
 
     #[test]
     fn crio_starts_a_container_with_empty_addresses() {
         let cli = parse("-namespace default -address '' -publish-binary /usr/bin/crio -id abc -debug start").unwrap();
-        assert_eq!((cli.action, cli.id.as_str(), cli.address.as_str(), cli.debug), (Action::Start, "abc", "", true));
+        assert_eq!(
+            (cli.action, cli.id.as_str(), cli.address.as_str(), cli.debug),
+            (Action::Start, "abc", "", true)
+        );
     }
 
     #[test]
     fn containerd_deletes_with_a_bundle() {
-        let cli = parse("-namespace k8s.io -address /run/c.sock -publish-binary /usr/bin/containerd -id abc -bundle /b delete")
-            .unwrap();
+        let cli = parse(
+            "-namespace k8s.io -address /run/c.sock -publish-binary /usr/bin/containerd -id abc -bundle /b delete",
+        )
+        .unwrap();
         assert_eq!((cli.action, cli.bundle), (Action::Delete, Some("/b".into())));
     }
 
     #[test]
     fn version_features_and_info_need_no_id() {
-        for (line, action) in
-            [("--version", Action::Version), ("-v", Action::Version), ("features", Action::Features), ("-info", Action::Info)]
-        {
+        for (line, action) in [
+            ("--version", Action::Version),
+            ("-v", Action::Version),
+            ("features", Action::Features),
+            ("-info", Action::Info),
+        ] {
             assert_eq!(parse(line).unwrap().action, action);
         }
     }
@@ -144,7 +159,10 @@ mod tests {
     #[test]
     fn an_id_that_would_leave_its_directory_is_refused() {
         for id in ["../x", "..", "a/b", ""] {
-            assert_eq!(Cli::parse(["-id".to_owned(), id.to_owned(), "start".to_owned()]), Err(CliError::Id));
+            assert_eq!(
+                Cli::parse(["-id".to_owned(), id.to_owned(), "start".to_owned()]),
+                Err(CliError::Id)
+            );
         }
         assert_eq!(parse("-id"), Err(CliError::NoValue("id".into())));
         assert_eq!(parse("-frob"), Err(CliError::Unknown("-frob".into())));

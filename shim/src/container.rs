@@ -68,12 +68,18 @@ impl Container {
 
     /// The init's name for the agent.
     pub fn init_name(&self) -> ProcessName {
-        ProcessName { container: self.id.clone(), exec: self.id.clone() }
+        ProcessName {
+            container: self.id.clone(),
+            exec: self.id.clone(),
+        }
     }
 
     /// An exec's name for the agent.
     pub fn exec_name(&self, exec: &str) -> ProcessName {
-        ProcessName { container: self.id.clone(), exec: exec.into() }
+        ProcessName {
+            container: self.id.clone(),
+            exec: exec.into(),
+        }
     }
 
     /// Adds an exec.
@@ -89,7 +95,10 @@ impl Container {
     /// Finds an exec.
     pub fn exec(&self, id: &str) -> Result<Arc<Exec>> {
         let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
-        execs.get(id).cloned().ok_or_else(|| Error::NotFound(format!("exec {id}")))
+        execs
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("exec {id}")))
     }
 
     /// Forgets an exec.
@@ -99,13 +108,21 @@ impl Container {
 
     /// The init for an empty exec id, otherwise that exec's process.
     pub fn process(&self, exec: &str) -> Result<Arc<Process>> {
-        if exec.is_empty() { Ok(self.init.clone()) } else { Ok(self.exec(exec)?.process.clone()) }
+        if exec.is_empty() {
+            Ok(self.init.clone())
+        } else {
+            Ok(self.exec(exec)?.process.clone())
+        }
     }
 
     /// All processes, the init last.
     pub fn processes(&self) -> Vec<Arc<Process>> {
         let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
-        execs.values().map(|exec| exec.process.clone()).chain([self.init.clone()]).collect()
+        execs
+            .values()
+            .map(|exec| exec.process.clone())
+            .chain([self.init.clone()])
+            .collect()
     }
 
     /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there).
@@ -115,7 +132,11 @@ impl Container {
 
     /// The last statistics that were kept.
     pub fn last_stats(&self) -> StatsContainerResponse {
-        self.last_stats.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_default()
+        self.last_stats
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+            .unwrap_or_default()
     }
 
     /// Records an out-of-memory kill; answers whether it is the first. CRI-O looks for the file `oom` in the bundle.

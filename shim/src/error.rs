@@ -51,6 +51,9 @@ pub enum Error {
     /// The host cgroup cannot be made or used.
     #[error(transparent)]
     Cgroup(#[from] crate::cgroup::CgroupError),
+    /// The host's size cannot be told.
+    #[error(transparent)]
+    Host(#[from] crate::sizing::HostError),
     /// The virtual machine refused.
     #[error(transparent)]
     Vm(#[from] vmm::VmError),
@@ -88,11 +91,18 @@ pub trait Context<T> {
 
 impl<T, E: Into<std::io::Error>> Context<T> for std::result::Result<T, E> {
     fn action(self, action: &'static str) -> Result<T> {
-        self.map_err(|e| Error::Os { action, source: e.into() })
+        self.map_err(|e| Error::Os {
+            action,
+            source: e.into(),
+        })
     }
 
     fn at(self, action: &'static str, path: impl Into<PathBuf>) -> Result<T> {
-        self.map_err(|e| Error::Path { action, path: path.into(), source: e.into() })
+        self.map_err(|e| Error::Path {
+            action,
+            path: path.into(),
+            source: e.into(),
+        })
     }
 }
 
@@ -109,7 +119,9 @@ impl From<Error> for ttrpc::Error {
             Error::NotFound(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::Precondition(_) | Error::VmGone(_) => Code::FAILED_PRECONDITION,
-            Error::Invalid(_) | Error::Config(_) | Error::Spec(_) | Error::Annotation(_) | Error::Decode { .. } => Code::INVALID_ARGUMENT,
+            Error::Invalid(_) | Error::Config(_) | Error::Spec(_) | Error::Annotation(_) | Error::Decode { .. } => {
+                Code::INVALID_ARGUMENT
+            }
             Error::Unsupported(_) => Code::UNIMPLEMENTED,
             Error::Agent(agent::client::ClientError::NotFound(_)) => Code::NOT_FOUND,
             _ => Code::INTERNAL,

@@ -1,13 +1,17 @@
 //! Events to containerd: `Forward` on its ttrpc socket, in order, again after a reconnect. Under CRI-O there is no
 //! such socket and events go to the log only.
 
-use std::{collections::VecDeque, time::{Duration, SystemTime}};
+use std::{
+    collections::VecDeque,
+    time::{Duration, SystemTime},
+};
 
 use containerd_shim_protos::{
-    api::{Envelope, ForwardRequest},
+    api::ForwardRequest,
     protobuf::{MessageDyn, well_known_types::any::Any},
+    shim::event::Envelope,
     shim_async::{Client, EventsClient},
-    ttrpc::context,
+    ttrpc::{self, context},
 };
 use tokio::sync::mpsc;
 
@@ -33,7 +37,10 @@ impl Events {
             tokio::spawn(publish(address, receiver));
             sender
         });
-        Events { namespace: namespace.into(), queue }
+        Events {
+            namespace: namespace.into(),
+            queue,
+        }
     }
 
     /// Publishes one event. `topic` is one of containerd's `/tasks/...`.
@@ -45,7 +52,11 @@ impl Events {
             Err(error) => return tracing::error!(%error, topic, "cannot encode an event"),
         };
         // containerd wants the bare message name, without a host part.
-        let any = Any { type_url: event.descriptor_dyn().full_name().into(), value, ..Any::default() };
+        let any = Any {
+            type_url: event.descriptor_dyn().full_name().into(),
+            value,
+            ..Any::default()
+        };
         let envelope = Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.clone(),
@@ -87,7 +98,11 @@ async fn publish(address: String, mut queue: mpsc::UnboundedReceiver<Envelope>) 
 
 async fn forward(address: &str, client: &mut Option<EventsClient>, event: &Envelope) -> bool {
     if client.is_none() {
-        let url = if address.contains("://") { address.to_owned() } else { format!("unix://{address}") };
+        let url = if address.contains("://") {
+            address.to_owned()
+        } else {
+            format!("unix://{address}")
+        };
         match Client::connect(&url).await {
             Ok(connected) => *client = Some(EventsClient::new(connected)),
             Err(error) => {
@@ -97,12 +112,19 @@ async fn forward(address: &str, client: &mut Option<EventsClient>, event: &Envel
         }
     }
     let Some(client) = client else { return false };
-    let request = ForwardRequest { envelope: Some(event.clone()).into(), ..ForwardRequest::default() };
+    let request = ForwardRequest {
+        envelope: Some(event.clone()).into(),
+        ..ForwardRequest::default()
+    };
     match client.forward(context::with_duration(PATIENCE), &request).await {
         Ok(_) => true,
         // containerd understood the event and does not want it: sending it again would not help.
-        Err(containerd_shim_protos::ttrpc::Error::RpcStatus(status)) => {
-            tracing::warn!(message = status.message, topic = event.topic, "containerd refused an event");
+        Err(ttrpc::Error::RpcStatus(status)) => {
+            tracing::warn!(
+                message = status.message,
+                topic = event.topic,
+                "containerd refused an event"
+            );
             true
         }
         Err(error) => {

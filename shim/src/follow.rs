@@ -4,7 +4,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use agent::{client::ClientError, protocol::agent as wire};
 use containerd_shim_protos::{
-    api::{TaskExit, TaskOOM},
+    events::task::{TaskExit, TaskOOM},
     topics,
 };
 
@@ -19,10 +19,21 @@ use crate::{
 /// Where CRI-O learns of exits after its own restart, when nobody calls Wait any more (`container_exits_dir`).
 const CRIO_EXITS: &str = "/var/run/crio/exits";
 
+/// The exit of what died with its VM: 128 + SIGKILL.
+pub const KILLED: u32 = 137;
+
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
-pub fn process(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: Option<String>, name: ProcessName, streams: Streams) {
+pub fn process(
+    sandbox: Arc<Sandbox>,
+    container: Arc<Container>,
+    exec: Option<String>,
+    name: ProcessName,
+    streams: Streams,
+) {
     let exec = exec.unwrap_or_default();
-    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else { return };
+    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else {
+        return;
+    };
     process.end_start(true);
     let agent = guest.agent.clone();
     let copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
@@ -37,10 +48,13 @@ pub fn process(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: Option<St
             // The VM died under it, which kills it.
             Err(error) => {
                 tracing::info!(%error, ?name, "the process ended with its VM");
-                137
+                KILLED
             }
         };
-        let exit = Exit { status, at: SystemTime::now() };
+        let exit = Exit {
+            status,
+            at: SystemTime::now(),
+        };
         copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
         ended(&sandbox, &container, &exec, &process, exit).await;
     });
@@ -51,12 +65,20 @@ pub async fn ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exec: &st
     if exec.is_empty() {
         container_ended(sandbox, container, exit).await;
     }
-    if !process.stop(exit) {
-        return;
+    if process.stop(exit) {
+        announce(sandbox, container, exec, exit);
     }
+}
+
+/// Tells whoever does not wait of an end.
+pub fn announce(sandbox: &Sandbox, container: &Container, exec: &str, exit: Exit) {
     let event = TaskExit {
         container_id: container.id.clone(),
-        id: if exec.is_empty() { container.id.clone() } else { exec.into() },
+        id: if exec.is_empty() {
+            container.id.clone()
+        } else {
+            exec.into()
+        },
         pid: sandbox.pid(),
         exit_status: exit.status,
         exited_at: Some(timestamp(exit.at)).into(),
@@ -75,7 +97,13 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
     // An exit by SIGKILL may be the OOM killer's; the event may still be on its way, the counter is not.
     match guest.agent.stats_container(request).await {
         Ok(stats) => {
-            let kills = stats.cgroup_stats.memory_stats.stats.get("oom_kill").copied().unwrap_or(0);
+            let kills = stats
+                .cgroup_stats
+                .memory_stats
+                .stats
+                .get("oom_kill")
+                .copied()
+                .unwrap_or(0);
             container.keep_stats(stats);
             if exit.status == 137 && kills > 0 {
                 oom(sandbox, container);
@@ -84,7 +112,9 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
         Err(error) => tracing::info!(%error, container = container.id, "no last statistics"),
     }
     if container.kind == Kind::Single {
-        return sandbox.bring_down("is not needed any more: its container ended").await;
+        return sandbox
+            .bring_down("is not needed any more: its container ended", exit.status)
+            .await;
     }
     let mut request = wire::RemoveContainerRequest::new();
     request.container_id = container.id.clone();
@@ -97,7 +127,10 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
 
 fn oom(sandbox: &Sandbox, container: &Container) {
     if container.set_oom() {
-        let event = TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() };
+        let event = TaskOOM {
+            container_id: container.id.clone(),
+            ..TaskOOM::default()
+        };
         sandbox.events().send(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 }
@@ -122,7 +155,7 @@ pub fn watch_guest(sandbox: Arc<Sandbox>) {
             // A guest without its file server hangs on the next access: better it ends.
             exit = guest.virtiofsd.child().exited() => format!("was ended: virtiofsd {exit}"),
         };
-        sandbox.bring_down(&reason).await;
+        sandbox.bring_down(&reason, KILLED).await;
     });
 }
 

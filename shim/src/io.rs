@@ -55,10 +55,19 @@ impl Stdio {
     pub fn open(&self) -> Result<Streams> {
         let stdin = match self.stdin.as_str() {
             "" => None,
-            path => Some(OpenOptions::new().read_write(true).open_receiver(path).at("open stdin", path)?),
+            path => Some(
+                OpenOptions::new()
+                    .read_write(true)
+                    .open_receiver(path)
+                    .at("open stdin", path)?,
+            ),
         };
         let stderr = if self.terminal { "" } else { self.stderr.as_str() };
-        Ok(Streams { stdin, stdout: Output::open(&self.stdout)?, stderr: Output::open(stderr)? })
+        Ok(Streams {
+            stdin,
+            stdout: Output::open(&self.stdout)?,
+            stderr: Output::open(stderr)?,
+        })
     }
 }
 
@@ -69,15 +78,23 @@ impl Output {
         }
         if let Some((scheme, rest)) = path.split_once("://") {
             if scheme != "file" {
-                return Err(Error::Invalid(format!("output '{path}' is of scheme {scheme}; this runtime takes fifos and file://")));
+                return Err(Error::Invalid(format!(
+                    "output '{path}' is of scheme {scheme}; this runtime takes fifos and file://"
+                )));
             }
-            let file = std::fs::OpenOptions::new().create(true).append(true).open(rest).at("open", rest)?;
+            let file = std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(rest)
+                .at("open", rest)?;
             return Ok(Some(Output::File(file.into())));
         }
         if !Path::new(path).exists() {
             return Err(Error::Invalid(format!("output fifo '{path}' does not exist")));
         }
-        Ok(Some(Output::Fifo(OpenOptions::new().read_write(true).open_sender(path).at("open", path)?)))
+        Ok(Some(Output::Fifo(
+            OpenOptions::new().read_write(true).open_sender(path).at("open", path)?,
+        )))
     }
 
     async fn write(&mut self, data: &[u8]) -> std::io::Result<()> {
@@ -124,9 +141,13 @@ impl Streams {
     pub fn copy(self, client: &Client, name: &ProcessName, close_stdin: watch::Receiver<bool>) -> Copies {
         let output = [(self.stdout, true), (self.stderr, false)]
             .into_iter()
-            .filter_map(|(output, stdout)| Some(tokio::spawn(copy_output(client.clone(), name.clone(), output?, stdout))))
+            .filter_map(|(output, stdout)| {
+                Some(tokio::spawn(copy_output(client.clone(), name.clone(), output?, stdout)))
+            })
             .collect();
-        let input = self.stdin.map(|stdin| tokio::spawn(copy_input(client.clone(), name.clone(), stdin, close_stdin)));
+        let input = self
+            .stdin
+            .map(|stdin| tokio::spawn(copy_input(client.clone(), name.clone(), stdin, close_stdin)));
         Copies { output, input }
     }
 }
@@ -159,7 +180,11 @@ async fn copy_output(client: Client, name: ProcessName, mut output: Output, stdo
         request.container_id = name.container.clone();
         request.exec_id = name.exec.clone();
         request.len = CHUNK;
-        let reply = if stdout { client.read_stdout(request).await } else { client.read_stderr(request).await };
+        let reply = if stdout {
+            client.read_stdout(request).await
+        } else {
+            client.read_stderr(request).await
+        };
         // Both an empty reply and an error are the end of the stream (agent-protocol.md §1.2).
         let data = match reply {
             Ok(reply) if !reply.data.is_empty() => reply.data,

@@ -13,6 +13,7 @@
 
 mod links;
 mod namespace;
+mod wire;
 
 use namespace::Namespace;
 use nix::net::if_::if_nametoindex;

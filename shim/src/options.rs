@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use containerd_shim_protos::{
     bootstrap_api::BootstrapParams,
-    protobuf::{CodedInputStream, Message, well_known_types::any::Any},
+    protobuf::{self, CodedInputStream, Message, well_known_types::any::Any},
 };
 
 use crate::{
@@ -30,26 +30,29 @@ pub fn event_address(cli: &Cli, stdin: &[u8], environment: Option<String>) -> Op
 
 /// The configuration file that the runtime handler names; `None` when it names none.
 pub fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>> {
-    let Some(options) = options.filter(|any| !any.type_url.is_empty()) else { return Ok(None) };
+    let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
+        return Ok(None);
+    };
     let type_name = options.type_url.rsplit('/').next().unwrap_or_default();
     if type_name != OPTIONS_TYPE {
-        return Err(Error::Invalid(format!("the runtime options are of type {type_name}; this runtime takes {OPTIONS_TYPE}")));
+        return Err(Error::Invalid(format!(
+            "the runtime options are of type {type_name}; this runtime takes {OPTIONS_TYPE}"
+        )));
     }
     let mut path = String::new();
     let mut body = Vec::new();
     let mut input = CodedInputStream::from_bytes(&options.value);
-    let fields = |input: &mut CodedInputStream<'_>| -> containerd_shim_protos::protobuf::Result<()> {
+    let mut fields = |input: &mut CodedInputStream<'_>| -> protobuf::Result<()> {
         // containerd's runtimeoptions.v1.Options: 1 type_url, 2 config_path, 3 config_body.
         while let Some(tag) = input.read_raw_tag_or_eof()? {
             match tag {
                 18 => path = input.read_string()?,
                 26 => body = input.read_bytes()?,
-                other => containerd_shim_protos::protobuf::rt::skip_field_for_tag(other, input)?,
+                other => protobuf::rt::skip_field_for_tag(other, input)?,
             }
         }
         Ok(())
     };
-    let mut fields = fields;
     fields(&mut input).map_err(decode("the runtime options"))?;
     if path.is_empty() && !body.is_empty() {
         return Err(Error::Invalid(
@@ -78,7 +81,11 @@ mod tests {
         out.write_string(3, body).unwrap();
         out.flush().unwrap();
         drop(out);
-        Any { type_url: OPTIONS_TYPE.into(), value, ..Default::default() }
+        Any {
+            type_url: OPTIONS_TYPE.into(),
+            value,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -90,7 +97,10 @@ mod tests {
             ..Default::default()
         };
         let stdin = params.write_to_bytes().unwrap();
-        assert_eq!(event_address(&cli(), &stdin, Some("/old".into())), Some("/run/c.ttrpc".into()));
+        assert_eq!(
+            event_address(&cli(), &stdin, Some("/old".into())),
+            Some("/run/c.ttrpc".into())
+        );
         let legacy = options("/etc/c.toml", "").write_to_bytes().unwrap();
         assert_eq!(event_address(&cli(), &legacy, Some("/old".into())), Some("/old".into()));
         assert_eq!(event_address(&cli(), &[], Some(String::new())), None, "CRI-O");
@@ -98,11 +108,27 @@ mod tests {
 
     #[test]
     fn the_handler_names_a_configuration_file_or_none() {
-        assert_eq!(config_path(Some(&options("/etc/c.toml", ""))).unwrap(), Some("/etc/c.toml".into()));
+        assert_eq!(
+            config_path(Some(&options("/etc/c.toml", ""))).unwrap(),
+            Some("/etc/c.toml".into())
+        );
         assert_eq!(config_path(None).unwrap(), None);
         assert_eq!(config_path(Some(&Any::new())).unwrap(), None);
-        assert!(config_path(Some(&options("", "[x]"))).unwrap_err().to_string().contains("ConfigPath"));
-        let runc = Any { type_url: "containerd.runc.v1.Options".into(), ..Default::default() };
-        assert!(config_path(Some(&runc)).unwrap_err().to_string().contains("containerd.runc.v1.Options"));
+        assert!(
+            config_path(Some(&options("", "[x]")))
+                .unwrap_err()
+                .to_string()
+                .contains("ConfigPath")
+        );
+        let runc = Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            ..Default::default()
+        };
+        assert!(
+            config_path(Some(&runc))
+                .unwrap_err()
+                .to_string()
+                .contains("containerd.runc.v1.Options")
+        );
     }
 }

@@ -38,14 +38,20 @@ impl Pod {
     pub fn of(spec: &Spec) -> Result<Pod> {
         let annotations = spec.annotations().clone().unwrap_or_default();
         let linux = spec.linux().as_ref();
-        let resolv_conf = spec.mounts().iter().flatten().find(|mount| mount.destination().ends_with("etc/resolv.conf"));
+        let resolv_conf = spec
+            .mounts()
+            .iter()
+            .flatten()
+            .find(|mount| mount.destination().ends_with("etc/resolv.conf"));
         Ok(Pod {
             identity: identify(&annotations)?,
             netns: pod_netns(spec)?,
             sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
             resources: pod_resources(&annotations)?,
             shared_pidns: shares_pid_namespace(&annotations).unwrap_or(false),
-            cgroups_path: linux.and_then(|linux| linux.cgroups_path().as_ref()).map(|path| path.display().to_string()),
+            cgroups_path: linux
+                .and_then(|linux| linux.cgroups_path().as_ref())
+                .map(|path| path.display().to_string()),
             hostname: spec.hostname().clone().unwrap_or_default(),
             resolv_conf: resolv_conf.and_then(|mount| mount.source().clone()),
             annotations,

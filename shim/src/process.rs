@@ -45,7 +45,10 @@ pub struct Exit {
 impl Exit {
     /// An exit with this status, now.
     pub fn now(status: u32) -> Exit {
-        Exit { status, at: SystemTime::now() }
+        Exit {
+            status,
+            at: SystemTime::now(),
+        }
     }
 }
 
@@ -82,7 +85,10 @@ impl Process {
         if self.change(|now| (now == Status::Created).then_some(Status::Starting)) {
             return Ok(());
         }
-        Err(Error::Precondition(format!("{name} cannot be started: it is {}", self.status().word())))
+        Err(Error::Precondition(format!(
+            "{name} cannot be started: it is {}",
+            self.status().word()
+        )))
     }
 
     /// The agent answered: it runs, or it is as it was before.

@@ -36,7 +36,14 @@ impl Share {
     pub fn mount(sandbox: &str) -> Result<Share> {
         let root = Self::path_of(sandbox);
         fs::create_dir_all(&root).at("create", &root)?;
-        mount(Some("sandpod"), &root, Some("tmpfs"), MsFlags::MS_NODEV, Some("mode=0755,size=16m")).at("mount", &root)?;
+        mount(
+            Some("sandpod"),
+            &root,
+            Some("tmpfs"),
+            MsFlags::MS_NODEV,
+            Some("mode=0755,size=16m"),
+        )
+        .at("mount", &root)?;
         mount(NONE, &root, NONE, MsFlags::MS_SHARED, NONE).at("share the mount", &root)?;
         Ok(Share { root })
     }
@@ -63,7 +70,10 @@ impl Share {
         let parent = target.parent().unwrap_or(&self.root);
         fs::create_dir_all(parent).at("create", parent)?;
         // The source may be a symbolic link (a ConfigMap's file, a hostPath): the mount follows it, so must the test.
-        if fs::metadata(&volume.source).at("use the volume", &volume.source)?.is_dir() {
+        if fs::metadata(&volume.source)
+            .at("use the volume", &volume.source)?
+            .is_dir()
+        {
             fs::create_dir_all(&target).at("create", &target)?;
         } else {
             fs::File::create(&target).at("create", &target)?;
@@ -80,7 +90,11 @@ impl Share {
         if let Some(kept) = mounts_below(&dir)?.first() {
             return Err(Error::Precondition(format!("{} is still mounted", kept.display())));
         }
-        if dir.exists() { fs::remove_dir_all(&dir).at("remove", &dir) } else { Ok(()) }
+        if dir.exists() {
+            fs::remove_dir_all(&dir).at("remove", &dir)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -124,10 +138,18 @@ fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {
     let (flags, data) = parse_options(&asked.options);
     // mount(2) takes one page of options; a longer list would be cut off by the kernel, layer names included.
     if data.len() >= 4096 {
-        return Err(Error::Invalid(format!("rootfs options of {} bytes do not fit mount(2); squash the image to fewer layers", data.len())));
+        return Err(Error::Invalid(format!(
+            "rootfs options of {} bytes do not fit mount(2); squash the image to fewer layers",
+            data.len()
+        )));
     }
-    let kind = if flags.contains(MsFlags::MS_BIND) { None } else { Some(asked.type_.as_str()) };
-    mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str())).at("mount the root file system on", target)?;
+    let kind = if flags.contains(MsFlags::MS_BIND) {
+        None
+    } else {
+        Some(asked.type_.as_str())
+    };
+    mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str()))
+        .at("mount the root file system on", target)?;
     if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
     }

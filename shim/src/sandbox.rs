@@ -12,14 +12,17 @@
 use std::{
     collections::HashMap,
     future::Future,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use agent::protocol::agent as wire;
 use containerd_shim_protos::{
-    api::{CreateTaskRequest, ExecProcessRequest, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart},
+    api::{CreateTaskRequest, ExecProcessRequest},
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+    },
     protobuf::well_known_types::any::Any,
     topics,
 };
@@ -28,19 +31,19 @@ use tokio::sync::watch;
 use vmm::Spawner;
 
 use crate::{
+    annotations::{Role, identify},
     boot::{self, Guest, Plan},
     config::Config,
     container::{Container, Exec, Kind},
     error::{Context, Error, Result, decode},
     events::Events,
-    follow,
+    follow::{self, KILLED},
     io::{ProcessName, Stdio},
-    options,
+    log, options,
+    pod::Pod,
     process::{Exit, Process, Status},
     service::timestamp,
     sizing::Limits,
-    annotations::{Role, identify},
-    pod::Pod,
     spec,
     start::read_spec,
     stats,
@@ -107,7 +110,10 @@ impl Sandbox {
 
     /// Finds a container.
     pub fn container(&self, id: &str) -> Result<Arc<Container>> {
-        lock(&self.containers).get(id).cloned().ok_or_else(|| Error::NotFound(format!("container {id}")))
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("container {id}")))
     }
 
     /// All containers.
@@ -120,7 +126,9 @@ impl Sandbox {
         if let Some(reason) = self.down.borrow().as_ref() {
             return Err(Error::VmGone(reason.clone()));
         }
-        self.guest.get().ok_or_else(|| Error::Precondition(format!("sandbox {} is not created yet", self.id)))
+        self.guest
+            .get()
+            .ok_or_else(|| Error::Precondition(format!("sandbox {} is not created yet", self.id)))
     }
 
     /// Whether the caller is CRI-O, which has contracts of its own.
@@ -141,7 +149,10 @@ impl Sandbox {
             Role::Single => Kind::Single,
             Role::Container { sandbox_id } if *sandbox_id == self.id => Kind::Member,
             Role::Container { sandbox_id } => {
-                return Err(Error::Invalid(format!("container {} is of sandbox {sandbox_id}, this is {}", request.id, self.id)));
+                return Err(Error::Invalid(format!(
+                    "container {} is of sandbox {sandbox_id}, this is {}",
+                    request.id, self.id
+                )));
             }
         };
         let stdio = Stdio {
@@ -172,7 +183,13 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn fill(self: &Arc<Self>, container: &Container, request: &CreateTaskRequest, spec: &Spec, role: &Role) -> Result<()> {
+    async fn fill(
+        self: &Arc<Self>,
+        container: &Container,
+        request: &CreateTaskRequest,
+        spec: &Spec,
+        role: &Role,
+    ) -> Result<()> {
         if container.kind != Kind::Member {
             self.boot(spec, request.options.as_ref()).await?;
         }
@@ -181,7 +198,8 @@ impl Sandbox {
         }
         let result = self.create_in_guest(container, request, spec, role).await;
         if result.is_err() && container.kind == Kind::Single {
-            self.bring_down("is not needed: its only container could not be created").await;
+            self.bring_down("is not needed: its only container could not be created", KILLED)
+                .await;
             self.end_soon();
         }
         result
@@ -189,25 +207,44 @@ impl Sandbox {
 
     async fn boot(self: &Arc<Self>, spec: &Spec, options: Option<&Any>) -> Result<()> {
         let Some(mut state) = lock(&self.state).take() else {
-            return Err(Error::Precondition(format!("sandbox {} is being created or has ended", self.id)));
+            return Err(Error::Precondition(format!(
+                "sandbox {} is being created or has ended",
+                self.id
+            )));
         };
         let mut trace = Trace::load(&self.id).unwrap_or_default();
         let mark = state.mark();
         let result = async {
             let pod = Pod::of(spec)?;
             let config = Config::load(options::config_path(options)?.as_deref())?.with_annotations(&pod.annotations)?;
+            if config.hypervisor.debug || config.agent.debug || config.runtime.debug {
+                log::verbose();
+            }
             for sentence in &config.report {
                 tracing::info!("configuration: {sentence}");
             }
-            let plan = Plan { sandbox: &self.id, config, pod };
+            let plan = Plan {
+                sandbox: &self.id,
+                config,
+                pod,
+            };
             boot::boot(plan, &self.spawner, &mut state, &mut trace).await
         }
         .await;
         match result {
             Ok(guest) => {
+                // Whoever gave up on the sandbox while it booted found no VM to end.
+                if let Some(reason) = self.down.borrow().clone() {
+                    drop(guest);
+                    state.unwind_to(mark);
+                    *lock(&self.state) = Some(state);
+                    return Err(Error::VmGone(reason));
+                }
                 *lock(&self.state) = Some(state);
                 *lock(&self.trace) = trace;
-                self.guest.set(guest).map_err(|_| Error::AlreadyExists(format!("sandbox {}", self.id)))?;
+                self.guest
+                    .set(guest)
+                    .map_err(|_| Error::AlreadyExists(format!("sandbox {}", self.id)))?;
                 follow::watch_guest(self.clone());
                 Ok(())
             }
@@ -232,7 +269,13 @@ impl Sandbox {
         });
     }
 
-    async fn create_in_guest(&self, container: &Container, request: &CreateTaskRequest, spec: &Spec, role: &Role) -> Result<()> {
+    async fn create_in_guest(
+        &self,
+        container: &Container,
+        request: &CreateTaskRequest,
+        spec: &Spec,
+        role: &Role,
+    ) -> Result<()> {
         let guest = self.guest()?;
         let context = spec::Context {
             container_id: &container.id,
@@ -256,14 +299,20 @@ impl Sandbox {
             // The memory is there before the container: it may use its limit from its first instruction on.
             let limits = Limits::of(spec);
             let (mount, resize) = tokio::join!(mount, guest.sizer.set(&container.id, limits));
-            mount.map_err(std::io::Error::other).action("mount the container's files")??;
+            mount
+                .map_err(std::io::Error::other)
+                .action("mount the container's files")??;
             resize?;
             let mut create = wire::CreateContainerRequest::new();
             create.container_id = container.id.clone();
             create.exec_id = container.id.clone();
             create.sandbox_pidns = guest_spec.sandbox_pidns;
             create.OCI = Some(agent::oci::spec_to_wire(&guest_spec.spec)).into();
-            guest.agent.create_container(create).await?;
+            guest
+                .agent
+                .with_deadline(guest.config.agent.create_container_timeout)
+                .create_container(create)
+                .await?;
             Ok(())
         }
         .await;
@@ -306,7 +355,11 @@ impl Sandbox {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         process.begin_start(if exec.is_empty() { id } else { exec })?;
-        let result = if exec.is_empty() { self.start_init(&container).await } else { self.start_exec(&container, exec).await };
+        let result = if exec.is_empty() {
+            self.start_init(&container).await
+        } else {
+            self.start_exec(&container, exec).await
+        };
         if result.is_err() {
             process.end_start(false);
         }
@@ -327,7 +380,11 @@ impl Sandbox {
             self.apply_size(guest, &container.init, &name).await;
             follow::process(self.clone(), container.clone(), None, name, streams);
         }
-        let event = TaskStart { container_id: container.id.clone(), pid: self.pid(), ..TaskStart::default() };
+        let event = TaskStart {
+            container_id: container.id.clone(),
+            pid: self.pid(),
+            ..TaskStart::default()
+        };
         self.events.send(topics::TASK_START_EVENT_TOPIC, &event);
         Ok(())
     }
@@ -344,7 +401,12 @@ impl Sandbox {
         guest.agent.exec_process(request).await?;
         self.apply_size(guest, &exec.process, &name).await;
         follow::process(self.clone(), container.clone(), Some(id.into()), name, streams);
-        let event = TaskExecStarted { container_id: container.id.clone(), exec_id: id.into(), pid: self.pid(), ..TaskExecStarted::default() };
+        let event = TaskExecStarted {
+            container_id: container.id.clone(),
+            exec_id: id.into(),
+            pid: self.pid(),
+            ..TaskExecStarted::default()
+        };
         self.events.send(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
         Ok(())
     }
@@ -373,21 +435,43 @@ impl Sandbox {
     pub fn exec(&self, request: ExecProcessRequest) -> Result<()> {
         let container = self.container(&request.id)?;
         if container.kind == Kind::Sandbox {
-            return Err(Error::Invalid("exec in the sandbox itself is refused: no process of the guest belongs to it; name a container".into()));
+            return Err(Error::Invalid(
+                "exec in the sandbox itself is refused: no process of the guest belongs to it; name a container".into(),
+            ));
         }
         if request.exec_id.is_empty() || request.exec_id == request.id {
             return Err(Error::Invalid("exec_id is empty or the container's own".into()));
         }
         if container.init.status() != Status::Running {
-            return Err(Error::Precondition(format!("container {} is {}", container.id, container.init.status().word())));
+            return Err(Error::Precondition(format!(
+                "container {} is {}",
+                container.id,
+                container.init.status().word()
+            )));
         }
-        let spec: oci_spec::runtime::Process = serde_json::from_slice(&request.spec.value).map_err(decode("the exec's process"))?;
+        let spec: oci_spec::runtime::Process =
+            serde_json::from_slice(&request.spec.value).map_err(decode("the exec's process"))?;
         let mut spec = spec::guest_process(spec, &mut Vec::new())?;
         // CRI-O sends the container's process with other args: only the request says whether this one has a terminal.
         spec.set_terminal(Some(request.terminal));
-        let stdio = Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
-        container.add_exec(&request.exec_id, Exec { process: Arc::new(Process::new(stdio)), spec })?;
-        let event = TaskExecAdded { container_id: container.id.clone(), exec_id: request.exec_id, ..TaskExecAdded::default() };
+        let stdio = Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        container.add_exec(
+            &request.exec_id,
+            Exec {
+                process: Arc::new(Process::new(stdio)),
+                spec,
+            },
+        )?;
+        let event = TaskExecAdded {
+            container_id: container.id.clone(),
+            exec_id: request.exec_id,
+            ..TaskExecAdded::default()
+        };
         self.events.send(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
         Ok(())
     }
@@ -398,15 +482,21 @@ impl Sandbox {
         let process = container.process(exec)?;
         let alive = process.exit().is_none();
         if signal == 0 {
-            return if alive { Ok(()) } else { Err(Error::NotFound(format!("a process of {id}"))) };
+            return if alive {
+                Ok(())
+            } else {
+                Err(Error::NotFound(format!("a process of {id}")))
+            };
         }
         if !alive {
             return Ok(());
         }
         if container.kind == Kind::Sandbox {
-            if matches!(signal as i32, nix::libc::SIGTERM | nix::libc::SIGKILL | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGHUP) {
-                container.init.stop(Exit::now(128 + signal));
-                self.bring_down("was stopped").await;
+            if matches!(
+                signal as i32,
+                nix::libc::SIGTERM | nix::libc::SIGKILL | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGHUP
+            ) {
+                self.bring_down("was stopped", 128 + signal).await;
             }
             return Ok(());
         }
@@ -425,7 +515,7 @@ impl Sandbox {
         };
         match (guest.agent.signal_process(request).await, created && killing) {
             (Ok(()) | Err(agent::client::ClientError::NotFound(_)), true) => {
-                follow::ended(self, &container, exec, &process, Exit::now(137)).await;
+                follow::ended(self, &container, exec, &process, Exit::now(KILLED)).await;
                 Ok(())
             }
             (Ok(()), false) => {
@@ -436,7 +526,8 @@ impl Sandbox {
             }
             (Err(agent::client::ClientError::NotFound(_) | agent::client::ClientError::Gone), _) => Ok(()),
             (Err(error), _) if killing => {
-                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}")).await;
+                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}"), KILLED)
+                    .await;
                 Ok(())
             }
             (Err(error), _) => Err(error.into()),
@@ -448,13 +539,15 @@ impl Sandbox {
         let sandbox = self.clone();
         tokio::spawn(async move {
             if tokio::time::timeout(KILL_DEADLINE, process.wait()).await.is_err() {
-                sandbox.bring_down(&format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL")).await;
+                let reason = format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL");
+                sandbox.bring_down(&reason, KILLED).await;
             }
         });
     }
 
-    /// Ends the VM and everything in it, once; returns when the host is free of it.
-    pub async fn bring_down(self: &Arc<Self>, reason: &str) {
+    /// Ends the VM and everything in it, once; returns when the host is free of it. `status` is the exit of the sandbox's
+    /// own task.
+    pub async fn bring_down(self: &Arc<Self>, reason: &str, status: u32) {
         let first = self.down.send_if_modified(|down| {
             let first = down.is_none();
             if first {
@@ -470,6 +563,7 @@ impl Sandbox {
         tracing::info!(reason, "the virtual machine ends");
         let exit = guest.vm.stop(STOP_DEADLINE).await;
         tracing::info!(%exit, "the virtual machine has ended");
+        tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));
         guest.virtiofsd.child().kill();
         guest.virtiofsd.child().exited().await;
         for container in self.all() {
@@ -478,8 +572,15 @@ impl Sandbox {
             }
             // Whatever runs is followed by a task that has just lost its agent; what was only created has none.
             for process in container.processes() {
-                if container.kind == Kind::Sandbox || matches!(process.status(), Status::Created | Status::Starting) {
-                    process.stop(Exit::now(137));
+                let followed = !matches!(process.status(), Status::Created | Status::Starting);
+                if container.kind != Kind::Sandbox && !followed {
+                    process.stop(Exit::now(KILLED));
+                }
+            }
+            if container.kind == Kind::Sandbox {
+                let exit = Exit::now(status);
+                if container.init.stop(exit) {
+                    follow::announce(self, &container, "", exit);
                 }
             }
         }
@@ -490,18 +591,32 @@ impl Sandbox {
         let container = self.container(id)?;
         let guest = self.guest()?;
         if container.kind == Kind::Sandbox {
-            return Err(Error::Invalid("pausing the sandbox itself is refused; pause its containers".into()));
+            return Err(Error::Invalid(
+                "pausing the sandbox itself is refused; pause its containers".into(),
+            ));
         }
         if paused {
             let mut request = wire::PauseContainerRequest::new();
             request.container_id = id.into();
             guest.agent.pause_container(request).await?;
-            self.events.send(topics::TASK_PAUSED_EVENT_TOPIC, &TaskPaused { container_id: id.into(), ..TaskPaused::default() });
+            self.events.send(
+                topics::TASK_PAUSED_EVENT_TOPIC,
+                &TaskPaused {
+                    container_id: id.into(),
+                    ..TaskPaused::default()
+                },
+            );
         } else {
             let mut request = wire::ResumeContainerRequest::new();
             request.container_id = id.into();
             guest.agent.resume_container(request).await?;
-            self.events.send(topics::TASK_RESUMED_EVENT_TOPIC, &TaskResumed { container_id: id.into(), ..TaskResumed::default() });
+            self.events.send(
+                topics::TASK_RESUMED_EVENT_TOPIC,
+                &TaskResumed {
+                    container_id: id.into(),
+                    ..TaskResumed::default()
+                },
+            );
         }
         container.init.set_paused(paused);
         Ok(())
@@ -515,8 +630,15 @@ impl Sandbox {
         if process.status() != Status::Running {
             return Ok(());
         }
-        let name = if exec.is_empty() { container.init_name() } else { container.exec_name(exec) };
-        self.guest()?.agent.tty_win_resize(resize_request(&name, rows, columns)).await?;
+        let name = if exec.is_empty() {
+            container.init_name()
+        } else {
+            container.exec_name(exec)
+        };
+        self.guest()?
+            .agent
+            .tty_win_resize(resize_request(&name, rows, columns))
+            .await?;
         Ok(())
     }
 
@@ -532,24 +654,39 @@ impl Sandbox {
         let mut warnings = Vec::new();
         let mut request = wire::UpdateContainerRequest::new();
         request.container_id = id.into();
-        request.resources = Some(agent::oci::resources_to_wire(&spec::guest_resources(resources.clone(), &mut warnings))).into();
-        guest.sizer.grow(id, Limits::of_resources(&resources)).await?;
-        guest.agent.update_container(request).await?;
-        guest.sizer.set(id, Limits::of_resources(&resources)).await
+        request.resources = Some(agent::oci::resources_to_wire(&spec::guest_resources(
+            resources.clone(),
+            &mut warnings,
+        )))
+        .into();
+        let before = guest.sizer.grow(id, Limits::of_resources(&resources)).await?;
+        let updated = guest.agent.update_container(request).await;
+        let limits = if updated.is_ok() {
+            before.updated(&resources)
+        } else {
+            before
+        };
+        guest.sizer.set(id, limits).await?;
+        Ok(updated?)
     }
 
     /// A container's statistics from its guest cgroup; the sandbox's from the host's. The two are never added.
     pub async fn stats(&self, id: &str) -> Result<Any> {
         let container = self.container(id)?;
         if container.kind == Kind::Sandbox {
-            return Ok(stats::of_host(self.guest.get().and_then(|guest| guest.cgroup.as_ref()))?);
+            return Ok(stats::of_host(
+                self.guest.get().and_then(|guest| guest.cgroup.as_ref()),
+            )?);
         }
         if container.init.exit().is_none() {
             let mut request = wire::StatsContainerRequest::new();
             request.container_id = id.into();
             container.keep_stats(self.guest()?.agent.stats_container(request).await?);
         }
-        Ok(stats::of_guest(&container.last_stats(), container.oom.load(std::sync::atomic::Ordering::SeqCst))?)
+        Ok(stats::of_guest(
+            &container.last_stats(),
+            container.oom.load(std::sync::atomic::Ordering::SeqCst),
+        )?)
     }
 
     /// Forgets a task that has ended, or never began; returns its pid and exit.
@@ -560,7 +697,7 @@ impl Sandbox {
         let exit = match process.status() {
             Status::Stopped(exit) => exit,
             Status::Created => {
-                let exit = Exit::now(137);
+                let exit = Exit::now(KILLED);
                 if exec.is_empty() {
                     self.delete_created(&container, exit).await;
                 }
@@ -568,7 +705,10 @@ impl Sandbox {
             }
             status => {
                 let name = if exec.is_empty() { id } else { exec };
-                return Err(Error::Precondition(format!("{name} cannot be deleted: it is {}", status.word())));
+                return Err(Error::Precondition(format!(
+                    "{name} cannot be deleted: it is {}",
+                    status.word()
+                )));
             }
         };
         if exec.is_empty() {
@@ -591,8 +731,7 @@ impl Sandbox {
     async fn delete_created(self: &Arc<Self>, container: &Arc<Container>, exit: Exit) {
         match container.kind {
             Kind::Sandbox => {
-                container.init.stop(exit);
-                self.bring_down("was deleted before it was started").await;
+                self.bring_down("was deleted before it was started", exit.status).await;
             }
             Kind::Member | Kind::Single => follow::ended(self, container, "", &container.init, exit).await,
         }
@@ -603,7 +742,7 @@ impl Sandbox {
         if !now && !lock(&self.containers).is_empty() {
             return Ok(());
         }
-        self.bring_down("is not needed any more").await;
+        self.bring_down("is not needed any more", KILLED).await;
         self.end();
         Ok(())
     }

@@ -33,8 +33,16 @@ pub const READY: &str = "ready";
 /// Serves one sandbox. Standard input is the listening socket, standard output the pipe to `start`.
 pub fn serve(cli: &Cli) -> Result<()> {
     setsid().action("become a session leader")?;
-    let listener: UnixListener = std::io::stdin().as_fd().try_clone_to_owned().action("take the socket")?.into();
-    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").at("open", "/dev/null")?;
+    let listener: UnixListener = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .action("take the socket")?
+        .into();
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .at("open", "/dev/null")?;
     dup2_stdin(&null).action("detach standard input")?;
     log::init(cli.debug);
     private_mounts()?;
@@ -50,7 +58,10 @@ pub fn serve(cli: &Cli) -> Result<()> {
         .build()
         .action("start the runtime")?;
     runtime.block_on(run(cli, listener, state, || {
-        std::io::stdout().write_all(READY.as_bytes()).and_then(|()| std::io::stdout().flush()).action("report to start")?;
+        std::io::stdout()
+            .write_all(READY.as_bytes())
+            .and_then(|()| std::io::stdout().flush())
+            .action("report to start")?;
         dup2_stdout(&null).action("detach standard output")
     }))
 }
@@ -59,13 +70,21 @@ async fn run(cli: &Cli, listener: UnixListener, state: State, ready: impl FnOnce
     // A node's shutdown sends TERM to every process; the pod ends when the CRI says so, not before.
     let _ignored = signal(SignalKind::terminate()).action("ignore SIGTERM")?;
     listener.set_nonblocking(true).action("prepare the socket")?;
-    let events = Events::new(&cli.namespace, std::env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty()));
+    let events = Events::new(
+        &cli.namespace,
+        std::env::var("TTRPC_ADDRESS")
+            .ok()
+            .filter(|address| !address.is_empty()),
+    );
     let sandbox = Sandbox::new(&cli.id, events, state)?;
     let ended = sandbox.ended();
     let service: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::new(Service::new(sandbox));
     // The two versions of the task API differ in the name of their package only.
     let v3 = create_task(service.clone());
-    let v2 = create_task(service).into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)).collect();
+    let v2 = create_task(service)
+        .into_iter()
+        .map(|(name, service)| (name.replace(".v3.", ".v2."), service))
+        .collect();
     let mut server = Server::new()
         .add_listener(Listener::try_from(listener).action("listen")?)
         .register_service(v3)
@@ -73,12 +92,23 @@ async fn run(cli: &Cli, listener: UnixListener, state: State, ready: impl FnOnce
     server.start().await.map_err(std::io::Error::other).action("serve")?;
     ready()?;
     ended.await;
-    server.shutdown().await.map_err(std::io::Error::other).action("end the server")
+    server
+        .shutdown()
+        .await
+        .map_err(std::io::Error::other)
+        .action("end the server")
 }
 
 /// A mount namespace of our own: what the host mounts later still arrives here, nothing of ours shows on the host, and
 /// all of it vanishes with the last process of the sandbox.
 fn private_mounts() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).action("enter a mount namespace")?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>).at("make a slave mount of", "/")
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )
+    .at("make a slave mount of", "/")
 }

@@ -44,7 +44,11 @@ impl Service {
 /// A point in time for the wire.
 pub fn timestamp(at: SystemTime) -> Timestamp {
     let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp { seconds: since_epoch.as_secs() as i64, nanos: since_epoch.subsec_nanos() as i32, ..Timestamp::default() }
+    Timestamp {
+        seconds: since_epoch.as_secs() as i64,
+        nanos: since_epoch.subsec_nanos() as i32,
+        ..Timestamp::default()
+    }
 }
 
 /// Runs one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
@@ -58,7 +62,10 @@ async fn answer<T>(verb: &'static str, request: impl Future<Output = Result<T>>)
         Err(_) => {
             tracing::error!(verb, "panicked");
             let sentence = format!("the shim failed in {verb}; its log says where");
-            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, sentence)))
+            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
+                ttrpc::Code::INTERNAL,
+                sentence,
+            )))
         }
     }
 }
@@ -72,7 +79,10 @@ impl Task for Service {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         answer("Create", async {
             let pid = self.sandbox.create(request).await?;
-            Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+            Ok(CreateTaskResponse {
+                pid,
+                ..CreateTaskResponse::default()
+            })
         })
         .await
     }
@@ -80,7 +90,10 @@ impl Task for Service {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         answer("Start", async {
             let pid = self.sandbox.start(&request.id, &request.exec_id).await?;
-            Ok(StartResponse { pid, ..StartResponse::default() })
+            Ok(StartResponse {
+                pid,
+                ..StartResponse::default()
+            })
         })
         .await
     }
@@ -101,8 +114,14 @@ impl Task for Service {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         answer("Pids", async {
             self.sandbox.container(&request.id)?;
-            let process = ProcessInfo { pid: self.sandbox.pid(), ..ProcessInfo::default() };
-            Ok(PidsResponse { processes: vec![process], ..PidsResponse::default() })
+            let process = ProcessInfo {
+                pid: self.sandbox.pid(),
+                ..ProcessInfo::default()
+            };
+            Ok(PidsResponse {
+                processes: vec![process],
+                ..PidsResponse::default()
+            })
         })
         .await
     }
@@ -120,7 +139,14 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        answer("Kill", empty(self.sandbox.kill(&request.id, &request.exec_id, request.signal, request.all))).await
+        answer(
+            "Kill",
+            empty(
+                self.sandbox
+                    .kill(&request.id, &request.exec_id, request.signal, request.all),
+            ),
+        )
+        .await
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
@@ -132,7 +158,9 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let resize = self.sandbox.resize(&request.id, &request.exec_id, request.height, request.width);
+        let resize = self
+            .sandbox
+            .resize(&request.id, &request.exec_id, request.height, request.width);
         answer("ResizePty", empty(resize)).await
     }
 
@@ -148,14 +176,22 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        answer("Update", empty(self.sandbox.update(&request.id, request.resources.as_ref()))).await
+        answer(
+            "Update",
+            empty(self.sandbox.update(&request.id, request.resources.as_ref())),
+        )
+        .await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         answer("Wait", async {
             let process = self.sandbox.container(&request.id)?.process(&request.exec_id)?;
             let exit = process.wait().await;
-            Ok(WaitResponse { exit_status: exit.status, exited_at: Some(timestamp(exit.at)).into(), ..WaitResponse::default() })
+            Ok(WaitResponse {
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at)).into(),
+                ..WaitResponse::default()
+            })
         })
         .await
     }
@@ -163,7 +199,10 @@ impl Task for Service {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         answer("Stats", async {
             let stats = self.sandbox.stats(&request.id).await?;
-            Ok(StatsResponse { stats: Some(stats).into(), ..StatsResponse::default() })
+            Ok(StatsResponse {
+                stats: Some(stats).into(),
+                ..StatsResponse::default()
+            })
         })
         .await
     }
@@ -190,7 +229,12 @@ impl Service {
     fn state_of(&self, request: &StateRequest) -> Result<StateResponse> {
         let container = self.sandbox.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
-        let Stdio { stdin, stdout, stderr, terminal } = process.stdio.clone();
+        let Stdio {
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+        } = process.stdio.clone();
         let status = process.status();
         let mut response = StateResponse {
             id: container.id.clone(),

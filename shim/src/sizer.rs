@@ -19,9 +19,18 @@ pub struct Sizer {
 
 struct Change {
     container: String,
-    /// `None` when the container has gone.
-    limits: Option<Limits>,
-    done: oneshot::Sender<Result<()>>,
+    step: Step,
+    /// Gets the limits that counted before.
+    done: oneshot::Sender<Result<Limits>>,
+}
+
+enum Step {
+    /// The container has these limits from now on.
+    Set(Limits),
+    /// It has the larger of its limits and these: it is between the two.
+    Grow(Limits),
+    /// It is gone.
+    Remove,
 }
 
 impl Sizer {
@@ -34,30 +43,46 @@ impl Sizer {
 
     /// Counts a container with these limits; returns when the VM has the size.
     pub async fn set(&self, container: &str, limits: Limits) -> Result<()> {
-        let gone = || Error::VmGone("has ended".into());
-        self.ask(container, Some(limits)).await.map_err(|_| gone())?
+        answer(self.ask(container, Step::Set(limits))).await.map(drop)
+    }
+
+    /// Makes room for a container that is about to get these limits; returns those that it has.
+    pub async fn grow(&self, container: &str, limits: Limits) -> Result<Limits> {
+        answer(self.ask(container, Step::Grow(limits))).await
     }
 
     /// Gives a container's share back. Nobody needs to wait for it.
     pub fn remove(&self, container: &str) {
-        drop(self.ask(container, None));
+        drop(self.ask(container, Step::Remove));
     }
 
-    fn ask(&self, container: &str, limits: Option<Limits>) -> oneshot::Receiver<Result<()>> {
+    fn ask(&self, container: &str, step: Step) -> oneshot::Receiver<Result<Limits>> {
         let (done, answer) = oneshot::channel();
         // When the owner has ended, so has the VM, and the dropped `done` tells whoever waits.
-        self.changes.send(Change { container: container.into(), limits, done }).unwrap_or_default();
+        self.changes
+            .send(Change {
+                container: container.into(),
+                step,
+                done,
+            })
+            .unwrap_or_default();
         answer
     }
+}
+
+async fn answer(answer: oneshot::Receiver<Result<Limits>>) -> Result<Limits> {
+    answer.await.map_err(|_| Error::VmGone("has ended".into()))?
 }
 
 async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::UnboundedReceiver<Change>) {
     let mut containers = BTreeMap::new();
     let mut vcpus = sizing.boot_vcpus();
     while let Some(change) = queue.recv().await {
-        match change.limits {
-            Some(limits) => containers.insert(change.container, limits),
-            None => containers.remove(&change.container),
+        let before: Limits = containers.get(&change.container).copied().unwrap_or_default();
+        match change.step {
+            Step::Set(limits) => containers.insert(change.container, limits),
+            Step::Grow(limits) => containers.insert(change.container, before.larger(limits)),
+            Step::Remove => containers.remove(&change.container),
         };
         let wanted = sizing.target(containers.values());
         let result = resize(&vm, &agent, &mut vcpus, wanted.memory_mib, wanted.vcpus).await;
@@ -65,7 +90,7 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
             tracing::warn!(%error, memory_mib = wanted.memory_mib, vcpus = wanted.vcpus, "the VM did not take its new size");
         }
         // Nobody waits for a removal.
-        change.done.send(result).unwrap_or_default();
+        drop(change.done.send(result.map(|()| before)));
     }
 }
 

@@ -203,6 +203,15 @@ impl Limits {
         };
         Self { memory, milli_cpus }
     }
+
+    /// Whichever is more, of each.
+    #[must_use]
+    pub fn larger(self, other: Self) -> Self {
+        Self {
+            memory: self.memory.max(other.memory),
+            milli_cpus: self.milli_cpus.max(other.milli_cpus),
+        }
+    }
 }
 
 fn step(plug: MemoryPlug) -> u64 {

@@ -20,12 +20,12 @@ use oci_spec::runtime::Spec;
 use sha2::{Digest, Sha256};
 
 use crate::{
+    annotations::{Role, identify},
     cli::Cli,
     error::{Context, Error, Result, decode},
     options,
     process::Exit,
     service::timestamp,
-    annotations::{Role, identify},
     trace::{Mark, Trace},
     undo,
 };
@@ -39,7 +39,10 @@ const MAX_STDIN: u64 = 10 << 20;
 pub fn start(cli: &Cli) -> Result<String> {
     let exec_at = SystemTime::now();
     let mut stdin = Vec::new();
-    std::io::stdin().take(MAX_STDIN).read_to_end(&mut stdin).action("read standard input")?;
+    std::io::stdin()
+        .take(MAX_STDIN)
+        .read_to_end(&mut stdin)
+        .action("read standard input")?;
     let bundle = std::env::current_dir().action("find the bundle")?;
     let sandbox = sandbox_of(&bundle, &cli.id)?;
     let socket = socket_path(cli, &sandbox);
@@ -99,7 +102,10 @@ pub fn features() -> String {
 
 /// The `containerd.types.RuntimeInfo` message.
 pub fn info() -> Result<Vec<u8>> {
-    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..RuntimeVersion::default() };
+    let version = RuntimeVersion {
+        version: env!("CARGO_PKG_VERSION").into(),
+        ..RuntimeVersion::default()
+    };
     let features = Any {
         type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".into(),
         value: features().into_bytes(),
@@ -129,7 +135,11 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<String> {
         Role::Container { sandbox_id } => sandbox_id,
         Role::Sandbox | Role::Single => id.to_owned(),
     };
-    if crate::cli::is_name(&sandbox) { Ok(sandbox) } else { Err(Error::Invalid(format!("sandbox id '{sandbox}' is not a name"))) }
+    if crate::cli::is_name(&sandbox) {
+        Ok(sandbox)
+    } else {
+        Err(Error::Invalid(format!("sandbox id '{sandbox}' is not a name")))
+    }
 }
 
 /// The socket's name is computed, not looked up, so a container's `start` finds its sandbox without any state.
@@ -157,7 +167,10 @@ fn spawn(cli: &Cli, socket: &Path, events: Option<String>) -> Result<()> {
         command.arg("-debug");
     }
     command.arg("serve").env("TTRPC_ADDRESS", events.unwrap_or_default());
-    command.stdin(Stdio::from(OwnedFd::from(listener))).stdout(Stdio::piped()).stderr(Stdio::null());
+    command
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     let mut child = command.spawn().action("start the shim")?;
     let mut report = String::new();
     if let Some(mut stdout) = child.stdout.take() {
@@ -168,12 +181,21 @@ fn spawn(cli: &Cli, socket: &Path, events: Option<String>) -> Result<()> {
     }
     let status = child.wait().action("wait for the shim")?;
     fs::remove_file(socket).at("remove", socket)?;
-    let why = if report.is_empty() { format!("it ended with {status}") } else { report };
-    Err(Error::Precondition(format!("the shim of sandbox {} did not start: {why}", cli.id)))
+    let why = if report.is_empty() {
+        format!("it ended with {status}")
+    } else {
+        report
+    };
+    Err(Error::Precondition(format!(
+        "the shim of sandbox {} did not start: {why}",
+        cli.id
+    )))
 }
 
 /// Writes an answer to standard output without a newline, as containerd and CRI-O want it.
 pub fn print(answer: &[u8]) -> Result<()> {
     let mut out = std::io::stdout();
-    out.write_all(answer).and_then(|()| out.flush()).action("write the answer")
+    out.write_all(answer)
+        .and_then(|()| out.flush())
+        .action("write the answer")
 }

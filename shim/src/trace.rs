@@ -59,7 +59,11 @@ impl Trace {
     /// Reads the trace of a sandbox that lives.
     pub fn load(sandbox: &str) -> Result<Trace> {
         let path = dir_of(sandbox).join("trace.json");
-        let text = std::fs::read(&path).map_err(|source| crate::error::Error::Path { action: "read", path, source })?;
+        let text = std::fs::read(&path).map_err(|source| crate::error::Error::Path {
+            action: "read",
+            path,
+            source,
+        })?;
         serde_json::from_slice(&text).map_err(decode("a sandbox's trace.json"))
     }
 
@@ -89,7 +93,9 @@ impl Trace {
 
     /// The waterfall: each mark with its time since the first and the step from the one before, in milliseconds.
     pub fn render(&self) -> String {
-        let Some(first) = self.0.values().min().copied() else { return String::new() };
+        let Some(first) = self.0.values().min().copied() else {
+            return String::new();
+        };
         let mut rows: Vec<_> = self.0.iter().collect();
         rows.sort_by_key(|(mark, at)| (**at, **mark));
         let mut before = first;
@@ -109,15 +115,28 @@ mod tests {
 
     #[test]
     fn the_waterfall_is_in_order_of_time_and_places_the_guest_by_its_own_clock() {
-        let at = |ms| UNIX_EPOCH + Duration::from_millis(1_000_000 + ms);
+        let at = |ms: u64| UNIX_EPOCH + Duration::from_millis(1_000_000 + ms);
         let mut trace = Trace::default();
         trace.set(Mark::ShimExec, at(0));
         trace.set(Mark::QemuSpawned, at(10));
         trace.set(Mark::AgentConnected, at(800));
         trace.set(Mark::AgentConnected, at(900));
         trace.set_guest(650_000, 700_000, at(801));
-        let rows: Vec<_> = trace.render().lines().map(|row| row.split("  ").next().unwrap().trim().to_owned()).collect();
-        assert_eq!(rows, ["shim exec", "QEMU spawned", "kernel entered", "PID 1", "agent connected"]);
+        let rows: Vec<_> = trace
+            .render()
+            .lines()
+            .map(|row| row.split("  ").next().unwrap().trim().to_owned())
+            .collect();
+        assert_eq!(
+            rows,
+            [
+                "shim exec",
+                "QEMU spawned",
+                "kernel entered",
+                "PID 1",
+                "agent connected"
+            ]
+        );
         assert!(trace.render().contains("751.0 ms"), "{}", trace.render());
     }
 }

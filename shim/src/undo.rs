@@ -13,9 +13,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cgroup, net,
+    cgroup,
     error::{Context, Result, decode},
-    sys,
+    net, sys,
 };
 
 /// Parent of all sandbox directories.
@@ -83,8 +83,15 @@ impl State {
         let dir = dir_of(sandbox);
         fs::create_dir_all(&dir).at("create", &dir)?;
         fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).at("set the mode of", &dir)?;
-        let shim = ProcessId::of(std::process::id()).ok_or_else(|| io::Error::other("/proc is not mounted")).action("identify the shim")?;
-        let state = State { version: VERSION, sandbox: sandbox.into(), shim, undo: Vec::new() };
+        let shim = ProcessId::of(std::process::id())
+            .ok_or_else(|| io::Error::other("/proc is not mounted"))
+            .action("identify the shim")?;
+        let state = State {
+            version: VERSION,
+            sandbox: sandbox.into(),
+            shim,
+            undo: Vec::new(),
+        };
         state.save()?;
         Ok(state)
     }
@@ -93,7 +100,9 @@ impl State {
     pub fn load(sandbox: &str) -> Result<Option<State>> {
         let path = dir_of(sandbox).join("state.json");
         match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(decode("a sandbox's state.json")),
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(decode("a sandbox's state.json")),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e).at("read", path),
         }
@@ -160,7 +169,10 @@ pub fn dir_of(sandbox: &str) -> PathBuf {
 /// Removes what shims that no longer live have left on this node. Under CRI-O nobody else does.
 pub fn sweep() {
     let Ok(entries) = fs::read_dir(RUN_DIR) else { return };
-    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+    for name in entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+    {
         if let Err(error) = remove_if_dead(&name) {
             tracing::warn!(%error, sandbox = name, "cannot sweep");
         }
@@ -188,13 +200,18 @@ fn undo(entry: &Undo) -> Result<()> {
 
 /// Kills the process and waits for its end, 5 s at most: it may be in the middle of a large unmap.
 fn kill(process: &ProcessId) -> Result<()> {
-    let Some(pidfd) = sys::pidfd_open(process.pid).action("open a pidfd")? else { return Ok(()) };
+    let Some(pidfd) = sys::pidfd_open(process.pid).action("open a pidfd")? else {
+        return Ok(());
+    };
     // Checked after the pidfd is held: from here on the pid cannot come to mean another process.
     if !process.alive() {
         return Ok(());
     }
     sys::pidfd_kill(&pidfd).action("kill a process of the sandbox")?;
-    let mut poll = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&pidfd), nix::poll::PollFlags::POLLIN)];
+    let mut poll = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(&pidfd),
+        nix::poll::PollFlags::POLLIN,
+    )];
     match nix::poll::poll(&mut poll, 5000u16).action("wait for a killed process")? {
         0 => Err(io::Error::from(io::ErrorKind::TimedOut)).action("see a killed process end"),
         _ => Ok(()),

@@ -131,7 +131,7 @@ pub fn of_sandbox(pod: &PodFacts, root: &Path) -> Value {
         "/etc/hostname",
         &["ro", "bind", "nodev", "nosuid", "noexec"],
     ));
-    let mut spec = specification(pod, &pod.id, &pause, root, mounts);
+    let mut spec = specification(pod, &pod.id, &pause, root, &mounts);
     spec["annotations"] = Value::Object(annotations);
     spec["linux"]["resources"]["cpu"] = json!({"shares": 2});
     if pod.lower_oom_score {
@@ -177,7 +177,7 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
         let access = if *readonly { "ro" } else { "rw" };
         mounts.push(bind(host, container, &[access, "rbind", "rprivate", "bind"]));
     }
-    let mut spec = specification(pod, id, wanted, root, mounts);
+    let mut spec = specification(pod, id, wanted, root, &mounts);
     spec["annotations"] = Value::Object(annotations);
     spec["process"]["oomScoreAdj"] = json!(1000);
     spec["linux"]["resources"]["cpu"] = json!({"shares": 102, "quota": 0, "period": 100_000});
@@ -231,7 +231,7 @@ fn common_annotations(pod: &PodFacts, id: &str, kind: &str, root: &Path) -> Map<
     annotations
 }
 
-fn specification(pod: &PodFacts, id: &str, wanted: &Wanted, root: &Path, mounts: Vec<Value>) -> Value {
+fn specification(pod: &PodFacts, id: &str, wanted: &Wanted, root: &Path, mounts: &[Value]) -> Value {
     let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "mount"})];
     namespaces.extend(
         pod.namespaces

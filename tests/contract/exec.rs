@@ -12,6 +12,7 @@ use tests::failure::{Failure, Result, claim};
 use crate::{
     bundle::PROCESS_TYPE,
     connection::Pending,
+    crio::Runtime,
     fifo::Taken,
     task::{Fifos, KILL, ORDINARY, Streams, Task, new_id},
 };
@@ -145,6 +146,12 @@ impl Exec<'_, '_, '_> {
     /// When it does not end in time; or its output's writers are still open when Wait is answered.
     pub fn finish(self, deadline: Duration) -> Result<Done> {
         let exit = self.exit.granted(deadline)?;
+        if self.task.crio.runtime == Runtime::Reference {
+            // It goes on copying after its answer, and CRI-O may miss the last bytes.
+            for stream in [Some(&self.streams.stdout), self.streams.stderr.as_ref()] {
+                stream.map(|stream| stream.end(ORDINARY)).transpose()?;
+            }
+        }
         let stdout = self.streams.stdout.close()?;
         let stderr = self.streams.stderr.map(super::fifo::Reader::close).transpose()?;
         let closed = stdout.ended && stderr.as_ref().is_none_or(|taken| taken.ended);

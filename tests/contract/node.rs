@@ -326,8 +326,10 @@ impl Node {
         let told = watched(story, || (story.play)(&crio)).and_then(|()| self.as_before(&before, SETTLE));
         let told = told.map_err(|failure| Failure::Claim(format!("{failure}{}", crio.log())));
         drop(crio);
-        self.reset(&mounts)?;
-        told.and_then(|()| self.as_before(&before, SETTLE))
+        // The story's own failure tells more than what it left.
+        let reset = self.reset(&mounts);
+        told.and(reset)?;
+        self.as_before(&before, SETTLE)
     }
 
     /// Takes the node back by force to where it was with these mounts.
@@ -348,7 +350,8 @@ impl Node {
                 Err(format!("{others:?}"))
             }
         })?;
-        for (_, path) in mounts().iter().rev().filter(|mount| !kept.contains(mount)) {
+        // One by one: a mount that propagated goes with its twin.
+        while let Some((_, path)) = mounts().iter().rfind(|mount| !kept.contains(mount)) {
             umount2(path, MntFlags::MNT_DETACH).trying(format!("unmounting {}", path.display()))?;
         }
         for hierarchy in census::hierarchies() {

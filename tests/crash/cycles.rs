@@ -7,13 +7,18 @@ use tests::{
     run,
 };
 
+use crate::Story;
+
+/// The longest story of this program, so the first.
+pub const STORIES: &[Story] = &[("two_hundred_cycles", two_hundred_cycles)];
+
 /// Pods, and containers in each of them, one after another.
 const PODS: usize = 20;
 const CONTAINERS: usize = 10;
 
 /// 200 containers are created, used and deleted: afterwards the node holds what it held before, and containerd as many open files. (What else the node
 /// holds, the stage looks at.)
-pub fn two_hundred_cycles(node: &Node, runtime: Runtime) -> Result {
+fn two_hundred_cycles(node: &Node, runtime: Runtime) -> Result {
     // Two pods first: daemons open some files at their first use.
     for _ in 0..2 {
         a_pod_of_containers(node, runtime, 2)?;

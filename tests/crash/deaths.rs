@@ -10,7 +10,9 @@ use tests::{
     config::Runtime,
     cri::{Container, Pod},
     failure::{Failure, Result, Trying, claim, same},
+    network::Network,
     node::Node,
+    procs::Process,
     run,
 };
 
@@ -48,6 +50,7 @@ pub const OF_A_VM: &[Story] = &[
         crashed(node, runtime, KERNEL, Moment::Idle)
     }),
     ("a_frozen_machine_is_removed", a_frozen_machine_is_removed),
+    ("a_network_outlives_the_shim", a_network_outlives_the_shim),
 ];
 
 /// When the death comes.
@@ -75,7 +78,15 @@ fn killed(node: &Node, runtime: Runtime, program: &str, moment: Moment) -> Resul
     everyone_hears(&pod, &container, moment, || {
         kill(Pid::from_raw(victim), Signal::SIGKILL).trying(format!("killing {program}"))
     })?;
-    pod.remove()
+    pod.remove()?;
+    if runtime == Runtime::Runc {
+        // The reference leaves its socket.
+        run::succeed(
+            node.command("sh").args(["-c", "rm -f /run/containerd/s/*"]),
+            run::ORDINARY,
+        )?;
+    }
+    Ok(())
 }
 
 /// A privileged container that sees the guest's own processes does something to the guest.
@@ -137,8 +148,33 @@ fn a_frozen_machine_is_removed(node: &Node, runtime: Runtime) -> Result {
     )
 }
 
+/// A namespace that was there before the pod is as before after its shim was killed: no tap, no filter.
+fn a_network_outlives_the_shim(node: &Node, runtime: Runtime) -> Result {
+    let network = Network::make(node)?;
+    let before = network.look()?;
+    let task = node
+        .task(runtime, "guest")?
+        .flag("--with-ns")
+        .flag(&format!("network:{}", network.path()))
+        .start(&["sleep", "infinity"])?;
+    claim(network.look()? != before, "the pod has a tap in its network")?;
+    let shim = find(&node.processes_of(task.id()), "containerd-shim-")?;
+    kill(Pid::from_raw(shim), Signal::SIGKILL).trying("killing the shim")?;
+    node.events().bell.until("the network as before", KNOWN, || {
+        match network.look().map_err(|failure| failure.to_string())? {
+            now if now == before => Ok(()),
+            now => Err(now),
+        }
+    })?;
+    task.remove()?;
+    network.remove()
+}
+
 fn process_of(pod: &Pod<'_>, program: &str) -> Result<i32> {
-    let processes = pod.processes();
+    find(&pod.processes(), program)
+}
+
+fn find(processes: &[Process], program: &str) -> Result<i32> {
     let found = processes.iter().find(|process| process.program().starts_with(program));
     found
         .map(|process| process.pid)

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tests::{
+    cold_read::{ColdRead, FILE_MIB, View},
     config::{Guest, Runtime},
     cri::{Container, Exit},
     failure::{Failure, Result, claim, same},
@@ -25,6 +26,7 @@ pub const OF_A_VM: &[Story] = &[
         "without_a_limit_the_machine_is_the_bound",
         without_a_limit_the_machine_is_the_bound,
     ),
+    ("mapped_memory_is_counted_once", mapped_memory_is_counted_once),
 ];
 
 /// Keeps what it reads, for ever.
@@ -99,6 +101,26 @@ fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Re
     same("exit code", culprit.wait_exit_within(FILLING)?.code, 137)?;
     same("the neighbour", neighbour.shell("echo alive")?.as_str(), "alive")?;
     pod.remove()
+}
+
+/// A file's pages in the guest are seen in QEMU and in virtiofsd, and are one and the same memory: the pod's cgroup on the host is charged once.
+fn mapped_memory_is_counted_once(node: &Node, runtime: Runtime) -> Result {
+    let read = ColdRead::perform(node, runtime)?;
+    let grown = |kib: fn(&View) -> u64| (kib(&read.after).saturating_sub(kib(&read.before))) >> 10;
+    let once = grown(|view| view.footprint.total_kib());
+    let charged = grown(|view| view.charge.usage_kib - view.charge.files_kib);
+    claim(
+        grown(|view| view.guest_cached) >= FILE_MIB - 10,
+        format!("the guest keeps the file: {read:?}"),
+    )?;
+    claim(
+        (FILE_MIB - 10..=FILE_MIB + 50).contains(&once),
+        format!("the pod grew by the file, once: {read:?}"),
+    )?;
+    claim(
+        charged.abs_diff(once) < 50,
+        format!("the pod's cgroup says the same, besides the host's own copy of the file: {read:?}"),
+    )
 }
 
 fn total_mib(observer: &Container<'_>) -> Result<u64> {

@@ -2,10 +2,10 @@
 
 use tests::{
     config::Runtime,
-    failure::{Result, same},
+    failure::{Result, claim, contains, same},
     images,
+    network::Network,
     node::Node,
-    run,
 };
 
 use crate::Story;
@@ -14,6 +14,7 @@ pub const STORIES: &[Story] = &[
     ("a_web_server_on_the_pods_address", a_web_server_on_the_pods_address),
     ("two_pods_talk", two_pods_talk),
     ("a_network_that_was_there_before", a_network_that_was_there_before),
+    ("no_network_at_all", no_network_at_all),
 ];
 
 const SERVER: &[&str] = &["httpd", "-f", "-p", "8080", "-h", "/www"];
@@ -52,29 +53,26 @@ fn two_pods_talk(node: &Node, runtime: Runtime) -> Result {
 
 /// A network namespace that somebody else made is used, and given back as it was.
 fn a_network_that_was_there_before(node: &Node, runtime: Runtime) -> Result {
-    let serial = node.serial();
-    let (name, outside) = (format!("before-{serial}"), format!("veth{serial}"));
-    let shell =
-        |script: &str| run::succeed(node.command("sh").args(["-ec", script]), run::ORDINARY).map(|done| done.text());
-    shell(&format!(
-        "ip netns add {name}; ip link add {outside} type veth peer name eth0 netns {name}
-         ip addr add 10.99.0.1/24 dev {outside}; ip link set {outside} up
-         ip -n {name} addr add 10.99.0.2/24 dev eth0; ip -n {name} link set eth0 up; ip -n {name} link set lo up"
-    ))?;
-    let look = || {
-        shell(&format!(
-            "ip -n {name} -brief link; tc -n {name} qdisc show; tc -n {name} filter show dev eth0 ingress"
-        ))
-    };
-    let before = look()?;
+    let network = Network::make(node)?;
+    let before = network.look()?;
     let task = node
         .task(runtime, "guest")?
         .flag("--with-ns")
-        .flag(&format!("network:/run/netns/{name}"))
+        .flag(&format!("network:{}", network.path()))
         .start(SERVER)?;
-    same("page", node.get("10.99.0.2", 8080)?.as_str(), images::PAGE)?;
+    same("page", node.get(&network.ip(), 8080)?.as_str(), images::PAGE)?;
     task.remove()?;
-    let after = look()?;
-    shell(&format!("ip link del {outside}; ip netns del {name}"))?;
-    same("devices and filters afterwards", after, before)
+    same("devices and filters afterwards", network.look()?, before)?;
+    network.remove()
+}
+
+/// Without interfaces in its namespace a container has its loopback, and nothing beyond it.
+fn no_network_at_all(node: &Node, runtime: Runtime) -> Result {
+    let task = node.task(runtime, "alone")?.start(SERVER)?;
+    let devices = task.exec(&["ls", "/sys/class/net"])?;
+    same("devices", devices.text().as_str(), "lo")?;
+    let beyond = task.exec(&["wget", "-qO-", "http://10.88.0.1:8080/"])?;
+    claim(beyond.code != 0, "nothing beyond the loopback answers")?;
+    contains("refusal", &beyond.errors(), "unreachable")?;
+    task.remove()
 }

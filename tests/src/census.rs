@@ -68,6 +68,12 @@ impl Census {
         Census(found)
     }
 
+    /// How many things there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// What is here and was not in `before`.
     #[must_use]
     pub fn since(&self, before: &Census) -> Vec<String> {

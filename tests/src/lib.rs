@@ -4,12 +4,15 @@
 //! sees. [`stage`] plays stories one after another on a node and fails those that leave anything behind.
 
 pub mod census;
+pub mod cold_read;
 pub mod config;
 pub mod console;
 pub mod cri;
 pub mod events;
 pub mod failure;
+pub mod footprint;
 pub mod images;
+pub mod network;
 pub mod node;
 pub mod places;
 pub mod procs;

@@ -440,7 +440,12 @@ impl Node {
             .map_or(0, |process| process.pid);
         let listener = self.listen()?;
         *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(Daemon { pid, child, listener });
-        Ok(())
+        // 1.6 says that it has booted while its CRI still looks for the pods that were there before.
+        self.events.bell.until("an answer of the CRI", run::ORDINARY, || {
+            self.crictl(["version"])
+                .map(drop)
+                .map_err(|failure| failure.to_string())
+        })
     }
 
     /// Subscribes to containerd's events, and is back when the first one came through.

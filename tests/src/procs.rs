@@ -24,6 +24,15 @@ impl Process {
         path.rsplit('/').next().unwrap_or(path)
     }
 
+    /// Its resident set in KiB, as ps shows it: shared pages count in full.
+    #[must_use]
+    pub fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok())
+            .unwrap_or(0)
+    }
+
     /// What it holds in memory.
     #[must_use]
     pub fn memory(&self) -> Memory {
@@ -31,28 +40,31 @@ impl Process {
     }
 }
 
-/// The proportional set size (proc(5), smaps) of a process in KiB, in two parts.
+/// The proportional set size (proc(5), smaps) of a process in KiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Shared memory objects: the guest's RAM, wherever it is mapped.
     pub guest_kib: u64,
     /// Everything else.
     pub own_kib: u64,
+    /// Of that, files on disks: whoever maps the same ones holds the same pages.
+    pub files_kib: u64,
 }
 
 fn memory_of(smaps: &str) -> Memory {
     let mut memory = Memory::default();
-    let mut of_guest = false;
+    let (mut of_guest, mut of_file) = (false, false);
     for line in smaps.lines() {
         if let Some(rest) = line.strip_prefix("Pss:") {
             let kib = rest.trim().trim_end_matches(" kB").parse().unwrap_or(0);
-            *(if of_guest {
-                &mut memory.guest_kib
-            } else {
-                &mut memory.own_kib
-            }) += kib;
+            match of_guest {
+                true => memory.guest_kib += kib,
+                false => memory.own_kib += kib,
+            }
+            memory.files_kib += if of_file { kib } else { 0 };
         } else if line.as_bytes().first().is_some_and(u8::is_ascii_hexdigit) && !line.contains(": ") {
             of_guest = line.contains("/memfd:") || line.contains("/dev/shm/");
+            of_file = !of_guest && line.contains(" /");
         }
     }
     memory
@@ -146,12 +158,14 @@ mod tests {
     #[test]
     fn guest_ram_is_told_apart_from_what_the_process_itself_holds() {
         let smaps = "7f0000000000-7f0080000000 rw-s 00000000 00:01 1027   /memfd:ram0 (deleted)\nSize: 2097152 kB\nPss:               70000 kB\n\
-                     Pss_Dirty: 1 kB\n55d000000000-55d000001000 r--p 00000000 fe:00 7 /usr/bin/qemu-system-x86_64\nPss:                  12 kB\n";
+                     Pss_Dirty: 1 kB\n55d000000000-55d000001000 r--p 00000000 fe:00 7 /usr/bin/qemu-system-x86_64\nPss:                  12 kB\n\
+                     7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]\nPss:                  3 kB\n";
         assert_eq!(
             memory_of(smaps),
             Memory {
                 guest_kib: 70000,
-                own_kib: 12
+                own_kib: 15,
+                files_kib: 12
             }
         );
     }

@@ -1,8 +1,9 @@
-//! Plays stories, one after another on each node, and fails those that leave anything behind.
+//! Plays stories, one at a time on each node, and fails those that leave anything behind.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -16,19 +17,19 @@ use crate::{
 /// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// A place where a node stands while stories need it.
+/// Nodes of one kind: as many as stories play at once.
 pub struct Stage {
     spec: NodeSpec,
-    node: Mutex<Option<Node>>,
+    free: Mutex<Vec<Node>>,
 }
 
 impl Stage {
-    /// A stage whose node is started by the first story.
+    /// A stage whose nodes are started by the stories that find none free.
     #[must_use]
     pub fn new(spec: NodeSpec) -> Arc<Stage> {
         Arc::new(Stage {
             spec,
-            node: Mutex::default(),
+            free: Mutex::default(),
         })
     }
 
@@ -37,8 +38,8 @@ impl Stage {
     /// # Errors
     /// The story's, or [`Failure::LeftBehind`].
     pub fn play(&self, story: impl FnOnce(&Node) -> Result) -> Result {
-        let mut place = self.node.lock().unwrap_or_else(PoisonError::into_inner);
-        let node = match place.take() {
+        let free = self.free().pop();
+        let node = match free {
             Some(node) => node,
             None => Node::start(&self.spec)?,
         };
@@ -47,7 +48,7 @@ impl Stage {
             .unwrap_or_else(|_| Err(Failure::Claim("the story panicked".into())));
         match node.nothing_left_since(&before, SETTLE) {
             Ok(()) => {
-                *place = Some(node);
+                self.free().push(node);
                 told
             }
             // The story's own failure tells more than what it left.
@@ -58,16 +59,17 @@ impl Stage {
         }
     }
 
-    /// Ends the node, if one stands here.
+    /// Ends the nodes.
     ///
     /// # Errors
-    /// When something of it cannot be undone.
+    /// When something of one cannot be undone.
     pub fn clear(&self) -> Result {
-        self.node
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .map_or(Ok(()), Node::close)
+        let nodes = std::mem::take(&mut *self.free());
+        nodes.into_iter().map(Node::close).fold(Ok(()), Result::and)
+    }
+
+    fn free(&self) -> MutexGuard<'_, Vec<Node>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -77,11 +79,11 @@ pub fn trial(name: String, stage: &Arc<Stage>, story: impl FnOnce(&Node) -> Resu
     Trial::test(name, move || Ok(stage.play(story)?))
 }
 
-/// Runs the trials, clears the stages, and exits.
+/// Runs the trials, as many at once as there are processors, clears the stages, and exits.
 pub fn perform(trials: Vec<Trial>, stages: &[Arc<Stage>]) -> ! {
     let mut arguments = libtest_mimic::Arguments::from_args();
-    // One story at a time on each node.
-    arguments.test_threads = arguments.test_threads.or(Some(stages.len()));
+    let processors = thread::available_parallelism().map_or(2, usize::from);
+    arguments.test_threads = arguments.test_threads.or(Some(processors));
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut clean = true;
     for stage in stages {

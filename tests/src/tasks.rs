@@ -1,10 +1,17 @@
 //! Tasks without a kubelet: `ctr run`, which knows nothing of pods and sets none of the CRI's annotations.
 
-use std::process::Command;
+use std::{
+    io::{BufRead, BufReader, Read},
+    os::unix::process::CommandExt,
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use crate::{
     config::Runtime,
-    failure::Result,
+    failure::{Failure, Result, Trying},
     images,
     node::Node,
     run::{self, Output, finish},
@@ -96,6 +103,110 @@ impl<'n> TaskSpec<'n> {
             node: spec.node,
             id: spec.id,
         })
+    }
+
+    /// Starts it and its client, and does not wait for either.
+    ///
+    /// # Errors
+    /// When the client cannot be started.
+    pub fn launch(self, arguments: &[&str]) -> Result<Launch<'n>> {
+        let mut command = self.command(arguments);
+        command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let began = Instant::now();
+        let mut client = command.spawn().trying("starting ctr")?;
+        let (told, first) = mpsc::channel();
+        let (output, errors) = (client.stdout.take(), client.stderr.take());
+        thread::spawn(move || {
+            let mut output = BufReader::new(output.into_iter().next()?);
+            let mut line = String::new();
+            let count = output.read_line(&mut line).ok()?;
+            let at = Instant::now();
+            if count == 0 {
+                let mut said = String::new();
+                // What could not be read is not shown.
+                drop(errors?.read_to_string(&mut said));
+                told.send(Err(said)).ok()
+            } else {
+                told.send(Ok(at)).ok()?;
+                // The rest is read so that the task is not held up.
+                std::io::copy(&mut output, &mut std::io::sink()).ok().map(drop)
+            }
+        });
+        let task = Task {
+            node: self.node,
+            id: self.id,
+        };
+        Ok(Launch {
+            task,
+            line: run::describe(&command),
+            client,
+            began,
+            first,
+        })
+    }
+}
+
+/// A task on its way.
+pub struct Launch<'n> {
+    task: Task<'n>,
+    line: String,
+    client: Child,
+    began: Instant,
+    first: mpsc::Receiver<std::result::Result<Instant, String>>,
+}
+
+impl<'n> Launch<'n> {
+    /// Waits for the first line of its output.
+    ///
+    /// # Errors
+    /// When the task ends without one, with what its client said.
+    pub fn up(self) -> Result<Attached<'n>> {
+        match self.first.recv_timeout(run::ORDINARY) {
+            Ok(Ok(at)) => Ok(Attached {
+                task: self.task,
+                client: self.client,
+                first_output: at - self.began,
+            }),
+            Ok(Err(output)) => Err(Failure::Command {
+                command: self.line,
+                status: "no output".into(),
+                output: output.trim().to_owned(),
+            }),
+            Err(_) => Err(Failure::Deadline {
+                what: format!("the first output of `{}`", self.line),
+                deadline: run::ORDINARY,
+                detail: String::new(),
+            }),
+        }
+    }
+}
+
+/// A running task whose client shows its output.
+pub struct Attached<'n> {
+    /// The task.
+    pub task: Task<'n>,
+    /// How long it was from the client's start to the first line of output.
+    pub first_output: Duration,
+    client: Child,
+}
+
+impl Attached<'_> {
+    /// Kills it, and returns how long it was from there until the client saw the task deleted. Removes the container too.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn kill(self) -> Result<Duration> {
+        let (node, id) = (self.task.node, &self.task.id);
+        let began = Instant::now();
+        node.ctr(["tasks", "kill", "--signal", "SIGKILL", id])?;
+        run::wait(self.client, run::ORDINARY, "ctr run")?;
+        let took = began.elapsed();
+        node.ctr(["containers", "delete", id])?;
+        Ok(took)
     }
 }
 

@@ -54,8 +54,6 @@ pub enum ChannelFd {
         /// Host port where the guest says that it is ready.
         ready_port: u32,
     },
-    /// The connection to vhost-device-vsock.
-    VhostUserVsock(RawFd),
 }
 
 /// QEMU's arguments, without the program.
@@ -194,10 +192,6 @@ impl Args {
             }
             ChannelFd::VhostVsock { fd, cid, .. } => {
                 self.device(format!("vhost-vsock-pci,vhostfd={fd},guest-cid={cid}"));
-            }
-            ChannelFd::VhostUserVsock(fd) => {
-                self.pair("-chardev", format!("socket,id=vsock,fd={fd}"));
-                self.device("vhost-user-vsock-pci,chardev=vsock");
             }
         }
     }

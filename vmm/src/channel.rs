@@ -26,7 +26,12 @@ use tokio::{
 };
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use crate::{args::ChannelFd, error::VmError, spec::Channel, sys};
+use crate::{
+    args::ChannelFd,
+    error::VmError,
+    spec::{Channel, SpecError},
+    sys,
+};
 
 /// The agent's port (Kata's `vsock://-1:1024`).
 const AGENT_VSOCK_PORT: u32 = 1024;
@@ -106,7 +111,7 @@ impl Link {
                     inherit: vhost,
                 })
             }
-            Channel::VhostUserVsock { .. } => Err(VmError::StreamTaken),
+            Channel::VhostUserVsock => Err(SpecError::VhostUserVsock.into()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Whether this node's KVM can run our VMs.
 
-use std::{fs, io};
+use std::{ffi::CString, fs, io};
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -13,15 +13,34 @@ pub enum KvmError {
     /// `/proc/cpuinfo` is unreadable.
     #[error("cannot read /proc/cpuinfo: {0}")]
     CpuInfo(io::Error),
-    /// The device cannot be opened.
+    /// The device is not there.
+    #[error("there is no /dev/kvm, although the CPU can virtualise: load the kernel module kvm_intel or kvm_amd")]
+    NoDevice,
+    /// The device is there for others.
+    #[error("/dev/kvm may not be opened by this user: {0}")]
+    Forbidden(io::Error),
+    /// The device cannot be opened for some other reason.
     #[error("cannot open /dev/kvm: {0}")]
     Device(io::Error),
-    /// The API is not the one that is stable since Linux 2.6.22.
+    /// What opens is not KVM, or its API is not the one that is stable since Linux 2.6.22.
     #[error("/dev/kvm speaks version {0} of its interface instead of 12")]
     Version(i32),
     /// A capability that QEMU relies on.
     #[error("/dev/kvm lacks the capability {0}")]
     Capability(&'static str),
+}
+
+impl From<io::Error> for KvmError {
+    /// Of the device's opening.
+    fn from(error: io::Error) -> KvmError {
+        match error.kind() {
+            // Without the module a device node may still be there, and opening it says ENXIO or ENODEV.
+            io::ErrorKind::NotFound => KvmError::NoDevice,
+            _ if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => KvmError::NoDevice,
+            io::ErrorKind::PermissionDenied => KvmError::Forbidden(error),
+            _ => KvmError::Device(error),
+        }
+    }
 }
 
 /// What QEMU asks of the kernel for a q35 machine with in-kernel interrupt controllers and vhost.
@@ -40,10 +59,15 @@ const NEEDED: [(Cap, &str); 6] = [
 /// The first thing that is missing, in a sentence.
 pub fn kvm_ready() -> Result<(), KvmError> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").map_err(KvmError::CpuInfo)?;
-    if !virtualises(&cpuinfo) {
+    check(&cpuinfo, c"/dev/kvm".into())
+}
+
+fn check(cpuinfo: &str, device: CString) -> Result<(), KvmError> {
+    if !virtualises(cpuinfo) {
         return Err(KvmError::NoVirtualisation);
     }
-    let kvm = Kvm::new().map_err(|error| KvmError::Device(io::Error::from_raw_os_error(error.errno())))?;
+    let opened = Kvm::new_with_path(device);
+    let kvm = opened.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
     if kvm.get_api_version() != 12 {
         return Err(KvmError::Version(kvm.get_api_version()));
     }
@@ -75,5 +99,52 @@ mod tests {
             "model name\t: vmx svm\nflags\t\t: fpu svm_lock vmxoff\nvmx flags\t: vnmi\n"
         ));
         assert!(!virtualises(""));
+    }
+
+    const CAPABLE: &str = "flags\t\t: fpu vmx\n";
+
+    #[test]
+    fn each_thing_that_is_missing_has_its_sentence() {
+        let said = |result: Result<(), KvmError>| result.unwrap_err().to_string();
+        assert_eq!(
+            said(check("flags : fpu\n", c"/dev/null".into())),
+            "the CPU offers no hardware virtualisation: neither vmx nor svm is among its flags in /proc/cpuinfo"
+        );
+        let absent =
+            "there is no /dev/kvm, although the CPU can virtualise: load the kernel module kvm_intel or kvm_amd";
+        assert_eq!(said(check(CAPABLE, c"/nonexistent/kvm".into())), absent);
+        assert_eq!(
+            said(check(CAPABLE, c"/dev/null".into())),
+            "/dev/kvm speaks version -1 of its interface instead of 12"
+        );
+        for (errno, sentence) in [
+            (libc::ENODEV, absent),
+            (
+                libc::EACCES,
+                "/dev/kvm may not be opened by this user: Permission denied (os error 13)",
+            ),
+            (
+                libc::EPERM,
+                "/dev/kvm may not be opened by this user: Operation not permitted (os error 1)",
+            ),
+            (libc::EMFILE, "cannot open /dev/kvm: Too many open files (os error 24)"),
+        ] {
+            assert_eq!(
+                KvmError::from(io::Error::from_raw_os_error(errno)).to_string(),
+                sentence
+            );
+        }
+        assert_eq!(
+            KvmError::Capability("KVM_CAP_IRQFD").to_string(),
+            "/dev/kvm lacks the capability KVM_CAP_IRQFD"
+        );
+    }
+
+    #[test]
+    fn a_device_that_opens_does_not_make_up_for_the_cpus_flags() {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
+        if !virtualises(&cpuinfo) {
+            assert!(matches!(kvm_ready(), Err(KvmError::NoVirtualisation)));
+        }
     }
 }

@@ -16,10 +16,7 @@ use nix::sys::{
     signal::Signal,
     wait::{Id, WaitPidFlag, WaitStatus, waitid},
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::watch,
-};
+use tokio::{io::unix::AsyncFd, sync::watch};
 
 use crate::{
     clock::Moment,
@@ -105,7 +102,7 @@ impl Child {
     fn watch(pid: u32, pidfd: OwnedFd) -> io::Result<Child> {
         let pidfd = Arc::new(pidfd);
         let (tell, end) = watch::channel(None);
-        let watched = AsyncFd::with_interest(pidfd.clone(), Interest::READABLE)?;
+        let watched = sys::readiness(pidfd.clone())?;
         tokio::spawn(async move {
             if let Ok(mut ready) = watched.readable().await {
                 ready.retain_ready();

@@ -8,6 +8,7 @@ use std::{
         unix::process::CommandExt,
     },
     process::Command,
+    sync::Arc,
 };
 
 use nix::{
@@ -17,6 +18,7 @@ use nix::{
     sys::{prctl, signal::Signal},
     unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid},
 };
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// What a child does between fork and exec.
 #[derive(Debug, Default)]
@@ -76,6 +78,12 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just returned this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits for `fd` to become readable, which for a pidfd is the end of its process.
+pub(crate) fn readiness(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: the `Arc` keeps this one descriptor open, under this number, for as long as the reactor knows of it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
 /// Sends `signal` to the process behind `pidfd`.

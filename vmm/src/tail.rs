@@ -42,7 +42,7 @@ impl Tail {
     pub fn pipe() -> io::Result<(Tail, OwnedFd)> {
         let (writer, reader) = pipe::pipe()?;
         // The far side is a program that expects its standard error to block.
-        Ok((Tail::follow(reader), writer.into_blocking_fd()?.into()))
+        Ok((Tail::follow(reader), writer.into_blocking_fd()?))
     }
 
     /// What was written last, as text.

@@ -6,6 +6,7 @@
 
 use std::{
     fs::File,
+    io,
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::UnixStream as StdUnixStream,
@@ -249,7 +250,12 @@ fn socket_pair() -> Result<(StdUnixStream, StdUnixStream), VmError> {
 
 /// Opened here, as root, so that the folder need not be reachable for QEMU's user.
 fn open(path: &Path) -> Result<OwnedFd, VmError> {
-    File::open(path).map(OwnedFd::from).map_err(|source| VmError::Open {
+    let opened = File::open(path).and_then(|file| match file.metadata()?.is_file() {
+        true => Ok(file.into()),
+        // QEMU would read nothing from it, and complain of something else.
+        false => Err(io::Error::other("not a regular file")),
+    });
+    opened.map_err(|source| VmError::Open {
         path: path.into(),
         source,
     })

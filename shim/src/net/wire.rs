@@ -1,0 +1,110 @@
+//! The pod's network in the terms of the VM and of the agent's protocol.
+
+use std::net::IpAddr;
+
+use agent::protocol::{
+    agent::{AddARPNeighborsRequest, UpdateInterfaceRequest, UpdateRoutesRequest},
+    types,
+};
+use vmm::spec::Nic;
+
+use super::{Interface, Neighbor, Network, Route, mac_text};
+
+/// `IFF_NOARP` of linux/if.h, the one flag that the protocol takes.
+const NOARP: u32 = 0x80;
+/// `NUD_PERMANENT` of linux/neighbour.h.
+const PERMANENT: i32 = 0x80;
+
+impl Network {
+    /// One network card per interface, in the order of the taps.
+    pub fn nics(&self) -> Vec<Nic> {
+        let nic = |interface: &Interface| Nic {
+            mac: interface.mac_text(),
+            mtu: interface.mtu,
+        };
+        self.interfaces.iter().map(nic).collect()
+    }
+
+    /// One request per interface: the guest gives its card the pod's name and addresses.
+    pub fn interface_requests(&self) -> Vec<UpdateInterfaceRequest> {
+        self.interfaces.iter().map(interface_request).collect()
+    }
+
+    /// All routes, those that others depend on first.
+    pub fn routes_request(&self) -> UpdateRoutesRequest {
+        let mut request = UpdateRoutesRequest::new();
+        request.routes.mut_or_insert_default().Routes = self.routes.iter().map(route).collect();
+        request
+    }
+
+    /// The permanent neighbours; `None` when there are none.
+    pub fn neighbours_request(&self) -> Option<AddARPNeighborsRequest> {
+        let neighbours: Vec<_> = self.neighbors.iter().map(neighbour).collect();
+        let mut request = AddARPNeighborsRequest::new();
+        (!neighbours.is_empty()).then(|| {
+            request.neighbors.mut_or_insert_default().ARPNeighbors = neighbours;
+            request
+        })
+    }
+}
+
+fn interface_request(from: &Interface) -> UpdateInterfaceRequest {
+    let mut request = UpdateInterfaceRequest::new();
+    let interface = request.interface.mut_or_insert_default();
+    interface.device = from.name.clone();
+    interface.name = from.name.clone();
+    interface.mtu = from.mtu.into();
+    interface.hwAddr = from.mac_text();
+    interface.raw_flags = if from.noarp { NOARP } else { 0 };
+    interface.IPAddresses = from
+        .addresses
+        .iter()
+        .map(|(ip, length)| address(ip, &length.to_string()))
+        .collect();
+    request
+}
+
+fn route(from: &Route) -> types::Route {
+    let mut route = types::Route::new();
+    // The default route has no destination on the wire.
+    route.dest = from
+        .destination
+        .map(|(ip, length)| format!("{ip}/{length}"))
+        .unwrap_or_default();
+    route.gateway = from.gateway.map(|ip| ip.to_string()).unwrap_or_default();
+    route.source = from.source.map(|ip| ip.to_string()).unwrap_or_default();
+    route.device = from.device.clone();
+    route.scope = from.scope.into();
+    route.family = if from.ipv6 {
+        types::IPFamily::v6
+    } else {
+        types::IPFamily::v4
+    }
+    .into();
+    route.flags = from.flags;
+    route.mtu = from.mtu;
+    route
+}
+
+fn neighbour(from: &Neighbor) -> types::ARPNeighbor {
+    let mut neighbour = types::ARPNeighbor::new();
+    neighbour.toIPAddress = Some(address(&from.address, "")).into();
+    neighbour.device = from.device.clone();
+    neighbour.lladdr = mac_text(&from.mac);
+    neighbour.state = PERMANENT;
+    neighbour.flags = from.flags.into();
+    neighbour
+}
+
+fn address(ip: &IpAddr, mask: &str) -> types::IPAddress {
+    let mut address = types::IPAddress::new();
+    address.family = if ip.is_ipv6() {
+        types::IPFamily::v6
+    } else {
+        types::IPFamily::v4
+    }
+    .into();
+    address.address = ip.to_string();
+    address.mask = mask.into();
+    address
+}

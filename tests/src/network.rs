@@ -1,0 +1,81 @@
+//! A network namespace that nobody's runtime made.
+
+use crate::{
+    failure::Result,
+    node::Node,
+    run::{self, succeed},
+};
+
+/// A namespace whose eth0 is connected with the node.
+pub struct Network<'n> {
+    node: &'n Node,
+    serial: u32,
+}
+
+impl<'n> Network<'n> {
+    /// Makes it, with one address inside and one outside.
+    ///
+    /// # Errors
+    /// What ip(8) says.
+    pub fn make(node: &'n Node) -> Result<Network<'n>> {
+        let serial = node.serial();
+        let network = Network { node, serial };
+        let (name, outside, inside) = (network.name(), network.outside(), network.ip());
+        let gateway = network.address(1);
+        network.shell(&format!(
+            "ip netns add {name}; ip link add {outside} type veth peer name eth0 netns {name}
+             ip addr add {gateway}/24 dev {outside}; ip link set {outside} up
+             ip -n {name} addr add {inside}/24 dev eth0; ip -n {name} link set eth0 up; ip -n {name} link set lo up"
+        ))?;
+        Ok(network)
+    }
+
+    /// Its place in the node's file system.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.name())
+    }
+
+    /// The address inside.
+    #[must_use]
+    pub fn ip(&self) -> String {
+        self.address(2)
+    }
+
+    /// Its devices, queues and filters, as ip(8) and tc(8) list them.
+    ///
+    /// # Errors
+    /// What they say.
+    pub fn look(&self) -> Result<String> {
+        let name = self.name();
+        self.shell(&format!(
+            "ip -n {name} -brief link; tc -n {name} qdisc show; tc -n {name} filter show dev eth0 ingress"
+        ))
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// What ip(8) says.
+    pub fn remove(self) -> Result {
+        let script = format!("ip link del {}; ip netns del {}", self.outside(), self.name());
+        self.shell(&script).map(drop)
+    }
+
+    fn address(&self, host: u8) -> String {
+        format!("10.99.{}.{host}", self.serial % 256)
+    }
+
+    fn name(&self) -> String {
+        format!("before-{}", self.serial)
+    }
+
+    fn outside(&self) -> String {
+        format!("veth{}", self.serial)
+    }
+
+    fn shell(&self, script: &str) -> Result<String> {
+        let mut command = self.node.command("sh");
+        succeed(command.args(["-ec", script]), run::ORDINARY).map(|done| done.text())
+    }
+}
