@@ -2,7 +2,10 @@
 
 use std::fs;
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::{
     error::{Doing, Error, Result},
@@ -13,6 +16,9 @@ use crate::protocol::agent::SignalProcessRequest;
 
 /// The largest number that the kernel knows (`SIGRTMAX`).
 const LARGEST: i32 = 64;
+
+/// How often a killed exec's session is searched; each round ends what the one before saw.
+const SESSION_ROUNDS: usize = 16;
 
 /// Signals a process, or a whole container (the conventions are those of `agent-protocol.md` §1.2).
 pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<()> {
@@ -34,10 +40,47 @@ pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<
         signal => signal,
     };
     let sent = sandbox.reaper.signal(&process.exit, signal);
-    match sent.doing(|| format!("send signal {signal} to {:?} of {:?}", request.exec_id, container.id))? {
-        true => Ok(()),
-        false => Err(gone()),
+    if !sent.doing(|| format!("send signal {signal} to {:?} of {:?}", request.exec_id, container.id))? {
+        return Err(gone());
     }
+    if signal == libc::SIGKILL && !container.is_init(&request.exec_id) {
+        kill_session(process.exit.pid());
+    }
+    Ok(())
+}
+
+/// Kills what an exec has started and left in its session, of which it is the leader: a probe whose time is up takes its
+/// pipeline along. What is forked in between is met in the next round; the leader, killed before, forks no more.
+fn kill_session(leader: i32) {
+    for _ in 0..SESSION_ROUNDS {
+        let members = session_members(leader);
+        if members.is_empty() {
+            return;
+        }
+        for member in members {
+            // One that has ended meanwhile needs no signal.
+            let _ended = kill(Pid::from_raw(member), Signal::SIGKILL);
+        }
+    }
+}
+
+/// The living processes of a session but for its leader.
+fn session_members(leader: i32) -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let in_session = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        *pid != leader && living_session(&stat) == Some(leader)
+    };
+    pids.filter(in_session).collect()
+}
+
+/// The session of a process that is not dead, from the text of `/proc/<pid>/stat` (proc_pid_stat(5)).
+fn living_session(stat: &str) -> Option<i32> {
+    // The name in parentheses may hold anything: the fields are counted behind it.
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    let state = fields.next()?;
+    (!matches!(state, "Z" | "X")).then(|| fields.nth(2)?.parse().ok())?
 }
 
 /// Kills every process in a container's cgroup and below it, also a frozen one.
@@ -69,7 +112,7 @@ fn is_protected_from(status: &str, signal: i32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_protected_from;
+    use super::{is_protected_from, living_session};
 
     fn status(nspid: &str, caught: &str) -> String {
         let zero = "0000000000000000";
@@ -82,5 +125,12 @@ mod tests {
         assert!(!is_protected_from(&status("42\t1", "0000000000004000"), 15));
         assert!(!is_protected_from(&status("42\t7", "0000000000000000"), 15));
         assert!(!is_protected_from("", 15));
+    }
+
+    #[test]
+    fn the_session_is_read_behind_any_name_and_the_dead_have_none() {
+        assert_eq!(living_session("7 (a) b (c) S 1 7 5 0 -1 4194560"), Some(5));
+        assert_eq!(living_session("7 (sleep) Z 1 7 5 0 -1 4194560"), None);
+        assert_eq!(living_session(""), None);
     }
 }

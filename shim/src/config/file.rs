@@ -227,7 +227,8 @@ impl Kata {
         let connect_timeout = match (self.reconnect_timeout_ms, self.dial_timeout) {
             (Some(ms), _) => Duration::from_millis(ms),
             (None, Some(seconds)) => Duration::from_secs(seconds),
-            (None, None) => Duration::from_secs(10),
+            // A node under load boots its guests slowly; one that never answers is no better off for an early end.
+            (None, None) => Duration::from_secs(30),
         };
         let timeout = self.create_container_timeout.or(runtime_timeout).unwrap_or(30);
         if timeout == 0 {
