@@ -3,9 +3,10 @@
 //! This program packs itself as the `/init` of an initial RAM disk. As PID 1 of a guest it does what the host asks for
 //! (`guest`); on the host it runs the stories, and once more as a process of one of them (`ends`).
 //!
-//! Needs root, `qemu-system-x86_64`, the guest kernel (`SANDPOD_TEST_KERNEL`, or else what
-//! `deploy/guest/build-kernel.sh` prints; a kernel with modules has a `modules-load.list` beside it) and virtiofsd (`SANDPOD_TEST_VIRTIOFSD`, or else what
-//! `deploy/build-virtiofsd.sh` prints).
+//! Needs root, `qemu-system-x86_64`, virtiofsd (`SANDPOD_TEST_VIRTIOFSD`, or else what `deploy/build-virtiofsd.sh`
+//! prints), and the guest kernel (`SANDPOD_TEST_KERNEL`, or else what `deploy/guest/build-kernel.sh` prints). Debian's,
+//! which has its `modules-load.list` beside it, does too, but gives memory back too slowly for one of the stories and
+//! keeps too much for another.
 #![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
 
 mod ends;

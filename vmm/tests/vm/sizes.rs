@@ -20,6 +20,7 @@ use crate::{
 
 pub fn stories() -> impl IntoIterator<Item = Story> {
     stories![
+        most_of_the_memory_is_the_pods,
         virtio_mem_comes_and_goes,
         virtio_mem_takes_memory_in_use_along,
         what_the_guest_cannot_spare_stays,
@@ -59,6 +60,13 @@ async fn counted(machine: &mut Machine, expected: u64) {
         }
         assert!(began.elapsed() < SOON, "{found} MiB instead of {expected} MiB");
     }
+}
+
+async fn most_of_the_memory_is_the_pods(kit: Arc<Kit>) {
+    let mut machine = Machine::boot(&kit.spec()).await;
+    let available = machine.meminfo("MemAvailable").await;
+    assert!(available >= 1950, "{available} of 2048 MiB");
+    machine.end().await;
 }
 
 async fn virtio_mem_comes_and_goes(kit: Arc<Kit>) {
