@@ -39,6 +39,7 @@ text() { entry 81a4 0 0 "$1" "$2"; }  # -rw-r--r--
 initrd() {
   folder dev
   entry 2180 5 1 dev/console # crw-------: the kernel opens it as PID 1's stdio
+  entry 21b6 1 3 dev/null    # crw-rw-rw-: stands in where the console's driver is a module that PID 1 loads
   entry 21b6 1 3 dev/null    # crw-rw-rw-: what PID 1 opens instead when the console's driver is a module
   folder etc
   program init "$agent"
