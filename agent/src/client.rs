@@ -4,7 +4,11 @@
 //! frame was abandoned halfway, and a guest behind a virtio-serial port never gets a second one. So a caller may drop
 //! any of these futures; only the reply is lost.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use protobuf::well_known_types::empty::Empty;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -235,6 +239,7 @@ async fn call<R: Reply + Send + 'static>(
     deadline: Option<Duration>,
     request: impl Future<Output = ttrpc::Result<R>> + Send + 'static,
 ) -> Result<R::Value, ClientError> {
+    let asked = Instant::now();
     let reply = tokio::spawn(request);
     let reply = match deadline {
         Some(deadline) => tokio::time::timeout(deadline, reply)
@@ -242,6 +247,7 @@ async fn call<R: Reply + Send + 'static>(
             .map_err(|_| ClientError::Deadline(method))?,
         None => reply.await,
     };
+    tracing::debug!(method, took = ?asked.elapsed(), "the agent has answered");
     // A task that did not end is one of a runtime that is ending.
     let reply = reply.map_err(|_| ClientError::Gone)?;
     reply.map(Reply::value).map_err(|error| ClientError::new(method, error))

@@ -141,7 +141,8 @@ impl Args {
         match spec.accelerator {
             Accelerator::Kvm => {
                 self.pair("-accel", "kvm");
-                self.pair("-cpu", "host");
+                // Counters would let a guest watch its neighbours.
+                self.pair("-cpu", "host,pmu=off");
             }
             Accelerator::Tcg => {
                 // 32 MiB of translated code are as fast as the default's share of the guest's memory.
