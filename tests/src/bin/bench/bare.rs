@@ -184,7 +184,9 @@ fn plain(line: &[String]) -> Vec<String> {
 pub fn command_line(pid: u32) -> Result<Vec<String>> {
     let path = format!("/proc/{pid}/cmdline");
     let bytes = fs::read(&path).trying(format!("reading {path}"))?;
-    Ok(bytes
+    // Each word ends with a NUL.
+    let words = bytes.strip_suffix(&[0]).unwrap_or(&bytes);
+    Ok(words
         .split(|byte| *byte == 0)
         .map(|word| String::from_utf8_lossy(word).into_owned())
         .collect())
