@@ -56,7 +56,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// A VM that is asked to end has this long.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
-const FAILED_CREATE_GRACE: Duration = Duration::from_secs(10);
+const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
 
 /// One sandbox and its containers.
 pub struct Sandbox {
