@@ -82,7 +82,7 @@ pub fn render(spec: &VmSpec, fds: &FdNumbers) -> Vec<OsString> {
 pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
     let mut line = String::from(
         "console=hvc0 quiet panic=-1 reboot=t noreplace-smp swiotlb=noforce memhp_default_state=online \
-         memory_hotplug.online_policy=auto-movable cgroup_no_v1=all",
+         memory_hotplug.online_policy=auto-movable cgroup_no_v1=all dummy.numdummies=0",
     );
     // For the sake of huge pages Linux holds back four times the memory that it would otherwise, 24 MiB of 2 GiB more.
     let held_back_kib = (spec.memory.boot_mib * 1024 * 16).isqrt();
