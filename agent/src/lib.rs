@@ -7,6 +7,10 @@ pub mod engine;
 pub mod oci;
 pub mod server;
 
+/// Annotation of a container that runs in the guest's own PID namespace (`hostPID` of a pod), which the protocol has no
+/// field for; an agent that does not know it gives the container the pod's namespace.
+pub const GUEST_PIDS: &str = "io.sandpod.guest-pid-namespace";
+
 /// Messages and services of the agent protocol, generated from `agent/proto/`.
 pub mod protocol {
     /// The message of calls and replies that say nothing.

@@ -127,6 +127,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     guest.set_mounts(Some(mounts));
 
     let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    let guest_pids = sees_the_guest(&linux);
     let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
     guest.set_linux(Some(linux));
 
@@ -160,6 +161,9 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
         Role::Single => "single_container",
     };
     annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
+    if guest_pids {
+        annotations.insert(agent::GUEST_PIDS.into(), "true".into());
+    }
     annotations.insert(
         "io.katacontainers.pkg.oci.bundle_path".into(),
         context.bundle.display().to_string(),
@@ -275,6 +279,14 @@ fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// Whether the container is to see all processes of the guest (`hostPID`).
+fn sees_the_guest(linux: &Linux) -> bool {
+    let namespaces = linux.namespaces().iter().flatten();
+    !namespaces
+        .into_iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+}
+
 /// The agent makes the PID namespace and there is one network namespace, the guest's; the others lose the host's path.
 fn guest_namespaces(
     namespaces: Vec<LinuxNamespace>,
@@ -297,7 +309,7 @@ fn guest_namespaces(
         }
     }
     if pid.is_none() {
-        warnings.push("hostPID is the PID namespace of the pod: the host's processes are not in the guest.".into());
+        warnings.push("hostPID is the PID namespace of the guest: the host's processes are not in it.".into());
     }
     if !ipc {
         warnings.push("hostIPC is the IPC namespace of the guest: the host's segments are not in it.".into());

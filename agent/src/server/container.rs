@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -168,9 +168,26 @@ pub(super) fn check_id(field: &str, id: &str) -> Result<()> {
     )))
 }
 
+/// The PID namespace of a container.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Pids {
+    /// One of its own.
+    New,
+    /// The one that its pod shares.
+    At(PathBuf),
+    /// The guest's, with the agent in it.
+    Guest,
+}
+
+/// Whether a container asks for the guest's own PID namespace.
+pub(super) fn wants_guest_pids(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    annotations.is_some_and(|all| all.get(crate::GUEST_PIDS).is_some_and(|value| value == "true"))
+}
+
 /// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that
-/// the pod's containers share. The PID namespace is a new one, or the one at `pid_namespace`.
-pub(super) fn join_pod(spec: &mut Spec, pid_namespace: Option<&Path>) -> Result<()> {
+/// the pod's containers share.
+pub(super) fn join_pod(spec: &mut Spec, pids: &Pids) -> Result<()> {
     use LinuxNamespaceType as Type;
     let mut linux = spec.linux().clone().ok_or_else(|| missing("linux"))?;
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
@@ -183,8 +200,15 @@ pub(super) fn join_pod(spec: &mut Spec, pid_namespace: Option<&Path>) -> Result<
         )));
     }
     let mut pid = LinuxNamespace::default();
-    pid.set_typ(Type::Pid).set_path(pid_namespace.map(Path::to_owned));
-    namespaces.push(pid);
+    pid.set_typ(Type::Pid);
+    match pids {
+        Pids::New => namespaces.push(pid),
+        Pids::At(path) => {
+            pid.set_path(Some(path.clone()));
+            namespaces.push(pid);
+        }
+        Pids::Guest => {}
+    }
     linux.set_namespaces(Some(namespaces));
     spec.set_linux(Some(linux));
     // The pod's, which CreateSandbox has set.
@@ -230,7 +254,7 @@ mod tests {
         let mut spec = spec(
             r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#,
         );
-        join_pod(&mut spec, None).unwrap();
+        join_pod(&mut spec, &Pids::New).unwrap();
         let expected = [("mnt", None), ("cgroup", None), ("pid", None)];
         assert_eq!(kinds(&spec), expected.map(|(kind, path)| (kind.to_owned(), path)));
         assert_eq!(spec.hostname(), &None);
@@ -239,13 +263,13 @@ mod tests {
     #[test]
     fn processes_are_shared_on_demand() {
         let mut spec = spec(r#"[{"type":"mount"},{"type":"pid"}]"#);
-        join_pod(&mut spec, Some(Path::new("/proc/7/ns/pid"))).unwrap();
+        join_pod(&mut spec, &Pids::At("/proc/7/ns/pid".into())).unwrap();
         assert_eq!(kinds(&spec)[1], ("pid".into(), Some("/proc/7/ns/pid".into())));
     }
 
     #[test]
     fn a_namespace_of_the_host_is_refused() {
-        let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), None).unwrap_err();
+        let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), &Pids::New).unwrap_err();
         assert_eq!(error.to_string(), "the mnt namespace /proc/1/ns/mnt is not the guest's");
     }
 

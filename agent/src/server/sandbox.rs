@@ -19,7 +19,7 @@ use nix::mount::{MntFlags, umount2};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 use super::{
-    container::{self, Container},
+    container::{self, Container, Pids},
     error::{Doing, Error, Result},
     modules,
     oom::Oom,
@@ -131,11 +131,12 @@ impl Sandbox {
         let mut spec = oci::spec_from_wire(&spec)?;
         let id = request.container_id;
         let is_sandbox = self.id.get().is_some_and(|sandbox| *sandbox == id);
-        let pid_namespace = match request.sandbox_pidns && !is_sandbox {
-            true => Some(self.shared_processes().await?),
-            false => None,
+        let pids = match (container::wants_guest_pids(&spec), request.sandbox_pidns && !is_sandbox) {
+            (true, _) => Pids::Guest,
+            (false, true) => Pids::At(self.shared_processes().await?),
+            (false, false) => Pids::New,
         };
-        container::join_pod(&mut spec, pid_namespace.as_deref())?;
+        container::join_pod(&mut spec, &pids)?;
         let root = container::root_of(&spec)?;
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;

@@ -164,6 +164,18 @@ fn a_containerd_container_of_a_pod_with_one_pid_namespace_joins_it() {
 }
 
 #[test]
+fn host_pid_is_the_guests_namespace_by_an_annotation_that_others_ignore() {
+    let mut spec = spec(CRIO_CONTAINER);
+    let guest = in_guest(&spec, "c1").unwrap();
+    assert!(!guest.spec.annotations().as_ref().unwrap().contains_key(agent::GUEST_PIDS));
+    let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut().as_mut().unwrap();
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
+    let guest = in_guest(&spec, "c1").unwrap();
+    assert_eq!(guest.spec.annotations().as_ref().unwrap()[agent::GUEST_PIDS], "true");
+    assert!(guest.sandbox_pidns, "for an agent that does not know the annotation");
+}
+
+#[test]
 fn a_pause_container_can_be_translated_too() {
     for (sample, id) in [(CRIO_SANDBOX, "5ab1"), (CONTAINERD_SANDBOX, "77")] {
         let guest = in_guest(&spec(sample), id).unwrap();
