@@ -141,10 +141,7 @@ impl Task for Service {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         answer(
             "Kill",
-            empty(
-                self.sandbox
-                    .kill(&request.id, &request.exec_id, request.signal, request.all),
-            ),
+            empty(self.sandbox.kill(&request.id, &request.exec_id, request.signal)),
         )
         .await
     }

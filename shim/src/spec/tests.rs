@@ -167,7 +167,14 @@ fn a_containerd_container_of_a_pod_with_one_pid_namespace_joins_it() {
 fn host_pid_is_the_guests_namespace_by_an_annotation_that_others_ignore() {
     let mut spec = spec(CRIO_CONTAINER);
     let guest = in_guest(&spec, "c1").unwrap();
-    assert!(!guest.spec.annotations().as_ref().unwrap().contains_key(agent::GUEST_PIDS));
+    assert!(
+        !guest
+            .spec
+            .annotations()
+            .as_ref()
+            .unwrap()
+            .contains_key(agent::GUEST_PIDS)
+    );
     let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut().as_mut().unwrap();
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
     let guest = in_guest(&spec, "c1").unwrap();
