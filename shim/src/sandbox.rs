@@ -13,7 +13,7 @@ use std::{
     collections::HashMap,
     future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -679,19 +679,19 @@ impl Sandbox {
     pub async fn stats(&self, id: &str) -> Result<Any> {
         let container = self.container(id)?;
         if container.kind == Kind::Sandbox {
-            return Ok(stats::of_host(
-                self.guest.get().and_then(|guest| guest.cgroup.as_ref()),
-            )?);
+            return stats::of_host(self.guest.get().and_then(|guest| guest.cgroup.as_ref()));
         }
-        if container.init.exit().is_none() {
+        // What has ended, or is about to because its VM has, is asked for once more by containerd.
+        if let (None, Ok(guest)) = (container.init.exit(), self.guest()) {
             let mut request = wire::StatsContainerRequest::new();
             request.container_id = id.into();
-            container.keep_stats(self.guest()?.agent.stats_container(request).await?);
+            match guest.agent.stats_container(request).await {
+                Ok(stats) => container.keep_stats(stats),
+                Err(ClientError::Gone) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        Ok(stats::of_guest(
-            &container.last_stats(),
-            container.oom.load(std::sync::atomic::Ordering::SeqCst),
-        )?)
+        stats::of_guest(&container.last_stats(), container.oom.load(Ordering::SeqCst))
     }
 
     /// Forgets a task that has ended, or never began; returns its pid and exit.

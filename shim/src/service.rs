@@ -3,7 +3,7 @@
 
 use std::{
     future::Future,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, resume_unwind},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -21,6 +21,7 @@ use containerd_shim_protos::{
     ttrpc::{self, asynchronous::TtrpcContext},
 };
 use futures::FutureExt;
+use tokio::task::JoinError;
 
 use crate::{
     error::{Error, Result},
@@ -51,7 +52,7 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
     }
 }
 
-/// Runs one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
+/// Answers one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
 async fn answer<T>(verb: &'static str, request: impl Future<Output = Result<T>>) -> ttrpc::Result<T> {
     match AssertUnwindSafe(request).catch_unwind().await {
         Ok(Ok(reply)) => Ok(reply),
@@ -77,8 +78,8 @@ impl Task for Service {
     }
 
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        answer("Create", async {
-            let pid = self.sandbox.create(request).await?;
+        self.carry_out("Create", async move |sandbox| {
+            let pid = sandbox.create(request).await?;
             Ok(CreateTaskResponse {
                 pid,
                 ..CreateTaskResponse::default()
@@ -88,8 +89,8 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        answer("Start", async {
-            let pid = self.sandbox.start(&request.id, &request.exec_id).await?;
+        self.carry_out("Start", async move |sandbox| {
+            let pid = sandbox.start(&request.id, &request.exec_id).await?;
             Ok(StartResponse {
                 pid,
                 ..StartResponse::default()
@@ -99,8 +100,8 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        answer("Delete", async {
-            let (pid, exit) = self.sandbox.delete(&request.id, &request.exec_id).await?;
+        self.carry_out("Delete", async move |sandbox| {
+            let (pid, exit) = sandbox.delete(&request.id, &request.exec_id).await?;
             Ok(DeleteResponse {
                 pid,
                 exit_status: exit.status,
@@ -127,11 +128,17 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        answer("Pause", empty(self.sandbox.pause(&request.id, true))).await
+        self.carry_out("Pause", async move |sandbox| {
+            empty(sandbox.pause(&request.id, true).await)
+        })
+        .await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        answer("Resume", empty(self.sandbox.pause(&request.id, false))).await
+        self.carry_out("Resume", async move |sandbox| {
+            empty(sandbox.pause(&request.id, false).await)
+        })
+        .await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -139,10 +146,9 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        answer(
-            "Kill",
-            empty(self.sandbox.kill(&request.id, &request.exec_id, request.signal)),
-        )
+        self.carry_out("Kill", async move |sandbox| {
+            empty(sandbox.kill(&request.id, &request.exec_id, request.signal).await)
+        })
         .await
     }
 
@@ -155,10 +161,11 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let resize = self
-            .sandbox
-            .resize(&request.id, &request.exec_id, request.height, request.width);
-        answer("ResizePty", empty(resize)).await
+        self.carry_out("ResizePty", async move |sandbox| {
+            let (rows, columns) = (request.height, request.width);
+            empty(sandbox.resize(&request.id, &request.exec_id, rows, columns).await)
+        })
+        .await
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -173,10 +180,9 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        answer(
-            "Update",
-            empty(self.sandbox.update(&request.id, request.resources.as_ref())),
-        )
+        self.carry_out("Update", async move |sandbox| {
+            empty(sandbox.update(&request.id, request.resources.as_ref()).await)
+        })
         .await
     }
 
@@ -218,11 +224,33 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        answer("Shutdown", empty(self.sandbox.shutdown(request.now))).await
+        self.carry_out("Shutdown", async move |sandbox| {
+            empty(sandbox.shutdown(request.now).await)
+        })
+        .await
     }
 }
 
 impl Service {
+    /// Carries a request that changes something out to its end, also when its caller hangs up in the middle: containerd closes
+    /// a container's connection as soon as it hears of its exit.
+    async fn carry_out<T, F>(&self, verb: &'static str, request: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let task = tokio::spawn(request(self.sandbox.clone()));
+        let end = async {
+            match task.await.map_err(JoinError::try_into_panic) {
+                Ok(result) => result,
+                Err(Ok(panic)) => resume_unwind(panic),
+                // The shim is ending, and this answer with it.
+                Err(Err(_)) => std::future::pending().await,
+            }
+        };
+        answer(verb, end).await
+    }
+
     fn state_of(&self, request: &StateRequest) -> Result<StateResponse> {
         let container = self.sandbox.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
@@ -258,6 +286,6 @@ impl Service {
     }
 }
 
-async fn empty(verb: impl Future<Output = Result<()>>) -> Result<Empty> {
-    verb.await.map(|()| Empty::default())
+fn empty(done: Result<()>) -> Result<Empty> {
+    done.map(|()| Empty::default())
 }
