@@ -246,10 +246,7 @@ mod tests {
     #[test]
     fn a_namespace_of_the_host_is_refused() {
         let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), None).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the mnt namespace /proc/1/ns/mnt is not the guest's"
-        );
+        assert_eq!(error.to_string(), "the mnt namespace /proc/1/ns/mnt is not the guest's");
     }
 
     #[test]
