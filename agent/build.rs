@@ -18,14 +18,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include("proto")
         .inputs(files)
         .rust_protobuf()
-        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
+        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false).lite_runtime(true))
         .customize(Customize {
             async_all: true,
             ..Default::default()
         })
         .run()?;
-    let modules =
-        MODULES.map(|name| format!("#[allow(clippy::all, missing_docs, unused_qualifications)]\npub mod {name};\n"));
+    let modules = MODULES.map(|name| {
+        format!("#[allow(clippy::all, clippy::pedantic, clippy::restriction, missing_docs, unused_qualifications)]\npub mod {name};\n")
+    });
     fs::write(Path::new(&out).join("protocol.rs"), modules.concat())?;
     Ok(())
 }
