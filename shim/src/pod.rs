@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 use crate::{
     annotations::{Identity, Manager, PodResources, identify, pod_resources, shares_pid_namespace},
     error::Result,
-    spec::{NetNs, pod_netns},
+    spec::{NetNs, pod_netns, sees_the_guest},
 };
 
 /// What the sandbox's own specification says of the pod.
@@ -25,6 +25,8 @@ pub struct Pod {
     pub resources: Option<PodResources>,
     /// Whether its containers share one PID namespace, as far as the annotations tell.
     pub shared_pidns: bool,
+    /// Whether it has no PID namespace.
+    pub sees_guest: bool,
     /// Path of the host's cgroup for the sandbox.
     pub cgroups_path: Option<String>,
     /// Host name.
@@ -49,6 +51,7 @@ impl Pod {
             sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
             resources: pod_resources(&annotations)?,
             shared_pidns: shares_pid_namespace(&annotations).unwrap_or(false),
+            sees_guest: sees_the_guest(spec),
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
                 .map(|path| path.display().to_string()),

@@ -282,6 +282,7 @@ impl Sandbox {
             bundle: &container.bundle,
             role,
             disable_guest_seccomp: guest.config.runtime.disable_guest_seccomp,
+            pod_sees_guest: guest.pod.sees_guest,
             pod_sysctls: &guest.pod.sysctls,
         };
         let guest_spec = spec::translate(spec, &context)?;

@@ -52,6 +52,8 @@ pub struct Context<'a> {
     pub role: &'a Role,
     /// `disable_guest_seccomp`
     pub disable_guest_seccomp: bool,
+    /// The pod has no PID namespace.
+    pub pod_sees_guest: bool,
     /// The sysctls of the sandbox's spec: nothing runs in the guest for the sandbox itself, so its containers set them.
     pub pod_sysctls: &'a HashMap<String, String>,
 }
@@ -117,6 +119,9 @@ pub fn host_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
 pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, SpecError> {
     let mut warnings = Vec::new();
     let mut guest = spec.clone();
+    // containerd gives the containers of a pod with `hostPID` the path of the namespace that the pod's own task is in.
+    let joins = pid_namespace(spec).is_some_and(|namespace| namespace.path().is_some());
+    let guest_pids = sees_the_guest(spec) || (joins && context.pod_sees_guest);
     let root = guest.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
     root.set_path(PathBuf::from(format!("{GUEST_SHARE}/{}/rootfs", context.container_id)));
 
@@ -127,7 +132,6 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     guest.set_mounts(Some(mounts));
 
     let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
-    let guest_pids = sees_the_guest(&linux);
     let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
     guest.set_linux(Some(linux));
 
@@ -279,12 +283,16 @@ fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Whether the container is to see all processes of the guest (`hostPID`).
-fn sees_the_guest(linux: &Linux) -> bool {
-    let namespaces = linux.namespaces().iter().flatten();
-    !namespaces
-        .into_iter()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+/// Whether a pod or a container has no PID namespace (`hostPID`), so that it sees all processes of the guest.
+pub fn sees_the_guest(spec: &Spec) -> bool {
+    pid_namespace(spec).is_none()
+}
+
+fn pid_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
 /// The agent makes the PID namespace and there is one network namespace, the guest's; the others lose the host's path.

@@ -1,11 +1,6 @@
 //! From the initial RAM disk to a system that containers can run on. Nothing here needs a thread.
 
-use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt, symlink},
-    path::Path,
-    time::Duration,
-};
+use std::{fs, os::unix::fs::DirBuilderExt, path::Path, time::Duration};
 
 use nix::{
     fcntl::OFlag,
@@ -75,6 +70,8 @@ fn leave_ram_disk() -> Result<()> {
     chdir("/").doing(|| "enter the root".into())
 }
 
+/// What the agent and its containers need of the guest: terminals, shared memory and links in `/dev` are each
+/// container's own, and `/run` is in memory like the rest of the root.
 fn mount_system() -> Result<()> {
     let (nosuid, nodev, noexec) = (MsFlags::MS_NOSUID, MsFlags::MS_NODEV, MsFlags::MS_NOEXEC);
     let strict = nosuid | nodev | noexec;
@@ -82,28 +79,7 @@ fn mount_system() -> Result<()> {
     attach("proc", at("/proc"), "proc", strict, None)?;
     attach("sysfs", at("/sys"), "sysfs", strict, None)?;
     attach("devtmpfs", at("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
-    for path in ["/dev/pts", "/dev/shm"] {
-        match fs::create_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                Err(error).doing(|| format!("make {path}"))?
-            }
-            _ => {}
-        }
-    }
-    let terminals = Some("mode=620,ptmxmode=666,gid=5");
-    attach("devpts", at("/dev/pts"), "devpts", nosuid | noexec, terminals)?;
-    attach("tmpfs", at("/dev/shm"), "tmpfs", strict, Some("mode=1777"))?;
-    attach("tmpfs", at("/run"), "tmpfs", nosuid | nodev, Some("mode=755"))?;
     attach("cgroup2", at("/sys/fs/cgroup"), "cgroup2", strict, Some("nsdelegate"))?;
-    for (link, target) in [
-        ("fd", "/proc/self/fd"),
-        ("stdin", "/proc/self/fd/0"),
-        ("stdout", "/proc/self/fd/1"),
-        ("stderr", "/proc/self/fd/2"),
-    ] {
-        // The kernel's devtmpfs has none of them.
-        symlink(target, Path::new("/dev").join(link)).doing(|| format!("make /dev/{link}"))?;
-    }
     enable_controllers()
 }
 

@@ -37,7 +37,7 @@ impl Boot {
 
     /// Loads up to the module of the virtio ports; whether there was one.
     pub(super) fn load_until_channel(&mut self) -> Result<bool> {
-        while let Some(path) = self.0.next() {
+        for path in self.0.by_ref() {
             load_at_boot(&path)?;
             if name_of(&path) == CHANNEL {
                 return Ok(true);

@@ -4,6 +4,7 @@ use std::{future::Future, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration
 
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
+use tokio::task::{JoinError, JoinHandle};
 use ttrpc::r#async::{Server, TtrpcContext};
 
 use super::{
@@ -53,28 +54,52 @@ pub(super) fn server(service: &Arc<Service>) -> Server {
         .register_service(create_health(caller))
 }
 
-/// Runs each call in a task of its own: a caller that gives up, or whose connection ends, leaves no half of it, and a
-/// panic is an answer.
+/// Runs each call in a task of its own, so that a panic is an answer.
 struct Caller(Arc<Service>);
 
+/// A task that ends with its caller.
+struct Attached<T>(JoinHandle<T>);
+
+impl<T> Drop for Attached<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 impl Caller {
+    /// To its end: a caller that gives up, or whose connection ends, leaves no half of it.
     async fn run<T, F>(&self, call: impl FnOnce(Arc<Service>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        let result = tokio::spawn(call(Arc::clone(&self.0))).await;
-        result
-            .unwrap_or_else(|error| Err(Error::Panic(error.to_string())))
-            .map_err(Into::into)
+        flatten(tokio::spawn(call(Arc::clone(&self.0))).await)
+    }
+
+    /// As long as the caller waits: what comes later is another's.
+    async fn wait<T, F>(&self, call: impl FnOnce(Arc<Service>) -> F) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let mut task = Attached(tokio::spawn(call(Arc::clone(&self.0))));
+        flatten((&mut task.0).await)
     }
 }
 
-/// Declares the service: calls that are answered by nothing, by a message, and never.
+fn flatten<T>(result: std::result::Result<Result<T>, JoinError>) -> ttrpc::Result<T> {
+    result
+        .unwrap_or_else(|error| Err(Error::Panic(error.to_string())))
+        .map_err(Into::into)
+}
+
+/// Declares the service: calls that are answered by nothing, by a message, by a message that may be long in coming, and
+/// never.
 macro_rules! service {
     (
         acts { $($act:ident($order:ty);)* }
         answers { $($ask:ident($question:ty) -> $answer:ty;)* }
+        waits { $($wait:ident($event:ty) -> $told:ty;)* }
         unimplemented { $($missing:ident($ignored:ty) -> $never:ty = $title:literal;)* }
     ) => {
         #[async_trait]
@@ -84,6 +109,9 @@ macro_rules! service {
             })*
             $(async fn $ask(&self, _: &Context, request: $question) -> ttrpc::Result<$answer> {
                 self.run(|service| async move { service.$ask(request).await }).await
+            })*
+            $(async fn $wait(&self, _: &Context, request: $event) -> ttrpc::Result<$told> {
+                self.wait(|service| async move { service.$wait(request).await }).await
             })*
             $(async fn $missing(&self, _: &Context, _: $ignored) -> ttrpc::Result<$never> {
                 Err(Error::Unimplemented($title.into()).into())
@@ -113,18 +141,20 @@ service! {
         remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest);
     }
     answers {
-        wait_process(WaitProcessRequest) -> WaitProcessResponse;
         stats_container(StatsContainerRequest) -> StatsContainerResponse;
-        write_stdin(WriteStreamRequest) -> WriteStreamResponse;
-        read_stdout(ReadStreamRequest) -> ReadStreamResponse;
-        read_stderr(ReadStreamRequest) -> ReadStreamResponse;
         update_interface(UpdateInterfaceRequest) -> types::Interface;
         update_routes(UpdateRoutesRequest) -> Routes;
         list_interfaces(ListInterfacesRequest) -> Interfaces;
         list_routes(ListRoutesRequest) -> Routes;
         get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse;
-        get_oom_event(GetOOMEventRequest) -> OOMEvent;
         get_metrics(GetMetricsRequest) -> Metrics;
+    }
+    waits {
+        wait_process(WaitProcessRequest) -> WaitProcessResponse;
+        write_stdin(WriteStreamRequest) -> WriteStreamResponse;
+        read_stdout(ReadStreamRequest) -> ReadStreamResponse;
+        read_stderr(ReadStreamRequest) -> ReadStreamResponse;
+        get_oom_event(GetOOMEventRequest) -> OOMEvent;
     }
     unimplemented {
         update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty = "UpdateEphemeralMounts";

@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
@@ -145,31 +145,42 @@ impl Sandbox {
             spec,
             stdio,
         };
-        let expected = self.reaper.expect();
-        let started = self.engine.create(create).await;
-        let made = started.map_err(Error::from).and_then(|Started { pid, pty }| {
-            let exit = expected.claim(pid);
-            let streams = prepared.complete(pty)?;
-            Ok(Arc::new(Process::new(exit, streams)))
-        });
+        let made = self.make(create, prepared, is_sandbox).await;
         let init = match made {
             Ok(init) => init,
             Err(error) => {
                 // The first error is the one to tell.
-                let _ = self.engine.delete(&id).await;
                 let _ = self.remove_storages(storages).await;
                 return Err(error);
             }
         };
-        if is_sandbox {
-            // The pause container of upstream's shims leads the shared PID namespace.
-            *self.shared.lock().await = Some(init.exit.clone());
-        } else if let Err(error) = self.oom.watch(&id, &self.engine.cgroup(&id)?) {
-            eprintln!("kata-agent: no OOM events of container {id}: {error}");
-        }
         let container = Container::new(id.clone(), init, root, storages);
         self.containers().insert(id, Arc::new(container));
         Ok(())
+    }
+
+    async fn make(&self, create: Create, streams: Prepared, is_sandbox: bool) -> Result<Arc<Process>> {
+        let id = create.id.clone();
+        let expected = self.reaper.expect();
+        let Started { pid, pty } = self.engine.create(create).await?;
+        let exit = expected.claim(pid);
+        let completed = async {
+            let init = Arc::new(Process::new(exit, streams.complete(pty)?));
+            if is_sandbox {
+                // The pause container of upstream's shims leads the PID namespace that the others share.
+                *self.shared.lock().await = Some(init.exit.clone());
+            } else {
+                let watched = self.oom.watch(&id, &self.engine.cgroup(&id)?);
+                watched.doing(|| format!("watch container {id:?} for OOM kills"))?;
+            }
+            Ok(init)
+        };
+        let completed = completed.await;
+        if completed.is_err() {
+            // As above.
+            let _ = self.engine.delete(&id).await;
+        }
+        completed
     }
 
     /// Starts a further process.
@@ -209,16 +220,9 @@ impl Sandbox {
         let status = process.wait().await;
         if !container.is_init(exec) {
             let exec = exec.to_owned();
-            if process.is_over() {
-                container.forget(&exec, &process);
-            } else {
-                tokio::spawn(async move {
-                    while !process.is_over() && process.idle() < UNREAD {
-                        tokio::time::sleep(UNREAD.saturating_sub(process.idle())).await;
-                    }
-                    container.forget(&exec, &process);
-                });
-            }
+            let forgotten = forget(Arc::downgrade(&container), exec, Arc::downgrade(&process));
+            drop((container, process));
+            tokio::spawn(forgotten);
         }
         Ok(status)
     }
@@ -278,6 +282,18 @@ impl Sandbox {
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets a process whose end was told, once its output is read or nobody seems to read it.
+async fn forget(container: Weak<Container>, exec: String, process: Weak<Process>) {
+    while let (Some(container), Some(process)) = (container.upgrade(), process.upgrade()) {
+        let left = UNREAD.saturating_sub(process.idle());
+        if process.is_over() || left.is_zero() {
+            return container.forget(&exec, &process);
+        }
+        drop((container, process));
+        tokio::time::sleep(left).await;
     }
 }
 

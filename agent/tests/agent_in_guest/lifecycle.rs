@@ -6,7 +6,7 @@ use agent::{client::ClientError, protocol::agent::*};
 use serde_json::json;
 use ttrpc::Code;
 
-use super::pod::{Pod, SHARE, base, create, process};
+use super::pod::{Pod, base, create, process};
 
 super::cases![
     a_container_runs_to_its_exit_code,
@@ -15,6 +15,7 @@ super::cases![
     unknown_containers_and_processes_have_their_statuses,
     what_is_not_there_yet_is_unimplemented_by_name,
     a_container_that_cannot_be_made_leaves_nothing,
+    a_container_exists_once,
     a_program_that_is_missing_fails_the_start,
     a_process_is_signalled_by_its_exec_id,
     a_stop_signal_ends_an_init_without_a_handler,
@@ -162,6 +163,16 @@ async fn a_container_that_cannot_be_made_leaves_nothing(pod: Arc<Pod>) {
     let error = pod.try_create(request).await.unwrap_err();
     assert!(error.to_string().contains("/no/such/folder"), "{error}");
     a_container_runs_to_its_exit_code(pod).await;
+}
+
+async fn a_container_exists_once(pod: Arc<Pod>) {
+    pod.run("c", "read line; exit 5").await;
+    let error = pod.try_create(create("c", base("true"))).await.unwrap_err();
+    assert!(error.to_string().starts_with("container c exists"), "{error}");
+    // The first is none the worse for it.
+    pod.write("c", "", b"go\n").await;
+    assert_eq!(pod.wait("c", "").await, 5);
+    pod.remove("c").await;
 }
 
 async fn a_program_that_is_missing_fails_the_start(pod: Arc<Pod>) {
@@ -386,5 +397,4 @@ async fn orphans_are_reaped(pod: Arc<Pod>) {
         .await;
     assert_eq!(output, "started\n0\n");
     pod.remove("c").await;
-    let _ = SHARE;
 }

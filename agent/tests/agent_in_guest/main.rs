@@ -5,6 +5,7 @@
 //! Needs `qemu-system-x86_64`, a static `/bin/busybox` (package `busybox-static`), virtiofsd
 //! (`SANDPOD_TEST_VIRTIOFSD`), and the guest kernel: `SANDPOD_TEST_KERNEL` or else what
 //! `deploy/guest/build-kernel.sh` prints.
+#![allow(clippy::unwrap_used)] // a test panics
 
 mod boot;
 mod lifecycle;
@@ -33,8 +34,10 @@ const DEADLINE: Duration = Duration::from_secs(90);
 #[derive(Clone, Copy)]
 pub struct Case {
     name: &'static str,
-    run: fn(Arc<Pod>) -> Pin<Box<dyn Future<Output = ()> + Send>>,
+    run: fn(Arc<Pod>) -> Outcome,
 }
+
+type Outcome = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Names async functions as cases.
 #[macro_export]

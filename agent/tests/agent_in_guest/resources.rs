@@ -29,7 +29,7 @@ async fn a_container_is_measured(pod: Arc<Pod>) {
     pod.read_until("c", "", "done").await;
     let stats = pod.stats("c").await;
     let cpu = stats.cpu_stats.cpu_usage.clone().unwrap();
-    assert!(cpu.total_usage > 1_000_000, "{cpu}");
+    assert!(cpu.total_usage > 1_000_000, "{cpu:?}");
     assert!(cpu.usage_in_usermode > 0);
     let memory = stats.memory_stats.clone().unwrap();
     assert_eq!(memory.usage.limit, 67108864);

@@ -36,8 +36,10 @@ use tokio::{
 #[derive(Clone, Copy)]
 pub struct Case {
     pub name: &'static str,
-    pub run: fn(Arc<Guest>) -> Pin<Box<dyn Future<Output = ()> + Send>>,
+    pub run: fn(Arc<Guest>) -> Outcome,
 }
+
+type Outcome = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Names an async function as a case.
 #[macro_export]

@@ -64,7 +64,7 @@ async fn a_user_other_than_root_has_no_capabilities(guest: Arc<Guest>) {
     );
 }
 
-fn seccomp(no_new_privileges: Value) -> Value {
+fn seccomp(no_new_privileges: &Value) -> Value {
     json!({
         "process": { "noNewPrivileges": no_new_privileges },
         "linux": { "seccomp": {
@@ -84,7 +84,7 @@ async fn seccomp_refuses_with_and_without_new_privileges(guest: Arc<Guest>) {
         "mkdir /tmp/x; chmod 700 /tmp; grep -E 'NoNewPrivs|Seccomp:' /proc/self/status",
     );
     for (given, privs) in [(json!(null), "0"), (json!(false), "0"), (json!(true), "1")] {
-        let ended = guest.run("c", with(script.clone(), seccomp(given))).await;
+        let ended = guest.run("c", with(script.clone(), seccomp(&given))).await;
         assert!(ended.err.contains("/tmp/x': Function not implemented"), "{ended:?}");
         assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
         assert_eq!(ended.out, format!("NoNewPrivs:\t{privs}\nSeccomp:\t2"), "{ended:?}");
@@ -118,11 +118,17 @@ async fn the_root_is_read_only(guest: Arc<Guest>) {
 
 async fn namespaces_are_new_or_joined(guest: Arc<Guest>) {
     let ended = guest
-        .run("c", script("c", "hostname; echo $$; ps | wc -l; cat /proc/self/cgroup"))
+        .run(
+            "c",
+            script(
+                "c",
+                "hostname; echo $$; ps -o args | grep -c '[k]thread'; cat /proc/self/cgroup",
+            ),
+        )
         .await;
     assert_eq!(
         ended.out.lines().collect::<Vec<_>>(),
-        ["pod", "1", "3", "0::/"],
+        ["pod", "1", "0", "0::/"],
         "{ended:?}"
     );
     // As a pod does: the pid, ipc and uts namespaces of another container.

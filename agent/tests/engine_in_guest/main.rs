@@ -5,6 +5,7 @@
 //!
 //! Needs `qemu-system-x86_64`, a static `/bin/busybox` (package `busybox-static`), and the guest kernel:
 //! `SANDPOD_TEST_KERNEL` or else what `deploy/guest/build-kernel.sh` prints.
+#![allow(clippy::unwrap_used)] // a test panics
 
 mod guest;
 mod host;

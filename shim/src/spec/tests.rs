@@ -34,6 +34,7 @@ fn in_guest(spec: &Spec, id: &str) -> Result<GuestContainer, SpecError> {
             bundle,
             role: &role,
             disable_guest_seccomp: false,
+            pod_sees_guest: false,
             pod_sysctls: &none,
         },
     )
