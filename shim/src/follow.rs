@@ -138,10 +138,10 @@ fn oom(sandbox: &Sandbox, container: &Container) {
 fn tell_crio(container: &str, exit: Exit) {
     let path = std::path::Path::new(CRIO_EXITS).join(container);
     // Without the directory this CRI-O keeps its exits elsewhere, and learns of them by Wait.
-    if path.parent().is_some_and(std::path::Path::is_dir) {
-        if let Err(error) = std::fs::write(&path, exit.status.to_string()) {
-            tracing::warn!(%error, path = %path.display(), "cannot tell CRI-O of the exit");
-        }
+    if path.parent().is_some_and(std::path::Path::is_dir)
+        && let Err(error) = std::fs::write(&path, exit.status.to_string())
+    {
+        tracing::warn!(%error, path = %path.display(), "cannot tell CRI-O of the exit");
     }
 }
 

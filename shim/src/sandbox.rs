@@ -425,10 +425,10 @@ impl Sandbox {
     /// A terminal's size that was asked for before the terminal was there.
     async fn apply_size(&self, guest: &Guest, process: &Process, name: &ProcessName) {
         let size = *process.size.borrow();
-        if let Some((rows, columns)) = size {
-            if let Err(error) = guest.agent.tty_win_resize(resize_request(name, rows, columns)).await {
-                tracing::debug!(%error, ?name, "the terminal was not resized");
-            }
+        if let Some((rows, columns)) = size
+            && let Err(error) = guest.agent.tty_win_resize(resize_request(name, rows, columns)).await
+        {
+            tracing::debug!(%error, ?name, "the terminal was not resized");
         }
     }
 
@@ -754,10 +754,10 @@ impl Sandbox {
     }
 
     fn end(&self) {
-        if let Some(state) = lock(&self.state).take() {
-            if let Err(error) = state.remove() {
-                tracing::error!(%error, "something is left of the sandbox");
-            }
+        if let Some(state) = lock(&self.state).take()
+            && let Err(error) = state.remove()
+        {
+            tracing::error!(%error, "something is left of the sandbox");
         }
         self.ended.send_replace(true);
     }

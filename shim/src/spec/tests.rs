@@ -211,6 +211,7 @@ fn a_pods_sysctls_reach_its_containers() {
         bundle: Path::new("/b"),
         role: &Role::Container { sandbox_id: "s".into() },
         disable_guest_seccomp: true,
+        pod_sees_guest: false,
         pod_sysctls: &pod,
     };
     let guest = translate(&spec, &context).unwrap();
