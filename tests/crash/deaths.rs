@@ -166,7 +166,7 @@ fn a_network_outlives_the_shim(node: &Node, runtime: Runtime) -> Result {
             now => Err(now),
         }
     })?;
-    task.remove()?;
+    task.remove_orphaned()?;
     network.remove()
 }
 

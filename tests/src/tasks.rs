@@ -243,4 +243,24 @@ impl Task<'_> {
         self.node.ctr(["tasks", "delete", "--force", &self.id])?;
         self.node.ctr(["containers", "delete", &self.id]).map(drop)
     }
+
+    /// Removes the container of a task whose shim is dead, after containerd has removed the task itself.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn remove_orphaned(self) -> Result {
+        let tasks = || {
+            let listed = self.node.ctr(["tasks", "list", "--quiet"]);
+            let listed = listed.map_err(|failure| failure.to_string())?.text();
+            if listed.lines().any(|id| id == self.id) {
+                return Err(listed);
+            }
+            Ok(())
+        };
+        self.node
+            .events()
+            .bell
+            .until("no task of the dead shim", run::ORDINARY, tasks)?;
+        self.node.ctr(["containers", "delete", &self.id]).map(drop)
+    }
 }
