@@ -8,6 +8,7 @@ use nix::{
     sys::{
         resource::{RLIM_INFINITY, Resource, setrlimit},
         stat::Mode,
+        sysinfo::sysinfo,
     },
     time::{ClockId, clock_gettime},
     unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout},
@@ -18,6 +19,8 @@ use super::{
     modules, sys,
 };
 
+const CGROUPS: &str = "/sys/fs/cgroup";
+const STRICT: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 /// What a container may have open: what a container on a node gets.
 const OPEN_FILES: u64 = 1 << 20;
 
@@ -27,24 +30,48 @@ pub(super) fn clock() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
-/// Leaves the initial RAM disk and makes what a system has: mounts, limits, `lo`, and the modules without which
-/// there is no channel to the host. The other modules are returned.
-pub(super) fn set_up() -> Result<modules::Boot> {
+/// Leaves the initial RAM disk and makes what it takes to speak to the host and to fork the engine's helper: devices,
+/// limits, and the modules without which there is no channel. The other modules are returned.
+pub(super) fn begin() -> Result<modules::Boot> {
     let mut boot = modules::Boot::read()?;
     leave_ram_disk()?;
-    mount_system()?;
+    let (nosuid, strict) = (MsFlags::MS_NOSUID, STRICT);
+    attach("proc", Path::new("/proc"), "proc", strict, None)?;
+    attach("sysfs", Path::new("/sys"), "sysfs", strict, None)?;
+    attach("devtmpfs", Path::new("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
     if boot.load_until_channel()? {
         // The console came with a module, so the kernel could not open it for PID 1.
         reopen_console()?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).doing(|| "raise the limit of open files".into())?;
     setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).doing(|| "raise the limit of processes".into())?;
-    // For PID 1's helper; the engine gives containers their own.
+    // For the helper; the engine gives containers their own.
     write("/proc/self/oom_score_adj", "-1000")?;
+    Ok(boot)
+}
+
+/// Makes what containers need besides. Terminals, shared memory and links in `/dev` are each container's own, and `/run`
+/// is in memory like the rest of the root.
+pub(super) fn finish() -> Result<()> {
+    attach("cgroup2", Path::new(CGROUPS), "cgroup2", STRICT, Some("nsdelegate"))?;
+    enable_controllers()?;
     // As many processes as a node has, so that a pid is not soon another's.
     write("/proc/sys/kernel/pid_max", "4194304")?;
-    sys::loopback_up().doing(|| "bring the loopback interface up".into())?;
-    Ok(boot)
+    limit_reserve()?;
+    sys::loopback_up().doing(|| "bring the loopback interface up".into())
+}
+
+/// Where transparent huge pages may be asked for, the kernel keeps some 35 MiB out of use to have them at hand. The pod
+/// gets them, and the kernel its usual reserve for such a machine (`init_per_zone_wmark_min` in its `mm/page_alloc.c`).
+fn limit_reserve() -> Result<()> {
+    const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
+    let memory = sysinfo().doing(|| "ask for the size of the memory".into())?.ram_total();
+    let usual = (memory / 1024 * 16).isqrt();
+    let now = fs::read_to_string(RESERVE).doing(|| format!("read {RESERVE}"))?;
+    match now.trim().parse::<u64>() {
+        Ok(now) if now > usual => write(RESERVE, &usual.to_string()),
+        _ => Ok(()),
+    }
 }
 
 /// Moves onto a tmpfs: `pivot_root(2)`, which containers need, refuses to leave the initial RAM disk.
@@ -70,24 +97,12 @@ fn leave_ram_disk() -> Result<()> {
     chdir("/").doing(|| "enter the root".into())
 }
 
-/// What the agent and its containers need of the guest: terminals, shared memory and links in `/dev` are each
-/// container's own, and `/run` is in memory like the rest of the root.
-fn mount_system() -> Result<()> {
-    let (nosuid, nodev, noexec) = (MsFlags::MS_NOSUID, MsFlags::MS_NODEV, MsFlags::MS_NOEXEC);
-    let strict = nosuid | nodev | noexec;
-    let at = |path: &'static str| Path::new(path);
-    attach("proc", at("/proc"), "proc", strict, None)?;
-    attach("sysfs", at("/sys"), "sysfs", strict, None)?;
-    attach("devtmpfs", at("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
-    attach("cgroup2", at("/sys/fs/cgroup"), "cgroup2", strict, Some("nsdelegate"))?;
-    enable_controllers()
-}
-
 /// Containers' cgroups get every controller that the kernel has.
 fn enable_controllers() -> Result<()> {
-    let all = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").doing(|| "read the cgroup controllers".into())?;
+    let all = fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers"))
+        .doing(|| "read the cgroup controllers".into())?;
     let wanted: Vec<_> = all.split_whitespace().map(|name| format!("+{name}")).collect();
-    write("/sys/fs/cgroup/cgroup.subtree_control", &wanted.join(" "))
+    write(Path::new(CGROUPS).join("cgroup.subtree_control"), &wanted.join(" "))
 }
 
 fn reopen_console() -> Result<()> {

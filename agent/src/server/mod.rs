@@ -1,8 +1,8 @@
 //! The agent's server: PID 1 of the guest, which serves the host.
 //!
 //! ```text
-//! boot ──▶ zygote is forked ──▶ runtime ──▶ channels are served ──▶ the host ends the VM
-//!                                    └──▶ the other drivers are loaded meanwhile
+//! begin ──▶ the zygote is forked ──▶ the runtime ──▶ the channels are served ──▶ the host ends the VM
+//!                                          └─(first question)─▶ finish, other drivers ──▶ ready
 //! ```
 
 mod boot;
@@ -30,7 +30,7 @@ mod uevent;
 use std::{fs, future, io, path::Path, sync::Arc, time::Duration};
 
 use nix::sys::reboot::{RebootMode, reboot};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use ttrpc::asynchronous::transport::Listener;
 
 use self::{
@@ -43,6 +43,8 @@ use self::{
 };
 use crate::engine::Engine;
 
+/// The question is mostly there before the agent; over vsock it may need a driver that is still to be loaded.
+const FIRST_QUESTION: Duration = Duration::from_millis(10);
 /// Where the engine keeps its sockets.
 const ENGINE: &str = "/run/kata-agent";
 
@@ -68,7 +70,7 @@ pub fn modprobe(arguments: impl Iterator<Item = String>) -> ! {
 }
 
 fn run(began: Duration) -> Result<()> {
-    let modules = boot::set_up()?;
+    let modules = boot::begin()?;
     // Before there is a thread.
     let engine = Engine::spawn(Path::new(ENGINE))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -79,11 +81,13 @@ fn run(began: Duration) -> Result<()> {
 async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Result<()> {
     let reaper = Arc::new(Reaper::default());
     let oom = Oom::new().doing(|| "watch for OOM kills".into())?;
-    let (loaded, drivers) = watch::channel(modules.is_done());
+    let (done, ready) = watch::channel(false);
     let service = Arc::new(Service {
-        sandbox: Sandbox::new(engine, Arc::clone(&reaper), oom, drivers),
+        sandbox: Sandbox::new(engine, Arc::clone(&reaper), oom),
         network: Network::default(),
         began,
+        asked: Notify::new(),
+        ready,
     });
     let listener = Listener::new(channel::connections(ready_port()?));
     let mut server = rpc::server(&service).add_listener(listener);
@@ -92,12 +96,17 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
         .await
         .map_err(io::Error::other)
         .doing(|| "serve".into())?;
-    if !modules.is_done() {
-        if let Err(error) = blocking(move || modules.load_rest()).await {
-            eprintln!("kata-agent: {error}");
-        }
-        loaded.send_replace(true);
+    // The host's first question is whether the agent is there. The rest is done while the host thinks of the next one.
+    let _ = tokio::time::timeout(FIRST_QUESTION, service.asked.notified()).await;
+    for _ in 0..2 {
+        // Once for the call, which has its answer by now, and once for the task that writes it.
+        tokio::task::yield_now().await;
     }
+    boot::finish()?;
+    if !modules.is_done() {
+        blocking(move || modules.load_rest()).await?;
+    }
+    done.send_replace(true);
     reaper.run().await.doing(|| "wait for processes".into())?;
     future::pending().await
 }

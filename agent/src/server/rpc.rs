@@ -4,7 +4,10 @@ use std::{future::Future, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration
 
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
-use tokio::task::{JoinError, JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::{JoinError, JoinHandle},
+};
 use ttrpc::r#async::{Server, TtrpcContext};
 
 use super::{
@@ -42,6 +45,10 @@ pub(super) struct Service {
     pub(super) network: Network,
     /// The guest's clock when the agent began to run.
     pub(super) began: Duration,
+    /// Told when the host asks for the first time.
+    pub(super) asked: Notify,
+    /// True when the guest is set up.
+    pub(super) ready: watch::Receiver<bool>,
 }
 
 type Context = TtrpcContext;
@@ -67,12 +74,20 @@ impl<T> Drop for Attached<T> {
 }
 
 impl Caller {
+    /// Waits until the guest is set up: nothing but [`Health`] comes before.
+    async fn ready(&self) {
+        self.0.asked.notify_one();
+        // The other end is never dropped: PID 1 would have ended.
+        let _ = self.0.ready.clone().wait_for(|ready| *ready).await;
+    }
+
     /// To its end: a caller that gives up, or whose connection ends, leaves no half of it.
     async fn run<T, F>(&self, call: impl FnOnce(Arc<Service>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
+        self.ready().await;
         flatten(tokio::spawn(call(Arc::clone(&self.0))).await)
     }
 
@@ -82,6 +97,7 @@ impl Caller {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
+        self.ready().await;
         let mut task = Attached(tokio::spawn(call(Arc::clone(&self.0))));
         flatten((&mut task.0).await)
     }
@@ -176,6 +192,7 @@ service! {
 #[async_trait]
 impl Health for Caller {
     async fn check(&self, _: &Context, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
+        self.0.asked.notify_one();
         let mut response = HealthCheckResponse::new();
         response.status = ServingStatus::SERVING.into();
         Ok(response)
@@ -294,7 +311,6 @@ impl Service {
     async fn update_interface(&self, request: UpdateInterfaceRequest) -> Result<types::Interface> {
         let interface = request.interface.into_option();
         let interface = interface.ok_or_else(|| Error::Invalid("UpdateInterface has no interface".into()))?;
-        self.sandbox.drivers().await;
         self.network.update_interface(interface).await
     }
 

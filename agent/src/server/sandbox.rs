@@ -16,7 +16,7 @@ use std::{
 };
 
 use nix::mount::{MntFlags, umount2};
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::Mutex as AsyncMutex;
 
 use super::{
     container::{self, Container, Pids},
@@ -50,8 +50,6 @@ pub(super) struct Sandbox {
     pub(super) reaper: Arc<Reaper>,
     /// Sees processes killed for want of memory.
     pub(super) oom: Arc<Oom>,
-    /// True when every driver that the image loads at boot is there.
-    drivers: watch::Receiver<bool>,
     id: OnceLock<String>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     storages: Arc<AsyncMutex<Storages>>,
@@ -61,23 +59,16 @@ pub(super) struct Sandbox {
 
 impl Sandbox {
     /// An empty one.
-    pub(super) fn new(engine: Engine, reaper: Arc<Reaper>, oom: Arc<Oom>, drivers: watch::Receiver<bool>) -> Sandbox {
+    pub(super) fn new(engine: Engine, reaper: Arc<Reaper>, oom: Arc<Oom>) -> Sandbox {
         Sandbox {
             engine,
             reaper,
             oom,
-            drivers,
             id: OnceLock::new(),
             containers: Mutex::default(),
             storages: Arc::default(),
             shared: AsyncMutex::default(),
         }
-    }
-
-    /// Waits until devices of every kind have their drivers.
-    pub(super) async fn drivers(&self) {
-        // An error means that loading failed, which was said; what needs a missing driver says so.
-        let _ = self.drivers.clone().wait_for(|there| *there).await;
     }
 
     /// Makes what the pod's containers share.
@@ -89,7 +80,6 @@ impl Sandbox {
         self.id
             .set(request.sandbox_id)
             .map_err(|id| Error::Invalid(format!("sandbox {id:?} cannot be made: this guest has a sandbox")))?;
-        self.drivers().await;
         for module in request.kernel_modules {
             blocking(move || modules::load(&module.name, &module.parameters)).await?;
         }

@@ -10,7 +10,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    unistd::{pipe2, read, write},
+    unistd::{pipe2, write},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -233,14 +233,9 @@ async fn overdue(exit: &Exit) {
 
 fn take(end: impl AsFd, most: usize) -> io::Result<Vec<u8>> {
     let waiting = sys::unread(end.as_fd())?;
-    let mut data = vec![0; waiting.clamp(1, most.max(1))];
-    match read(end.as_fd(), &mut data) {
-        Ok(count) => {
-            data.truncate(count);
-            Ok(data)
-        }
+    match sys::read(end, waiting.clamp(1, most.max(1))) {
         // The last user of a terminal has closed it.
         Err(Errno::EIO) => Ok(Vec::new()),
-        Err(error) => Err(error.into()),
+        data => Ok(data?),
     }
 }

@@ -43,6 +43,16 @@ pub(super) fn unread(fd: impl AsFd) -> nix::Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// Reads at most `most` bytes, once. Unlike with a slice, nothing is written to the memory before.
+pub(super) fn read(fd: impl AsFd, most: usize) -> nix::Result<Vec<u8>> {
+    let mut data = Vec::<u8>::with_capacity(most);
+    // SAFETY: read(2) writes at most `most` bytes, for which there is room.
+    let count = Errno::result(unsafe { libc::read(fd.as_fd().as_raw_fd(), data.as_mut_ptr().cast(), most) })?;
+    // SAFETY: the kernel has written these.
+    unsafe { data.set_len(count as usize) };
+    Ok(data)
+}
+
 /// Lets a pipe hold `bytes`.
 pub(super) fn set_pipe_size(fd: &OwnedFd, bytes: c_int) -> nix::Result<()> {
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETPIPE_SZ(bytes)).map(drop)
