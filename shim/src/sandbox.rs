@@ -246,6 +246,7 @@ impl Sandbox {
                     .set(guest)
                     .map_err(|_| Error::AlreadyExists(format!("sandbox {}", self.id)))?;
                 follow::watch_guest(self.clone());
+                crate::sys::trim_heap();
                 Ok(())
             }
             Err(error) => {
