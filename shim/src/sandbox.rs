@@ -53,8 +53,6 @@ use crate::{
 
 /// After a killing signal the guest has this long before the whole VM is killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
-/// A VM that is asked to end has this long.
-const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
 const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
 
@@ -246,7 +244,6 @@ impl Sandbox {
                     .set(guest)
                     .map_err(|_| Error::AlreadyExists(format!("sandbox {}", self.id)))?;
                 follow::watch_guest(self.clone());
-                crate::sys::trim_heap();
                 Ok(())
             }
             Err(error) => {
@@ -568,11 +565,13 @@ impl Sandbox {
             return;
         }
         tracing::info!(reason, "the virtual machine ends");
-        let exit = guest.vm.stop(STOP_DEADLINE).await;
-        tracing::info!(%exit, "the virtual machine has ended");
-        tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));
+        // Killed, not asked: QEMU holds nothing that it would have to write out, and a guest that has broken into it has no say.
+        guest.vm.child().kill();
         guest.virtiofsd.child().kill();
+        guest.vm.child().exited().await;
         guest.virtiofsd.child().exited().await;
+        tracing::info!("the virtual machine has ended");
+        tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));
         for container in self.all() {
             if let Err(error) = guest.share.remove(&container.id) {
                 tracing::warn!(%error, container = container.id, "the container's files stay mounted");

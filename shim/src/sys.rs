@@ -54,12 +54,6 @@ pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
-/// Gives memory that was freed back to the kernel: after a start most of the heap is. Source: malloc_trim(3).
-pub fn trim_heap() {
-    // SAFETY: the call takes an integer and works on the allocator's own state, under its own locks.
-    unsafe { libc::malloc_trim(0) };
-}
-
 /// A descriptor that means this process for ever; `None` when it is gone. Source: pidfd_open(2).
 ///
 /// # Errors
