@@ -24,8 +24,6 @@ pub(super) struct Container {
     pub(super) id: String,
     /// Its init process.
     pub(super) init: Arc<Process>,
-    /// Its root file system.
-    pub(super) root: PathBuf,
     /// The mount points of its own storages.
     pub(super) storages: Vec<String>,
     /// Its further processes by exec_id; `None` while one is being made.
@@ -34,11 +32,10 @@ pub(super) struct Container {
 
 impl Container {
     /// A container with nothing but its init.
-    pub(super) fn new(id: String, init: Arc<Process>, root: PathBuf, storages: Vec<String>) -> Container {
+    pub(super) fn new(id: String, init: Arc<Process>, storages: Vec<String>) -> Container {
         Container {
             id,
             init,
-            root,
             storages,
             execs: Mutex::default(),
         }
@@ -214,12 +211,6 @@ pub(super) fn join_pod(spec: &mut Spec, pids: &Pids) -> Result<()> {
     // The pod's, which CreateSandbox has set.
     spec.set_hostname(None);
     Ok(())
-}
-
-/// The root file system that a specification names.
-pub(super) fn root_of(spec: &Spec) -> Result<PathBuf> {
-    let root = spec.root().as_ref().ok_or_else(|| missing("root"))?;
-    Ok(root.path().clone())
 }
 
 /// Whether the container's init has a terminal.

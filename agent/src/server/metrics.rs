@@ -44,83 +44,87 @@ fn agent(out: &mut Exposition) -> Result<()> {
     out.family("kata_agent_scrape_count", "counter", "Metrics scrape count");
     out.sample("kata_agent_scrape_count", &[], scrapes as f64);
     let stat = Stat::parse(&read("/proc/self/stat")?);
+    totals(out, &stat)?;
+    out.family("kata_agent_proc_stat", "gauge", "Agent process stat, in ticks");
+    for (item, field) in [("utime", 14), ("stime", 15), ("cutime", 16), ("cstime", 17)] {
+        out.sample("kata_agent_proc_stat", &[("item", item)], stat.field(field));
+    }
+    let as_it_is: Spelling = (str::to_ascii_lowercase, 1.0);
+    let status = read("/proc/self/status")?;
+    out.keyed(
+        "kata_agent_proc_status",
+        "Agent process status, sizes in KiB",
+        as_it_is,
+        &status,
+    );
+    // The kernel may be built without it.
+    let io = read("/proc/self/io").unwrap_or_default();
+    out.keyed("kata_agent_io_stat", "Agent process I/O", as_it_is, &io);
+    Ok(())
+}
+
+/// What is one number for the whole process.
+fn totals(out: &mut Exposition, stat: &Stat) -> Result<()> {
     let ticks = setting(SysconfVar::CLK_TCK).max(1) as f64;
     let page = setting(SysconfVar::PAGE_SIZE) as f64;
-    let started = boot::clock().as_secs_f64() - stat.field(22) / ticks;
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO)
-        .as_secs_f64();
+    let age = boot::clock().as_secs_f64() - stat.field(22) / ticks;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let open = fs::read_dir("/proc/self/fd")
         .doing(|| "read /proc/self/fd".into())?
         .count();
     let limits = read("/proc/self/limits")?;
     let limit = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
     let limit = limit
-        .and_then(|line| line.split_whitespace().next()?.parse().ok())
-        .unwrap_or(0.0);
-    let busy = stat.field(14) + stat.field(15);
-    for (name, help, value) in [
-        ("kata_agent_threads", "Agent process threads", stat.field(20)),
-        ("kata_agent_total_time", "Agent process total time, in ticks", busy),
-        (
-            "kata_agent_total_vm",
-            "Agent process total VM size, in bytes",
-            stat.field(23),
-        ),
-        (
-            "kata_agent_total_rss",
-            "Agent process total resident size, in bytes",
-            stat.field(24) * page,
-        ),
-        (
-            "kata_agent_process_cpu_seconds_total",
-            "Total user and system CPU time, in seconds",
-            busy / ticks,
-        ),
-        (
-            "kata_agent_process_max_fds",
-            "Maximum number of open file descriptors",
-            limit,
-        ),
-        (
-            "kata_agent_process_open_fds",
-            "Number of open file descriptors",
-            open as f64,
-        ),
-        (
-            "kata_agent_process_resident_memory_bytes",
-            "Resident memory size, in bytes",
-            stat.field(24) * page,
-        ),
-        (
-            "kata_agent_process_virtual_memory_bytes",
-            "Virtual memory size, in bytes",
-            stat.field(23),
-        ),
-        (
-            "kata_agent_process_start_time_seconds",
-            "Start time since the epoch, in seconds",
-            now - started,
-        ),
-    ] {
-        out.family(name, if name.ends_with("_total") { "counter" } else { "gauge" }, help);
-        out.sample(name, &[], value);
-    }
-    out.family("kata_agent_proc_stat", "gauge", "Agent process stat, in ticks");
-    for (item, field) in [("utime", 14), ("stime", 15), ("cutime", 16), ("cstime", 17)] {
-        out.sample("kata_agent_proc_stat", &[("item", item)], stat.field(field));
-    }
-    let as_it_is: (fn(&str) -> String, f64) = (str::to_ascii_lowercase, 1.0);
-    out.keyed(
-        "kata_agent_proc_status",
-        "Agent process status, sizes in KiB",
-        as_it_is,
-        &read("/proc/self/status")?,
+        .and_then(|line| line.split_whitespace().next())
+        .map_or(0.0, number);
+    let (busy, resident) = (stat.field(14) + stat.field(15), stat.field(24) * page);
+    let mut total = |name: &str, kind: &str, help: &str, value: f64| {
+        let name = format!("kata_agent_{name}");
+        out.family(&name, kind, help);
+        out.sample(&name, &[], value);
+    };
+    total("threads", "gauge", "Agent process threads", stat.field(20));
+    total("total_time", "gauge", "Agent process total time, in ticks", busy);
+    total(
+        "total_vm",
+        "gauge",
+        "Agent process total VM size, in bytes",
+        stat.field(23),
     );
-    // The kernel may be built without it.
-    let io = read("/proc/self/io").unwrap_or_default();
-    out.keyed("kata_agent_io_stat", "Agent process I/O", as_it_is, &io);
+    total(
+        "total_rss",
+        "gauge",
+        "Agent process total resident size, in bytes",
+        resident,
+    );
+    let cpu = "Total user and system CPU time, in seconds";
+    total("process_cpu_seconds_total", "counter", cpu, busy / ticks);
+    total(
+        "process_max_fds",
+        "gauge",
+        "Maximum number of open file descriptors",
+        limit,
+    );
+    total(
+        "process_open_fds",
+        "gauge",
+        "Number of open file descriptors",
+        open as f64,
+    );
+    total(
+        "process_resident_memory_bytes",
+        "gauge",
+        "Resident memory size, in bytes",
+        resident,
+    );
+    let start = "Start time since the epoch, in seconds";
+    total("process_start_time_seconds", "gauge", start, now.as_secs_f64() - age);
+    total(
+        "process_virtual_memory_bytes",
+        "gauge",
+        "Virtual memory size, in bytes",
+        stat.field(23),
+    );
     Ok(())
 }
 
@@ -268,6 +272,9 @@ impl Stat {
     }
 }
 
+/// How a key becomes an item, and what a "kB" is worth.
+type Spelling = (fn(&str) -> String, f64);
+
 /// Prometheus' text format.
 #[derive(Default)]
 struct Exposition(String);
@@ -293,7 +300,7 @@ impl Exposition {
     }
 
     /// Lines `<key>: <number> [kB]`, a sample per line; other lines say nothing here.
-    fn keyed(&mut self, name: &str, help: &str, (item, kibibyte): (fn(&str) -> String, f64), text: &str) {
+    fn keyed(&mut self, name: &str, help: &str, (item, kibibyte): Spelling, text: &str) {
         self.family(name, "gauge", help);
         for (key, rest) in text.lines().filter_map(|line| line.split_once(':')) {
             let mut words = rest.split_whitespace();

@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// Where the host's share is mounted; upstream's agent and shims know it by this path.
-const SHARE: &str = "/run/kata-containers/shared/containers/";
+const SHARE: &str = "/run/kata-containers/shared/containers";
 /// The most characters of a host name that the kernel takes.
 const LONGEST_HOSTNAME: usize = 64;
 
@@ -127,7 +127,6 @@ impl Sandbox {
             (false, false) => Pids::New,
         };
         container::join_pod(&mut spec, &pids)?;
-        let root = container::root_of(&spec)?;
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;
         let create = Create {
@@ -144,7 +143,7 @@ impl Sandbox {
                 return Err(error);
             }
         };
-        let container = Container::new(id.clone(), init, root, storages);
+        let container = Container::new(id.clone(), init, storages);
         self.containers().insert(id, Arc::new(container));
         Ok(())
     }
@@ -228,8 +227,10 @@ impl Sandbox {
                 .map_err(|_| Error::Late(format!("removing container {:?}", container.id)))??,
         }
         self.containers().remove(&container.id);
-        let root = container.root.clone();
-        blocking(move || release(&root)).await?;
+        let id = container.id.clone();
+        blocking(move || detach(|below| is_of(&id, below))).await?;
+        // Nobody waits for this.
+        tokio::task::spawn_blocking(forget_files);
         self.remove_storages(container.storages.clone()).await
     }
 
@@ -295,32 +296,61 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
     }
 }
 
-/// Lets the file server close the files of a container that is gone: below the share, a root file system that the
-/// host has mounted is a mount of its own, made by the guest's kernel on the first access.
-fn release(root: &Path) -> Result<()> {
+/// Lets the file server close what no process of the guest uses: for the names that the kernel remembers it keeps files
+/// open, which keeps a container's file systems busy on the host.
+fn forget_files() {
+    // Without a message each time; then names and inodes. A kernel that refuses forgets in its own time.
+    for order in ["4", "2"] {
+        let _ = fs::write("/proc/sys/vm/drop_caches", order);
+    }
+}
+
+/// Whether something below the share is a container's: `<id>/…` or `…/<id>/rootfs` or `<id>-<random>-<name>`.
+fn is_of(container: &str, below: &Path) -> bool {
+    let mut names = below.components().map(|part| part.as_os_str().to_string_lossy());
+    names.any(|name| {
+        let rest = name.strip_prefix(container);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    })
+}
+
+/// Lets go of what the host has taken away.
+pub(super) fn release_stale() -> Result<()> {
+    detach(|below| fs::metadata(Path::new(SHARE).join(below)).is_err())
+}
+
+/// Detaches mounts below the share, by their paths in it. What the host has mounted there, the guest's kernel mounts on the
+/// first access; one that is of use after all comes back on the next.
+fn detach(gone: impl Fn(&Path) -> bool) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    let mut below: Vec<_> = points.filter(|point| Path::new(point).starts_with(root)).collect();
-    below.reverse();
-    for point in below {
-        // Gone by itself when the host has unmounted it.
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+    let below: Vec<_> = points
+        .filter(|point| point.strip_prefix(SHARE).is_ok_and(&gone))
+        .collect();
+    // What is mounted on another mount was mounted after it.
+    for point in below.into_iter().rev() {
+        // It may be gone with the one that it was on.
         let _ = umount2(point, MntFlags::MNT_DETACH);
     }
     Ok(())
 }
 
-/// Unmounts what is mounted below the share and whose source the host has taken away.
-pub(super) fn release_stale() -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    let mut below: Vec<_> = points
-        .filter(|point| point.starts_with(SHARE) && point.len() > SHARE.len())
-        .collect();
-    below.reverse();
-    for point in below {
-        if fs::metadata(point).is_err() {
-            let _ = umount2(point, MntFlags::MNT_DETACH);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_containers_mounts_are_known_by_their_names() {
+        for own in [
+            "c1/rootfs",
+            "c1/mounts/0-data",
+            "passthrough/c1/rootfs",
+            "c1-0123456789abcdef-hosts",
+        ] {
+            assert!(is_of("c1", Path::new(own)), "{own}");
+        }
+        for other in ["c12/rootfs", "passthrough/c", "sandbox-c1/data", ""] {
+            assert!(!is_of("c1", Path::new(other)), "{other}");
         }
     }
-    Ok(())
 }

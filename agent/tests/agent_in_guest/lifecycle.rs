@@ -6,7 +6,7 @@ use agent::{client::ClientError, protocol::agent::*};
 use serde_json::json;
 use ttrpc::Code;
 
-use super::pod::{Pod, base, create, process};
+use super::pod::{Pod, SHARE, base, create, process, root_file_system};
 
 super::cases![
     a_container_runs_to_its_exit_code,
@@ -29,6 +29,7 @@ super::cases![
     a_pause_container_leads_the_shared_processes,
     a_pod_has_many_containers,
     orphans_are_reaped,
+    the_host_gets_a_removed_containers_files_back,
 ];
 
 fn code(error: &ClientError) -> Code {
@@ -397,4 +398,35 @@ async fn orphans_are_reaped(pod: Arc<Pod>) {
         .await;
     assert_eq!(output, "started\n0\n");
     pod.remove("c").await;
+}
+
+async fn the_host_gets_a_removed_containers_files_back(pod: Arc<Pod>) {
+    let folder = pod.share().join("c");
+    let root = folder.join("rootfs");
+    std::fs::create_dir_all(&root).unwrap();
+    let none = None::<&str>;
+    let mounted = nix::mount::mount(Some("tmpfs"), &root, Some("tmpfs"), nix::mount::MsFlags::empty(), none);
+    if mounted == Err(nix::errno::Errno::EPERM) {
+        return println!("not tested: only root can mount");
+    }
+    mounted.unwrap();
+    root_file_system(&root).unwrap();
+    let mut spec = base("echo hello");
+    spec["root"]["path"] = json!(format!("{SHARE}/c/rootfs"));
+    pod.try_create(create("c", spec)).await.unwrap();
+    pod.start("c").await;
+    assert_eq!(pod.output("c", "").await, b"hello\n");
+    pod.wait("c", "").await;
+    pod.remove("c").await;
+    // The file server lets go when it hears of it: by a message that nobody answers.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while let Err(error) = nix::mount::umount(&root) {
+        assert_eq!(error, nix::errno::Errno::EBUSY);
+        if std::time::Instant::now() > deadline {
+            nix::mount::umount2(&root, nix::mount::MntFlags::MNT_DETACH).unwrap();
+            panic!("the container's root is still in use");
+        }
+        tokio::task::yield_now().await;
+    }
+    std::fs::remove_dir_all(folder).unwrap();
 }

@@ -7,12 +7,15 @@ use agent::protocol::{
     types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route},
 };
 
-use super::pod::Pod;
+use serde_json::json;
+
+use super::pod::{Pod, base, create};
 
 super::cases![
     an_interface_becomes_the_hosts,
     routes_go_over_it,
     neighbours_are_permanent,
+    the_kernel_loads_what_is_first_used,
     what_cannot_be_is_refused
 ];
 
@@ -124,6 +127,24 @@ async fn neighbours_are_permanent(pod: Arc<Pod>) {
             .lines()
             .any(|line| line.starts_with("10.1.2.77 ") && line.contains("0x6")),
         "{table}"
+    );
+    pod.remove("c").await;
+}
+
+async fn the_kernel_loads_what_is_first_used(pod: Arc<Pod>) {
+    let mut spec =
+        base("ip link add dummy7 type dummy && ip link set dummy7 name seven && ip link del seven && echo ok");
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set] = json!(["CAP_NET_ADMIN"]);
+    }
+    pod.try_create(create("c", spec)).await.unwrap();
+    pod.start("c").await;
+    let output = pod.output("c", "").await;
+    assert_eq!(
+        String::from_utf8(output).unwrap(),
+        "ok\n",
+        "{}",
+        pod.errors("c", "").await
     );
     pod.remove("c").await;
 }

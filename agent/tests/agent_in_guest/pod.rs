@@ -93,6 +93,11 @@ impl Pod {
         self.machine.console()
     }
 
+    /// The host's side of the share.
+    pub fn share(&self) -> std::path::PathBuf {
+        self.machine.share()
+    }
+
     /// Plugs a second processor.
     pub fn plug_processor(&self) {
         self.machine.plug_processor().expect("a processor");
@@ -298,7 +303,8 @@ pub fn storage(driver: &str, source: &str, fstype: &str, options: &[&str], mount
     storage
 }
 
-fn root_file_system(root: &Path) -> std::io::Result<()> {
+/// Fills a folder with what a container needs.
+pub fn root_file_system(root: &Path) -> std::io::Result<()> {
     for folder in ["bin", "etc", "tmp", "proc", "dev", "sys"] {
         fs::create_dir_all(root.join(folder))?;
     }
