@@ -108,7 +108,7 @@ impl Output {
     }
 
     /// CRI-O closes its end of an exec's output as soon as the exec's Wait is answered, whatever is still in the pipe
-    /// (cri.md calls it a race): give the reader a moment to empty it. No event tells when a pipe is empty.
+    /// (a race in `internal/oci/runtime_vm.go` of CRI-O): give the reader a moment to empty it. No event tells when a pipe is empty.
     async fn emptied(&self) {
         let Output::Fifo(fifo) = self else { return };
         let mut tick = tokio::time::interval(Duration::from_millis(1));
@@ -185,7 +185,7 @@ async fn copy_output(client: Client, name: ProcessName, mut output: Output, stdo
         } else {
             client.read_stderr(request).await
         };
-        // Both an empty reply and an error are the end of the stream (agent-protocol.md §1.2).
+        // Both an empty reply and an error are the end of the stream (upstream's shims take both so).
         let data = match reply {
             Ok(reply) if !reply.data.is_empty() => reply.data,
             _ => return Some(output),

@@ -1,4 +1,4 @@
-//! One sandbox: the verbs of its containers.
+//! One sandbox: its life, and the containers in it.
 //!
 //! ```text
 //! Empty ──Create(sandbox or single)──▶ Up ──stop, or VM or virtiofsd died──▶ Down ──last Delete, Shutdown──▶ ended
@@ -9,24 +9,24 @@
 //! Bookkeeping is behind short locks that are never held across an await; each container's exit has one task that
 //! follows it.
 
+mod verbs;
+
 use std::{
     collections::HashMap,
     future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::Ordering},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
 };
 
-use agent::{client::ClientError, protocol::agent as wire};
+use agent::protocol::agent as wire;
 use containerd_shim_protos::{
-    api::{CreateTaskRequest, ExecProcessRequest},
-    events::task::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
-    },
+    api::CreateTaskRequest,
+    events::task::{TaskCreate, TaskIO},
     protobuf::well_known_types::any::Any,
     topics,
 };
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::Spec;
 use tokio::sync::watch;
 use vmm::Spawner;
 
@@ -34,25 +34,21 @@ use crate::{
     annotations::{Role, identify},
     boot::{self, Guest, Plan},
     config::Config,
-    container::{Container, Exec, Kind},
-    error::{Context, Error, Result, decode},
+    container::{Container, Kind},
+    error::{Context, Error, Result},
     events::Events,
     follow::{self, KILLED},
-    io::{ProcessName, Stdio},
+    io::Stdio,
     log, options,
     pod::Pod,
     process::{Exit, Process, Status},
-    service::timestamp,
     sizing::Limits,
     spec,
     start::read_spec,
-    stats,
-    trace::{Mark, Trace},
+    trace::Trace,
     undo::State,
 };
 
-/// After a killing signal the guest has this long before the whole VM is killed.
-const KILL_DEADLINE: Duration = Duration::from_secs(5);
 /// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
 const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
 
@@ -349,206 +345,6 @@ impl Sandbox {
         self.events.send(topics::TASK_CREATE_EVENT_TOPIC, &event);
     }
 
-    /// Starts a container's init (empty exec id) or an exec; returns the pid.
-    pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        process.begin_start(if exec.is_empty() { id } else { exec })?;
-        let result = if exec.is_empty() {
-            self.start_init(&container).await
-        } else {
-            self.start_exec(&container, exec).await
-        };
-        if result.is_err() {
-            process.end_start(false);
-        }
-        result.map(|()| self.pid())
-    }
-
-    async fn start_init(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
-        let guest = self.guest()?;
-        if container.kind == Kind::Sandbox {
-            container.init.end_start(true);
-        } else {
-            let streams = container.init.stdio.open()?;
-            let mut request = wire::StartContainerRequest::new();
-            request.container_id = container.id.clone();
-            guest.agent.start_container(request).await?;
-            self.mark_first_container();
-            let name = container.init_name();
-            self.apply_size(guest, &container.init, &name).await;
-            follow::process(self.clone(), container.clone(), None, name, streams);
-        }
-        let event = TaskStart {
-            container_id: container.id.clone(),
-            pid: self.pid(),
-            ..TaskStart::default()
-        };
-        self.events.send(topics::TASK_START_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, id: &str) -> Result<()> {
-        let guest = self.guest()?;
-        let exec = container.exec(id)?;
-        let streams = exec.process.stdio.open()?;
-        let name = container.exec_name(id);
-        let mut request = wire::ExecProcessRequest::new();
-        request.container_id = container.id.clone();
-        request.exec_id = id.into();
-        request.process = Some(agent::oci::process_to_wire(&exec.spec)).into();
-        guest.agent.exec_process(request).await?;
-        self.apply_size(guest, &exec.process, &name).await;
-        follow::process(self.clone(), container.clone(), Some(id.into()), name, streams);
-        let event = TaskExecStarted {
-            container_id: container.id.clone(),
-            exec_id: id.into(),
-            pid: self.pid(),
-            ..TaskExecStarted::default()
-        };
-        self.events.send(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    fn mark_first_container(&self) {
-        let mut trace = lock(&self.trace);
-        if !trace.has(Mark::ContainerExec) {
-            trace.set(Mark::ContainerExec, SystemTime::now());
-            if let Err(error) = trace.save(&self.id) {
-                tracing::warn!(%error, "the start-up waterfall is lost");
-            }
-        }
-    }
-
-    /// A terminal's size that was asked for before the terminal was there.
-    async fn apply_size(&self, guest: &Guest, process: &Process, name: &ProcessName) {
-        let size = *process.size.borrow();
-        if let Some((rows, columns)) = size
-            && let Err(error) = guest.agent.tty_win_resize(resize_request(name, rows, columns)).await
-        {
-            tracing::debug!(%error, ?name, "the terminal was not resized");
-        }
-    }
-
-    /// Records an exec; it runs at its start.
-    pub fn exec(&self, request: ExecProcessRequest) -> Result<()> {
-        let container = self.container(&request.id)?;
-        if container.kind == Kind::Sandbox {
-            return Err(Error::Invalid(
-                "exec in the sandbox itself is refused: no process of the guest belongs to it; name a container".into(),
-            ));
-        }
-        if request.exec_id.is_empty() || request.exec_id == request.id {
-            return Err(Error::Invalid("exec_id is empty or the container's own".into()));
-        }
-        if container.init.status() != Status::Running {
-            return Err(Error::Precondition(format!(
-                "container {} is {}",
-                container.id,
-                container.init.status().word()
-            )));
-        }
-        let spec: oci_spec::runtime::Process =
-            serde_json::from_slice(&request.spec.value).map_err(decode("the exec's process"))?;
-        let mut spec = spec::guest_process(spec, &mut Vec::new())?;
-        // CRI-O sends the container's process with other args: only the request says whether this one has a terminal.
-        spec.set_terminal(Some(request.terminal));
-        let stdio = Stdio {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        };
-        container.add_exec(
-            &request.exec_id,
-            Exec {
-                process: Arc::new(Process::new(stdio)),
-                spec,
-            },
-        )?;
-        let event = TaskExecAdded {
-            container_id: container.id.clone(),
-            exec_id: request.exec_id,
-            ..TaskExecAdded::default()
-        };
-        self.events.send(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    /// Signals a process. What has ended already is a success, except for the probe with signal 0.
-    pub async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32) -> Result<()> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        let alive = process.exit().is_none();
-        if signal == 0 {
-            return if alive {
-                Ok(())
-            } else {
-                Err(Error::NotFound(format!("a process of {id}")))
-            };
-        }
-        if !alive {
-            return Ok(());
-        }
-        if container.kind == Kind::Sandbox {
-            if matches!(
-                signal as i32,
-                nix::libc::SIGTERM | nix::libc::SIGKILL | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGHUP
-            ) {
-                self.bring_down("was stopped", 128 + signal).await;
-            }
-            return Ok(());
-        }
-        let Ok(guest) = self.guest() else { return Ok(()) };
-        let killing = signal == nix::libc::SIGKILL as u32;
-        let created = process.status() == Status::Created;
-        let mut request = wire::SignalProcessRequest::new();
-        request.container_id = id.into();
-        request.signal = signal;
-        request.exec_id = match exec {
-            // With SIGKILL the empty exec id means every process of the container: they would not outlive the init anyway.
-            "" if killing => String::new(),
-            "" => id.into(),
-            exec => exec.into(),
-        };
-        let sent = guest.agent.with_deadline(KILL_DEADLINE).signal_process(request).await;
-        match (sent, created && killing) {
-            (Ok(()) | Err(ClientError::NotFound(_)), true) => {
-                follow::ended(self, &container, exec, &process, Exit::now(KILLED)).await;
-                Ok(())
-            }
-            (Ok(()), false) => {
-                if killing {
-                    self.kill_for_sure(process, container.id.clone());
-                }
-                Ok(())
-            }
-            (Err(ClientError::NotFound(_) | ClientError::Gone), _) => Ok(()),
-            (Err(error), _) if killing => {
-                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}"), KILLED)
-                    .await;
-                Ok(())
-            }
-            // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to SIGKILL.
-            (Err(error @ ClientError::Deadline(_)), _) => {
-                tracing::warn!(%error, signal, container = id, "the guest is slow to take a signal");
-                Ok(())
-            }
-            (Err(error), _) => Err(error.into()),
-        }
-    }
-
-    /// Every stop ends: a guest that does not end a killed process is ended itself.
-    fn kill_for_sure(self: &Arc<Self>, process: Arc<Process>, id: String) {
-        let sandbox = self.clone();
-        tokio::spawn(async move {
-            if tokio::time::timeout(KILL_DEADLINE, process.wait()).await.is_err() {
-                let reason = format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL");
-                sandbox.bring_down(&reason, KILLED).await;
-            }
-        });
-    }
-
     /// Ends the VM and everything in it, once; returns when the host is free of it. `status` is the exit of the sandbox's
     /// own task.
     pub async fn bring_down(self: &Arc<Self>, reason: &str, status: u32) {
@@ -592,157 +388,6 @@ impl Sandbox {
         }
     }
 
-    /// Freezes or thaws a container.
-    pub async fn pause(&self, id: &str, paused: bool) -> Result<()> {
-        let container = self.container(id)?;
-        let guest = self.guest()?;
-        if container.kind == Kind::Sandbox {
-            return Err(Error::Invalid(
-                "pausing the sandbox itself is refused; pause its containers".into(),
-            ));
-        }
-        if paused {
-            let mut request = wire::PauseContainerRequest::new();
-            request.container_id = id.into();
-            guest.agent.pause_container(request).await?;
-            self.events.send(
-                topics::TASK_PAUSED_EVENT_TOPIC,
-                &TaskPaused {
-                    container_id: id.into(),
-                    ..TaskPaused::default()
-                },
-            );
-        } else {
-            let mut request = wire::ResumeContainerRequest::new();
-            request.container_id = id.into();
-            guest.agent.resume_container(request).await?;
-            self.events.send(
-                topics::TASK_RESUMED_EVENT_TOPIC,
-                &TaskResumed {
-                    container_id: id.into(),
-                    ..TaskResumed::default()
-                },
-            );
-        }
-        container.init.set_paused(paused);
-        Ok(())
-    }
-
-    /// Resizes a terminal, now or when it is there.
-    pub async fn resize(&self, id: &str, exec: &str, rows: u32, columns: u32) -> Result<()> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        process.size.send_replace(Some((rows, columns)));
-        if process.status() != Status::Running {
-            return Ok(());
-        }
-        let name = if exec.is_empty() {
-            container.init_name()
-        } else {
-            container.exec_name(exec)
-        };
-        self.guest()?
-            .agent
-            .tty_win_resize(resize_request(&name, rows, columns))
-            .await?;
-        Ok(())
-    }
-
-    /// Changes a container's resources. The VM grows before the limit does, and shrinks after it.
-    pub async fn update(&self, id: &str, resources: Option<&Any>) -> Result<()> {
-        let container = self.container(id)?;
-        let value = resources.map(|any| any.value.as_slice()).unwrap_or_default();
-        let resources: LinuxResources = serde_json::from_slice(value).map_err(decode("the resources to update"))?;
-        if container.kind == Kind::Sandbox {
-            return Ok(());
-        }
-        let guest = self.guest()?;
-        let mut warnings = Vec::new();
-        let mut request = wire::UpdateContainerRequest::new();
-        request.container_id = id.into();
-        request.resources = Some(agent::oci::resources_to_wire(&spec::guest_resources(
-            resources.clone(),
-            &mut warnings,
-        )))
-        .into();
-        let before = guest.sizer.grow(id, Limits::of_resources(&resources)).await?;
-        let updated = guest.agent.update_container(request).await;
-        let limits = if updated.is_ok() {
-            before.updated(&resources)
-        } else {
-            before
-        };
-        guest.sizer.set(id, limits).await?;
-        Ok(updated?)
-    }
-
-    /// A container's statistics from its guest cgroup; the sandbox's from the host's. The two are never added.
-    pub async fn stats(&self, id: &str) -> Result<Any> {
-        let container = self.container(id)?;
-        if container.kind == Kind::Sandbox {
-            return stats::of_host(self.guest.get().and_then(|guest| guest.cgroup.as_ref()));
-        }
-        // What has ended, or is about to because its VM has, is asked for once more by containerd.
-        if let (None, Ok(guest)) = (container.init.exit(), self.guest()) {
-            let mut request = wire::StatsContainerRequest::new();
-            request.container_id = id.into();
-            match guest.agent.stats_container(request).await {
-                Ok(stats) => container.keep_stats(stats),
-                Err(ClientError::Gone) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        stats::of_guest(&container.last_stats(), container.oom.load(Ordering::SeqCst))
-    }
-
-    /// Forgets a task that has ended, or never began; returns its pid and exit.
-    pub async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        let pid = self.pid();
-        let exit = match process.status() {
-            Status::Stopped(exit) => exit,
-            Status::Created => {
-                let exit = Exit::now(KILLED);
-                if exec.is_empty() {
-                    self.delete_created(&container, exit).await;
-                }
-                exit
-            }
-            status => {
-                let name = if exec.is_empty() { id } else { exec };
-                return Err(Error::Precondition(format!(
-                    "{name} cannot be deleted: it is {}",
-                    status.word()
-                )));
-            }
-        };
-        if exec.is_empty() {
-            lock(&self.containers).remove(id);
-        } else {
-            container.remove_exec(exec);
-        }
-        let event = TaskDelete {
-            container_id: id.into(),
-            id: exec.into(),
-            pid,
-            exit_status: exit.status,
-            exited_at: Some(timestamp(exit.at)).into(),
-            ..TaskDelete::default()
-        };
-        self.events.send(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        Ok((pid, exit))
-    }
-
-    async fn delete_created(self: &Arc<Self>, container: &Arc<Container>, exit: Exit) {
-        match container.kind {
-            Kind::Sandbox => {
-                self.bring_down("was deleted before it was started", exit.status).await;
-            }
-            Kind::Member | Kind::Single => follow::ended(self, container, "", &container.init, exit).await,
-        }
-    }
-
     /// Ends the shim when no container is left, or at once when told so.
     pub async fn shutdown(self: &Arc<Self>, now: bool) -> Result<()> {
         if !now && !lock(&self.containers).is_empty() {
@@ -766,13 +411,4 @@ impl Sandbox {
 /// A lock whose holder panicked is still good: every critical section is one map operation.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn resize_request(name: &ProcessName, rows: u32, columns: u32) -> wire::TtyWinResizeRequest {
-    let mut request = wire::TtyWinResizeRequest::new();
-    request.container_id = name.container.clone();
-    request.exec_id = name.exec.clone();
-    request.row = rows;
-    request.column = columns;
-    request
 }

@@ -35,7 +35,7 @@ use super::{sys, uevent::Uevents};
 
 /// What the host calls the port.
 const PORT: &str = "sandpod.agent";
-/// The port of the protocol (`agent-protocol.md`, transport).
+/// The port of the protocol (`src/agent/src/config.rs` of kata-containers).
 const VSOCK_PORT: u32 = 1024;
 /// What the kernel hands over at a time: a port's buffer is a page.
 const PORT_BUFFER: usize = 4096;

@@ -20,7 +20,7 @@ const LARGEST: i32 = 64;
 /// How often a killed exec's session is searched; each round ends what the one before saw.
 const SESSION_ROUNDS: usize = 16;
 
-/// Signals a process, or a whole container (the conventions are those of `agent-protocol.md` §1.2).
+/// Signals a process, or a whole container (the conventions are those of `src/agent/src/rpc.rs` of kata-containers).
 pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<()> {
     let signal = i32::try_from(request.signal)
         .ok()
