@@ -146,7 +146,8 @@ impl Args {
             }
             Accelerator::Tcg => {
                 // 32 MiB of translated code are as fast as the default's share of the guest's memory.
-                self.pair("-accel", "tcg,tb-size=32");
+                // One thread for all vCPUs: with one each, QEMU 7.2 gives up when a vCPU is plugged while the buffer is full.
+                self.pair("-accel", "tcg,thread=single,tb-size=32");
                 self.pair("-cpu", "max");
             }
         }
