@@ -190,11 +190,13 @@ impl Output {
 
     /// Waits for output and takes at most `most` bytes of it; no bytes are its end.
     pub(super) async fn read(&self, most: usize, exit: &Exit) -> Result<Vec<u8>> {
+        let most = match most {
+            0 => MAX_READ, // unset
+            most => most.min(MAX_READ),
+        };
         let mut left = self.left.lock().await;
         if left.is_none() {
-            let read = self
-                .end
-                .async_io(Interest::READABLE, |end| take(end, most.min(MAX_READ)));
+            let read = self.end.async_io(Interest::READABLE, |end| take(end, most));
             tokio::select! {
                 biased;
                 () = overdue(exit) => {}
@@ -212,7 +214,7 @@ impl Output {
         let allowed = left.unwrap_or(unread).min(unread);
         let data = match allowed {
             0 => Vec::new(),
-            _ => take(self.end.get_ref(), most.min(MAX_READ).min(allowed)).doing(|| "read from a process".into())?,
+            _ => take(self.end.get_ref(), most.min(allowed)).doing(|| "read from a process".into())?,
         };
         *left = Some(allowed - data.len());
         Ok(data)
@@ -233,7 +235,7 @@ async fn overdue(exit: &Exit) {
 
 fn take(end: impl AsFd, most: usize) -> io::Result<Vec<u8>> {
     let waiting = sys::unread(end.as_fd())?;
-    match sys::read(end, waiting.clamp(1, most.max(1))) {
+    match sys::read(end, waiting.clamp(1, most)) {
         // The last user of a terminal has closed it.
         Err(Errno::EIO) => Ok(Vec::new()),
         data => Ok(data?),
