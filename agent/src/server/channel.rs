@@ -26,7 +26,7 @@ use nix::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader, Interest, ReadBuf, unix::AsyncFd},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::asynchronous::transport::Socket;
@@ -42,13 +42,16 @@ const PORT_BUFFER: usize = 4096;
 /// Id of a virtio socket device (virtio 1.2, section 5).
 const VIRTIO_VSOCK: &str = "virtio:d00000013";
 
-/// Connections from the host, over all channels that are there or come. `ready_port` is the port of the host that is told when
-/// vsock is served.
-pub(super) fn connections(ready_port: Option<u32>) -> impl Stream<Item = io::Result<Socket>> + Send + 'static {
+/// Connections from the host, over all channels that are there or come. `ready_port` is the port of the host that is told
+/// when vsock is served; `ready` becomes true when the guest is set up.
+pub(super) fn connections(
+    ready_port: Option<u32>,
+    ready: watch::Receiver<bool>,
+) -> impl Stream<Item = io::Result<Socket>> + Send + 'static {
     let (sender, receiver) = mpsc::channel(1);
     for (name, served) in [
         ("the virtio-serial port", serial(sender.clone()).boxed()),
-        ("vsock", vsock(sender, ready_port).boxed()),
+        ("vsock", vsock(sender, ready_port, ready).boxed()),
     ] {
         tokio::spawn(async move {
             if let Err(error) = served.await {
@@ -66,7 +69,7 @@ pub(super) fn connections(ready_port: Option<u32>) -> impl Stream<Item = io::Res
 type Connections = mpsc::Sender<Socket>;
 
 async fn serial(connections: Connections) -> io::Result<()> {
-    let device = Uevents::listen()?.until(find_port).await?;
+    let device = Uevents::until(find_port).await?;
     let port = open_port(&device)?;
     if !host_is_there(&port)? {
         let port = port.try_clone()?;
@@ -155,8 +158,12 @@ impl AsyncWrite for Port {
     }
 }
 
-async fn vsock(connections: Connections, ready_port: Option<u32>) -> io::Result<()> {
-    Uevents::listen()?.until(find_vsock).await?;
+async fn vsock(connections: Connections, ready_port: Option<u32>, mut ready: watch::Receiver<bool>) -> io::Result<()> {
+    if ready_port.is_none() {
+        // Nothing says that there is a device: looking for one does not delay the first answer over the other channel.
+        let _ = ready.wait_for(|ready| *ready).await;
+    }
+    Uevents::until(find_vsock).await?;
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT))?;
     if let Some(port) = ready_port {
         // The connection is the message. A host that does not hear it tries by itself.
@@ -175,11 +182,10 @@ fn find_vsock() -> io::Result<Option<()>> {
     let Ok(devices) = fs::read_dir("/sys/bus/virtio/devices") else {
         return Ok(None); // the driver is not loaded yet
     };
-    let is_vsock = |device: io::Result<fs::DirEntry>| {
-        let alias = device.and_then(|device| fs::read_to_string(device.path().join("modalias")));
-        alias.is_ok_and(|alias| alias.starts_with(VIRTIO_VSOCK))
+    let is_vsock = |device: fs::DirEntry| {
+        let alias = fs::read_to_string(device.path().join("modalias")).unwrap_or_default();
+        // The device is there before its driver.
+        alias.starts_with(VIRTIO_VSOCK) && device.path().join("driver").exists()
     };
-    // The device is there before its driver; with the driver there is /dev/vsock.
-    let found = devices.into_iter().any(is_vsock) && Path::new("/dev/vsock").exists();
-    Ok(found.then_some(()))
+    Ok(devices.flatten().any(is_vsock).then_some(()))
 }

@@ -87,9 +87,9 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
         network: Network::default(),
         began,
         asked: Notify::new(),
-        ready,
+        ready: ready.clone(),
     });
-    let listener = Listener::new(channel::connections(ready_port()?));
+    let listener = Listener::new(channel::connections(ready_port()?, ready));
     let mut server = rpc::server(&service).add_listener(listener);
     server
         .start()

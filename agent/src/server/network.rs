@@ -217,7 +217,7 @@ struct Link {
 }
 
 async fn find(wanted: &Wanted) -> Result<Link> {
-    let found = async { Uevents::listen()?.until(|| look_for(wanted)).await };
+    let found = Uevents::until(|| look_for(wanted));
     let what = || match wanted.mac {
         Some(mac) => format!(
             "find the interface {:?} with the address {}",

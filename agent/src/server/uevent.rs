@@ -33,17 +33,18 @@ impl Uevents {
     }
 
     /// Waits for `found` to find something, looking again at each event.
-    pub(super) async fn until<T>(self, mut found: impl FnMut() -> io::Result<Option<T>>) -> io::Result<T> {
+    pub(super) async fn until<T>(mut found: impl FnMut() -> io::Result<Option<T>>) -> io::Result<T> {
+        // Mostly it is there.
         if let Some(value) = found()? {
             return Ok(value);
         }
-        let queue = sys::asynchronous(self.0, Interest::READABLE)?;
+        let queue = sys::asynchronous(Uevents::listen()?.0, Interest::READABLE)?;
         loop {
-            queue.readable().await?.clear_ready();
-            drain(queue.get_ref());
             if let Some(value) = found()? {
                 return Ok(value);
             }
+            queue.readable().await?.clear_ready();
+            drain(queue.get_ref());
         }
     }
 
