@@ -361,10 +361,8 @@ impl Sandbox {
             return;
         }
         tracing::info!(reason, "the virtual machine ends");
-        // Killed, not asked: QEMU holds nothing that it would have to write out, and a guest that has broken into it has no say.
-        guest.vm.child().kill();
         guest.virtiofsd.child().kill();
-        guest.vm.child().exited().await;
+        guest.vm.stop().await;
         guest.virtiofsd.child().exited().await;
         tracing::info!("the virtual machine has ended");
         tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));

@@ -148,7 +148,8 @@ impl Args {
                 // 32 MiB of translated code are as fast as the default's share of the guest's memory.
                 // One thread for all vCPUs: with one each, QEMU 7.2 gives up when a vCPU is plugged while the buffer is full.
                 self.pair("-accel", "tcg,thread=single,tb-size=32");
-                self.pair("-cpu", "max");
+                // Without the promise of fast string moves the guest copies in words, which an emulator does faster than bytes.
+                self.pair("-cpu", "max,-erms");
             }
         }
         let (boot, max) = (spec.vcpus.boot, spec.vcpus.max);

@@ -11,7 +11,7 @@ pub enum VmError {
     #[error("the VM's description is invalid: {0}")]
     Spec(#[from] SpecError),
     /// The node cannot run VMs.
-    #[error(transparent)]
+    #[error("KVM cannot be used: {0}")]
     Kvm(#[from] KvmError),
     /// The files handed over do not fit the description.
     #[error("the VM has {devices} {device} devices but got {files} open files for them")]

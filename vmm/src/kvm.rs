@@ -8,7 +8,9 @@ use kvm_ioctls::{Cap, Kvm};
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// The CPU's flags, which the kernel shows only where hardware virtualisation can be used.
-    #[error("the CPU offers no hardware virtualisation: neither vmx nor svm is among its flags in /proc/cpuinfo")]
+    #[error(
+        "the CPU offers no hardware virtualisation, neither vmx nor svm in /proc/cpuinfo; enable it in the firmware, or take a bare-metal machine"
+    )]
     NoVirtualisation,
     /// `/proc/cpuinfo` is unreadable.
     #[error("cannot read /proc/cpuinfo: {0}")]
@@ -108,7 +110,7 @@ mod tests {
         let said = |result: Result<(), KvmError>| result.unwrap_err().to_string();
         assert_eq!(
             said(check("flags : fpu\n", c"/dev/null".into())),
-            "the CPU offers no hardware virtualisation: neither vmx nor svm is among its flags in /proc/cpuinfo"
+            "the CPU offers no hardware virtualisation, neither vmx nor svm in /proc/cpuinfo; enable it in the firmware, or take a bare-metal machine"
         );
         let absent =
             "there is no /dev/kvm, although the CPU can virtualise: load the kernel module kvm_intel or kvm_amd";

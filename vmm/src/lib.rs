@@ -1,7 +1,7 @@
 //! Describe a virtual machine, run it, resize it, end it. Knows nothing of containers or pods.
 //!
 //! ```text
-//! VmSpec ──validate──▶ args ──▶ QEMU ◀── QMP: hot-plug, quit
+//! VmSpec ──validate──▶ args ──▶ QEMU ◀── QMP: hot-plug
 //!                                 │ ◀──▶ agent stream (virtio-serial or vsock)
 //! VirtiofsdSpec ──▶ virtiofsd ◀───┘
 //! ```

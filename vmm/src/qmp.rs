@@ -192,11 +192,6 @@ impl Qmp {
         self.execute::<Value>(command, arguments).await.map(drop)
     }
 
-    /// `quit`: QEMU ends.
-    pub async fn quit(&self) -> Result<(), QmpError> {
-        self.order("quit", json!({})).await
-    }
-
     /// `qom-set` of a number.
     pub async fn set_property(&self, path: &str, property: &str, value: u64) -> Result<(), QmpError> {
         self.order("qom-set", json!({"path": path, "property": property, "value": value}))

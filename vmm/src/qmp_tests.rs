@@ -118,7 +118,7 @@ fn a_refusal_is_told_in_qemus_words_and_ends_nothing() {
             let (id, _) = peer.expect("device_add").await;
             let refusal = json!({"id": id, "error": {"class": "GenericError", "desc": "Duplicate device ID 'dimm0'"}});
             peer.say(refusal.to_string()).await;
-            peer.grant("quit").await;
+            peer.grant("device_del").await;
         };
         let questions = async {
             let refused = qmp.add_dimm("dimm0", "dimm0-ram").await.unwrap_err();
@@ -126,7 +126,7 @@ fn a_refusal_is_told_in_qemus_words_and_ends_nothing() {
                 refused.to_string(),
                 "QEMU refused device_add: Duplicate device ID 'dimm0'"
             );
-            qmp.quit().await.unwrap();
+            qmp.delete_device("d").await.unwrap();
         };
         tokio::join!(script, questions);
     });
@@ -227,15 +227,15 @@ fn an_answer_of_another_shape_fails_that_question_alone() {
         let script = async {
             let (id, _) = peer.expect("query-memory-devices").await;
             peer.say(json!({"return": "none", "id": id}).to_string()).await;
-            let (id, _) = peer.expect("quit").await;
+            let (id, _) = peer.expect("device_del").await;
             peer.say(json!({"id": id}).to_string()).await;
-            peer.grant("quit").await;
+            peer.grant("device_del").await;
         };
         let questions = async {
             assert!(matches!(qmp.memory_devices().await, Err(QmpError::Garbled(_))));
-            let neither = qmp.quit().await.unwrap_err().to_string();
-            assert!(neither.ends_with("neither yes nor no to quit"), "{neither}");
-            qmp.quit().await.unwrap();
+            let neither = qmp.delete_device("d").await.unwrap_err().to_string();
+            assert!(neither.ends_with("neither yes nor no to device_del"), "{neither}");
+            qmp.delete_device("d").await.unwrap();
         };
         tokio::join!(script, questions);
     });
@@ -272,8 +272,8 @@ fn a_qemu_that_says_nothing_is_not_waited_for() {
         let (ours, _peer) = strangers();
         assert!(matches!(Qmp::connect(ours).await, Err(QmpError::Silent(_))));
         let (qmp, mut peer) = acquainted().await;
-        let (quit, _) = tokio::join!(qmp.quit(), peer.expect("quit"));
-        assert!(matches!(quit, Err(QmpError::Silent("quit"))));
+        let (silent, _) = tokio::join!(qmp.delete_device("d"), peer.expect("device_del"));
+        assert!(matches!(silent, Err(QmpError::Silent("device_del"))));
     });
 }
 
@@ -288,7 +288,7 @@ async fn ends_with(last: impl AsyncFnOnce(Peer)) {
     let (open, ()) = tokio::join!(qmp.delete_device("d"), script);
     assert!(matches!(open, Err(QmpError::Closed)), "{open:?}");
     assert_eq!(events.recv().await, Err(broadcast::error::RecvError::Closed));
-    assert!(matches!(qmp.quit().await, Err(QmpError::Closed)));
+    assert!(matches!(qmp.delete_device("d").await, Err(QmpError::Closed)));
     assert!(matches!(qmp.events(), Err(QmpError::Closed)));
 }
 

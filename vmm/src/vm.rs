@@ -153,22 +153,14 @@ impl Vm {
         self.link.open(deadline).await
     }
 
-    /// Ends the VM at once, whatever state it is in; the guest is not asked. Can be called again, and then returns the same.
-    /// A QEMU that does not quit within `deadline` is killed.
-    pub async fn stop(&self, deadline: Duration) -> ExitReason {
-        let quit = async {
-            if let Err(error) = self.qmp.quit().await {
-                tracing::debug!(%error, "QEMU was not told to quit");
-            }
-            self.child.exited().await
-        };
-        match timeout(deadline, quit).await {
-            Ok(reason) => reason,
-            Err(_) => {
-                self.child.kill();
-                self.child.exited().await
-            }
-        }
+    /// Ends the VM at once, whatever state it is in, and waits until the kernel has taken it down. Can be called again, and then
+    /// returns the same.
+    ///
+    /// QEMU is killed, not asked: it holds nothing that it would have to write out, and a guest that has broken into it has no
+    /// say.
+    pub async fn stop(&self) -> ExitReason {
+        self.child.kill();
+        self.child.exited().await
     }
 
     /// The last 64 KiB of the guest's console.

@@ -134,5 +134,5 @@ async fn qemu_runs_in_the_network_namespace_it_is_given(kit: Arc<Kit>) {
     let qemu = format!("/proc/{}/ns/net", vm.child().pid());
     assert_eq!(fs::read_link(qemu).unwrap(), name);
     assert_ne!(fs::read_link("/proc/self/ns/net").unwrap(), name);
-    vm.stop(PATIENCE).await;
+    vm.stop().await;
 }
