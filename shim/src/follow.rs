@@ -55,6 +55,7 @@ pub fn process(
             status,
             at: SystemTime::now(),
         };
+        process.begin_end();
         copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
         ended(&sandbox, &container, &exec, &process, exit).await;
     });

@@ -40,9 +40,17 @@ pub struct Stdio {
 
 /// The caller's ends, opened.
 pub struct Streams {
-    stdin: Option<Receiver>,
+    stdin: Input,
     stdout: Option<Output>,
     stderr: Option<Output>,
+}
+
+enum Input {
+    Fifo(Receiver),
+    /// The caller gives none: the process reads the end at once.
+    Empty,
+    /// A terminal that nobody types at.
+    Idle,
 }
 
 enum Output {
@@ -54,8 +62,9 @@ impl Stdio {
     /// Opens what the caller named. Must be called in the runtime.
     pub fn open(&self) -> Result<Streams> {
         let stdin = match self.stdin.as_str() {
-            "" => None,
-            path => Some(
+            "" if self.terminal => Input::Idle,
+            "" => Input::Empty,
+            path => Input::Fifo(
                 OpenOptions::new()
                     .read_write(true)
                     .open_receiver(path)
@@ -145,9 +154,12 @@ impl Streams {
                 Some(tokio::spawn(copy_output(client.clone(), name.clone(), output?, stdout)))
             })
             .collect();
-        let input = self
-            .stdin
-            .map(|stdin| tokio::spawn(copy_input(client.clone(), name.clone(), stdin, close_stdin)));
+        let (client, name) = (client.clone(), name.clone());
+        let input = match self.stdin {
+            Input::Fifo(stdin) => Some(tokio::spawn(copy_input(client, name, stdin, close_stdin))),
+            Input::Empty => Some(tokio::spawn(async move { end_input(&client, &name).await })),
+            Input::Idle => None,
+        };
         Copies { output, input }
     }
 }
@@ -217,6 +229,10 @@ async fn copy_input(client: Client, name: ProcessName, stdin: Receiver, mut clos
             Ok(_) | Err(_) => {}
         }
     }
+    end_input(&client, &name).await;
+}
+
+async fn end_input(client: &Client, name: &ProcessName) {
     let mut request = CloseStdinRequest::new();
     request.container_id = name.container.clone();
     request.exec_id = name.exec.clone();

@@ -3,11 +3,12 @@
 //! ```text
 //! Created ──start──▶ Starting ──agent took it──▶ Running ◀──pause/resume──▶ Paused
 //!    │                  │ agent refused: back to Created     │                 │
-//!    └──────────────────┴─────────── ended or VM gone ───────┴─────────────────┴──▶ Stopped
+//!    │                  │                                    └──── ended ──────┴──▶ Ending
+//!    └──────────────────┴──────────────────── VM gone, or host done ──────────────────┴──▶ Stopped
 //! ```
 //!
 //! `Stopped` is published last: output is delivered, fifos are closed and the host has let go of the container's root
-//! file system before any `Wait` is answered.
+//! file system before any `Wait` is answered. Until then, in `Ending`, the guest may know the process no more.
 
 use std::time::SystemTime;
 
@@ -29,6 +30,8 @@ pub enum Status {
     Running,
     /// Frozen.
     Paused,
+    /// Ended in the guest; callers hear of it when the host has cleaned up.
+    Ending,
     /// Ended.
     Stopped(Exit),
 }
@@ -103,6 +106,16 @@ impl Process {
         self.change(|now| matches!(now, Status::Running | Status::Paused).then_some(next));
     }
 
+    /// The guest said that it has ended.
+    pub fn begin_end(&self) {
+        self.change(|now| matches!(now, Status::Running | Status::Paused).then_some(Status::Ending));
+    }
+
+    /// Whether it has ended in the guest, whoever knows of it.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.status(), Status::Ending | Status::Stopped(_))
+    }
+
     /// Ends it. The first exit counts; answers whether this was the first.
     pub fn stop(&self, exit: Exit) -> bool {
         self.change(|now| (!matches!(now, Status::Stopped(_))).then_some(Status::Stopped(exit)))
@@ -149,6 +162,7 @@ impl Status {
             Status::Starting => "starting",
             Status::Running => "running",
             Status::Paused => "paused",
+            Status::Ending => "ending",
             Status::Stopped(_) => "stopped",
         }
     }

@@ -274,7 +274,7 @@ impl Service {
         };
         response.set_status(match status {
             Status::Created | Status::Starting => WireStatus::CREATED,
-            Status::Running => WireStatus::RUNNING,
+            Status::Running | Status::Ending => WireStatus::RUNNING,
             Status::Paused => WireStatus::PAUSED,
             Status::Stopped(_) => WireStatus::STOPPED,
         });

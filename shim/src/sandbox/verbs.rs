@@ -158,19 +158,19 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Signals a process. What has ended already is a success, except for the probe with signal 0.
+    /// Signals a process. What has ended already is a success, except for the probe with signal 0. Nothing has ended because
+    /// of the signal before this returns: containerd closes the connection as soon as it hears of an exit, and takes a `Kill` that
+    /// is not answered by then for a failure.
     pub async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32) -> Result<()> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
-        let alive = process.exit().is_none();
         if signal == 0 {
-            return if alive {
-                Ok(())
-            } else {
-                Err(Error::NotFound(format!("a process of {id}")))
+            return match process.exit() {
+                None => Ok(()),
+                Some(_) => Err(Error::NotFound(format!("a process of {id}"))),
             };
         }
-        if !alive {
+        if process.has_ended() {
             return Ok(());
         }
         if container.kind == Kind::Sandbox {
@@ -178,7 +178,7 @@ impl Sandbox {
                 signal as i32,
                 nix::libc::SIGTERM | nix::libc::SIGKILL | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGHUP
             ) {
-                self.bring_down("was stopped", 128 + signal).await;
+                self.bring_down_soon("was stopped".into(), 128 + signal);
             }
             return Ok(());
         }
@@ -197,7 +197,10 @@ impl Sandbox {
         let sent = guest.agent.with_deadline(KILL_DEADLINE).signal_process(request).await;
         match (sent, created && killing) {
             (Ok(()) | Err(ClientError::NotFound(_)), true) => {
-                follow::ended(self, &container, exec, &process, Exit::now(KILLED)).await;
+                let (sandbox, exec) = (self.clone(), exec.to_owned());
+                tokio::spawn(
+                    async move { follow::ended(&sandbox, &container, &exec, &process, Exit::now(KILLED)).await },
+                );
                 Ok(())
             }
             (Ok(()), false) => {
@@ -207,9 +210,10 @@ impl Sandbox {
                 Ok(())
             }
             (Err(ClientError::NotFound(_) | ClientError::Gone), _) => Ok(()),
+            // It ended meanwhile, and with it what the guest knew of it.
+            (Err(_), _) if process.has_ended() => Ok(()),
             (Err(error), _) if killing => {
-                self.bring_down(&format!("did not obey SIGKILL for {id}: {error}"), KILLED)
-                    .await;
+                self.bring_down_soon(format!("did not obey SIGKILL for {id}: {error}"), KILLED);
                 Ok(())
             }
             // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to SIGKILL.
@@ -219,6 +223,11 @@ impl Sandbox {
             }
             (Err(error), _) => Err(error.into()),
         }
+    }
+
+    fn bring_down_soon(self: &Arc<Self>, reason: String, status: u32) {
+        let sandbox = self.clone();
+        tokio::spawn(async move { sandbox.bring_down(&reason, status).await });
     }
 
     /// Every stop ends: a guest that does not end a killed process is ended itself.
@@ -329,6 +338,7 @@ impl Sandbox {
             match guest.agent.stats_container(request).await {
                 Ok(stats) => container.keep_stats(stats),
                 Err(ClientError::Gone) => {}
+                Err(_) if container.init.has_ended() => {}
                 Err(error) => return Err(error.into()),
             }
         }

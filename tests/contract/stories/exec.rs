@@ -23,6 +23,7 @@ pub const TOLD: Told = &[
     ),
     (BOTH, "an_exec_with_a_terminal_follows_its_size", terminal),
     (BOTH, "an_exec_reads_its_input_to_the_end_that_closeio_makes", input),
+    (BOTH, "without_an_input_its_end_is_read", no_input),
     (BOTH, "an_exec_whose_time_is_up_is_killed_alone", timeout),
     (
         OURS,
@@ -124,6 +125,16 @@ fn input(crio: &Crio<'_>) -> Result {
     same("bytes that went through", count(&done.stdout, b'x'), MUCH)?;
     contains("the last words", &done.text(), "at the end")?;
     pod.end([container])
+}
+
+fn no_input(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let reader = pod.start(&Wanted::shell("cat; echo the end"))?;
+    same("a container's exit code", reader.exited(ORDINARY)?.exit_status, 0)?;
+    same("its output", &*reader.stdout()?.end(ORDINARY)?, b"the end\n")?;
+    let container = pod.idle()?;
+    same("an exec", container.shell("cat; echo the end")?, "the end")?;
+    pod.end([container, reader])
 }
 
 fn timeout(crio: &Crio<'_>) -> Result {

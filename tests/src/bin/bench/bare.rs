@@ -25,9 +25,6 @@ use vmm::{
 /// How long a boot may take.
 const BOOT: Duration = Duration::from_secs(60);
 
-/// How long a VM may take to end.
-const END: Duration = Duration::from_secs(5);
-
 /// Starts virtual machines without pods.
 pub struct Bare {
     runtime: Runtime,
@@ -84,7 +81,7 @@ impl Bare {
                 .map_err(refused)?;
             let booted = first_process(&vm).await;
             let line = command_line(vm.child().pid())?;
-            vm.stop(END).await;
+            vm.stop().await;
             virtiofsd.child().kill();
             virtiofsd.child().exited().await;
             let took = booted?.duration_since(vm.spawned_at());
