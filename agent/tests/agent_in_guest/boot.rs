@@ -153,7 +153,7 @@ fn qemu(kernel: &Kernel, folder: &Path) -> Result<Child, String> {
         "-nodefaults -no-user-config -display none -no-reboot -smp 1,maxcpus=2,sockets=1,cores=2,threads=1".split(' '),
     )
     .args("-machine q35,memory-backend=ram0,sata=off,smbus=off,vmport=off,usb=off".split(' '))
-    .args("-accel tcg,thread=single,tb-size=32 -cpu max -m 1024M -object memory-backend-memfd,id=ram0,size=1024M,share=on".split(' '))
+    .args("-accel tcg,thread=single,tb-size=32 -cpu max,-erms -m 1024M -object memory-backend-memfd,id=ram0,size=1024M,share=on".split(' '))
     .arg("-kernel")
     .arg(&kernel.vmlinux)
     .args(["-initrd", &at("initrd"), "-append", &line])
