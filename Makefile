@@ -22,7 +22,7 @@ export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
 .PHONY: help demo test bench lint build guest guest-own guest-debian install clean
-.PHONY: programs test-programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,8 +33,8 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(RELEASE)/demo
 
 test: deps-test ## every test and every lint (cold: under 25 minutes)
-	$(MAKE) -j2 kernel test-programs virtiofsd peers debian-kernel lint
-	$(MAKE) guest
+	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
+	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 6 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-e2e suite-crash suite-contract
@@ -79,22 +79,20 @@ deps-demo:
 deps-test:
 	deploy/deps.sh build kernel run test peers
 
+# Of the whole workspace always, and in one go with the tests where they are wanted: otherwise dependencies are compiled
+# once more with other features.
+PARTS := --bins
 programs: ## the shim, the agent, kata-ctl and the tests' programs
-	echo 'programs: compiling, usually 3 minutes the first time'
-	cargo build --quiet --release -p agent -p shim -p tests --bins
-
-test-programs: programs
-	echo 'test-programs: compiling, usually 2 minutes the first time'
-	cargo test --quiet --release --workspace --no-run
+	echo 'programs: compiling, usually 5 minutes the first time'
+	cargo build --quiet --release --workspace $(PARTS)
 
 units: ## every test that needs no peers: units, golden files, properties, the agent's engine in a guest
 	echo 'units: usually a minute'
-	cargo test --release --quiet --workspace --exclude tests
-	cargo test --release --quiet -p tests --lib --bins
+	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
 suite-e2e suite-crash suite-contract: suite-%:
-	cargo test --release --quiet -p tests --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
+	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 kernel: ## our own guest kernel
 	deploy/guest/build-kernel.sh >/dev/null
