@@ -12,6 +12,7 @@ mod namespaces;
 mod node;
 mod pod;
 mod process;
+mod rootfs;
 mod stories;
 mod task;
 

@@ -104,17 +104,7 @@ pub fn outside() -> Result<ExitCode> {
 
 fn in_namespaces(folder: &Path) -> Result<ExitCode> {
     let program = env::current_exe().trying("finding this program")?;
-    let mut command = Command::new("unshare");
-    command.args([
-        "--mount",
-        "--net",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--propagation",
-        "private",
-    ]);
+    let mut command = run::in_new_namespaces();
     command
         .arg(program)
         .args(env::args_os().skip(1))

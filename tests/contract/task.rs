@@ -14,7 +14,6 @@ use containerd_shim_protos::{
     },
     protobuf::{MessageField, well_known_types::any::Any},
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 use tests::failure::{Failure, Result, Trying, claim, same};
 
@@ -23,6 +22,7 @@ use crate::{
     connection::{Connection, Pending},
     crio::{Crio, short},
     fifo::{self, Reader, Writer},
+    rootfs::Rootfs,
 };
 
 /// How long an ordinary request may take on a loaded machine without hardware virtualization.
@@ -112,68 +112,6 @@ impl Streams {
             stdout: Reader::open(Path::new(&fifos.stdout))?,
             stderr,
         })
-    }
-}
-
-/// An overlay that CRI-O's storage has mounted.
-#[derive(Debug)]
-pub struct Rootfs {
-    layer: PathBuf,
-    /// Where it is mounted.
-    pub merged: PathBuf,
-    mounted: bool,
-}
-
-impl Rootfs {
-    fn mount(crio: &Crio<'_>, id: &str) -> Result<Rootfs> {
-        let layer = crio.node.folder().join("storage/overlay").join(id);
-        let merged = layer.join("merged");
-        for folder in ["diff", "work", "merged"] {
-            fs::create_dir_all(layer.join(folder)).trying("making an overlay's folders")?;
-        }
-        let (lower, layers) = (crio.node.image(), layer.display());
-        let options = format!(
-            "lowerdir={},upperdir={layers}/diff,workdir={layers}/work,volatile",
-            lower.display()
-        );
-        mount(
-            Some("overlay"),
-            &merged,
-            Some("overlay"),
-            MsFlags::empty(),
-            Some(options.as_str()),
-        )
-        .trying("mounting an overlay")?;
-        Ok(Rootfs {
-            layer,
-            merged,
-            mounted: true,
-        })
-    }
-
-    /// Unmounts it, as the storage does right after the container's stop.
-    ///
-    /// # Errors
-    /// `EBUSY` when somebody holds it; [`Failure::Claim`] when some mount namespace of the node still has it.
-    pub fn unmount(&mut self) -> Result {
-        if !std::mem::take(&mut self.mounted) {
-            return Ok(());
-        }
-        let device = device_of(&self.merged);
-        umount2(&self.merged, MntFlags::empty()).trying(format!("unmounting {}", self.merged.display()))?;
-        let holders = holders_of(&device);
-        claim(
-            holders.is_empty(),
-            format!(
-                "the root file system is unmounted, but {} still have it mounted",
-                holders.join(", ")
-            ),
-        )
-    }
-
-    fn remove(&mut self) -> Result {
-        self.unmount()?;
-        fs::remove_dir_all(&self.layer).trying(format!("removing {}", self.layer.display()))
     }
 }
 
@@ -623,30 +561,4 @@ pub fn new_id() -> Result<String> {
 
 fn terminal_of(spec: &Value) -> bool {
     spec["process"]["terminal"] == true
-}
-
-/// The device number of the file system mounted at `path`, as mountinfo writes it.
-fn device_of(path: &Path) -> String {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let path = path.display().to_string();
-    let mounted = table
-        .lines()
-        .map(|line| line.split(' ').collect::<Vec<_>>())
-        .find(|fields| fields.get(4) == Some(&path.as_str()));
-    mounted
-        .and_then(|fields| Some((*fields.get(2)?).to_owned()))
-        .unwrap_or_default()
-}
-
-/// The programs in whose mount namespaces a file system of this device number is mounted.
-fn holders_of(device: &str) -> Vec<String> {
-    let holds = |process: &tests::procs::Process| {
-        let table = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid)).unwrap_or_default();
-        table.lines().any(|line| line.split(' ').nth(2) == Some(device))
-    };
-    tests::procs::all()
-        .iter()
-        .filter(|process| holds(process))
-        .map(|process| format!("{} ({})", process.program(), process.pid))
-        .collect()
 }

@@ -522,17 +522,7 @@ impl Drop for Node {
 
 /// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
 fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
-    let mut command = Command::new("unshare");
-    command.args([
-        "--mount",
-        "--net",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--propagation",
-        "private",
-    ]);
+    let mut command = run::in_new_namespaces();
     command
         .args(["sh", "-c", FIRST])
         .env("MASK_KVM", if without_kvm { "yes" } else { "" });

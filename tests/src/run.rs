@@ -44,6 +44,24 @@ impl Output {
     }
 }
 
+/// A command of which the program, to be added, will be the first process of new mount, network and pid namespaces, and ends with
+/// it. Needs root.
+#[must_use]
+pub fn in_new_namespaces() -> Command {
+    let mut command = Command::new("unshare");
+    command.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    ]);
+    command
+}
+
 /// Runs a command to its end, whatever its exit code.
 ///
 /// # Errors
