@@ -168,6 +168,8 @@ calls! {
     pause_container(PauseContainerRequest) -> (), true;
     /// Thaws a container.
     resume_container(ResumeContainerRequest) -> (), true;
+    /// Makes a folder, a link, or a part of a file below the share.
+    copy_file(CopyFileRequest) -> (), true;
     /// Configures a network interface.
     update_interface(UpdateInterfaceRequest) -> types::Interface, true;
     /// Adds routes, and tells which there are.

@@ -8,6 +8,7 @@
 mod boot;
 mod channel;
 mod container;
+mod copy;
 mod error;
 mod freezer;
 mod guest;

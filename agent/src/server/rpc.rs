@@ -12,6 +12,7 @@ use ttrpc::r#async::{Server, TtrpcContext};
 
 use super::{
     container::Container,
+    copy,
     error::{Doing, Error, Result},
     freezer, guest, metrics,
     network::Network,
@@ -155,6 +156,7 @@ service! {
         reseed_random_dev(ReseedRandomDevRequest);
         set_guest_date_time(SetGuestDateTimeRequest);
         remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest);
+        copy_file(CopyFileRequest);
     }
     answers {
         stats_container(StatsContainerRequest) -> StatsContainerResponse;
@@ -180,7 +182,6 @@ service! {
         mem_agent_memcg_set(MemAgentMemcgConfig) -> Empty = "MemAgentMemcgSet";
         mem_agent_compact_set(MemAgentCompactConfig) -> Empty = "MemAgentCompactSet";
         mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty = "MemHotplugByProbe";
-        copy_file(CopyFileRequest) -> Empty = "CopyFile";
         add_swap(AddSwapRequest) -> Empty = "AddSwap";
         add_swap_path(AddSwapPathRequest) -> Empty = "AddSwapPath";
         get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse = "GetVolumeStats";
@@ -249,6 +250,10 @@ impl Service {
         let resources = resources.ok_or_else(|| Error::Invalid("UpdateContainer has no resources".into()))?;
         let resources = oci::resources_from_wire(&resources)?;
         Ok(self.sandbox.engine.update(&container.id, &resources).await?)
+    }
+
+    async fn copy_file(&self, request: CopyFileRequest) -> Result<()> {
+        blocking(move || copy::copy(&request)).await
     }
 
     async fn pause_container(&self, request: PauseContainerRequest) -> Result<()> {

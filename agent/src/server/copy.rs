@@ -1,0 +1,231 @@
+//! Files that the host sends: volumes whose updates must wake those who watch them in the guest.
+//!
+//! What is sent appears whole: a file, a link or its replacement is made under another name and renamed (the conventions are those
+//! of `do_copy_file` in `src/agent/src/rpc.rs` of kata-containers).
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    io::{self, Seek, SeekFrom, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, open, openat, readlinkat, renameat},
+    sys::stat::{Mode, SFlag, fchmod, mkdirat},
+    unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
+};
+
+use super::error::{Doing, Error, Result};
+use crate::protocol::agent::CopyFileRequest;
+
+/// Everything that the host may send a file to is below.
+const BASE: &str = "/run/kata-containers/shared/containers";
+
+/// How folders are opened.
+const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+
+/// The link that the kubelet swaps to update all files of a volume at once (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
+const DATA: &str = "..data";
+
+/// Makes a folder, a link, or a part of a file. Blocks.
+pub(super) fn copy(request: &CopyFileRequest) -> Result<()> {
+    let (parents, name) = place(&request.path)?;
+    let parent = folder(&parents, mode(request.dir_mode)).doing(|| format!("make the folder of {:?}", request.path))?;
+    let target = Target { parent, name, request };
+    let made = match SFlag::from_bits_truncate(request.file_mode) & SFlag::S_IFMT {
+        SFlag::S_IFDIR => target.make_folder(),
+        SFlag::S_IFLNK => target.link(),
+        _ => target.write(check_part(request)?),
+    };
+    made.doing(|| format!("copy {:?}", request.path))
+}
+
+/// The folders from [`BASE`] on, and the last name.
+fn place(path: &str) -> Result<(Vec<OsString>, OsString)> {
+    let refused = || Error::Invalid(format!("the path {path:?} of a file is not below {BASE}"));
+    let below = Path::new(path).strip_prefix(BASE).map_err(|_| refused())?;
+    let name = |part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        _ => None,
+    };
+    let mut names: Vec<_> = below
+        .components()
+        .map(name)
+        .collect::<Option<_>>()
+        .ok_or_else(refused)?;
+    let last = names.pop().ok_or_else(refused)?;
+    Ok((names, last))
+}
+
+/// Whether this part ends the file.
+fn check_part(request: &CopyFileRequest) -> Result<bool> {
+    let end = request.offset.checked_add_unsigned(request.data.len() as u64);
+    match end {
+        Some(end) if request.offset >= 0 && end <= request.file_size => Ok(end == request.file_size),
+        _ => Err(Error::Invalid(format!(
+            "{} bytes at {} do not fit the file {:?} of {} bytes",
+            request.data.len(),
+            request.offset,
+            request.path,
+            request.file_size
+        ))),
+    }
+}
+
+/// Opens the folder, and makes what is missing of it. Links are not followed.
+fn folder(names: &[OsString], mode: Mode) -> io::Result<OwnedFd> {
+    let mut folder = open(BASE, FOLDER, Mode::empty())?;
+    for name in names {
+        let open = |folder: &OwnedFd| openat(folder, name.as_os_str(), FOLDER, Mode::empty());
+        folder = match open(&folder) {
+            Err(Errno::ENOENT) => {
+                mkdirat(&folder, name.as_os_str(), mode)?;
+                open(&folder)?
+            }
+            opened => opened?,
+        };
+    }
+    Ok(folder)
+}
+
+fn mode(bits: u32) -> Mode {
+    Mode::from_bits_truncate(bits & 0o7777)
+}
+
+struct Target<'r> {
+    parent: OwnedFd,
+    name: OsString,
+    request: &'r CopyFileRequest,
+}
+
+impl Target<'_> {
+    fn make_folder(&self) -> io::Result<()> {
+        match mkdirat(&self.parent, self.name.as_os_str(), Mode::S_IRWXU) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let made = openat(&self.parent, self.name.as_os_str(), FOLDER, Mode::empty())?;
+        self.own(&self.name)?;
+        Ok(fchmod(&made, mode(self.request.file_mode))?)
+    }
+
+    fn link(&self) -> io::Result<()> {
+        let temporary = self.temporary();
+        let before = readlinkat(&self.parent, self.name.as_os_str()).ok();
+        remove(&self.parent, &temporary)?;
+        let to = OsStr::from_bytes(&self.request.data);
+        symlinkat(to, &self.parent, temporary.as_os_str())?;
+        self.own(&temporary)?;
+        renameat(&self.parent, temporary.as_os_str(), &self.parent, self.name.as_os_str())?;
+        match before {
+            Some(before) if self.name == DATA && before != to => self.remove_stale(&before),
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&self, last: bool) -> io::Result<()> {
+        let temporary = self.temporary();
+        let mut flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        if self.request.offset == 0 {
+            remove(&self.parent, &temporary)?;
+            flags |= OFlag::O_CREAT | OFlag::O_EXCL;
+        }
+        let file = openat(
+            &self.parent,
+            temporary.as_os_str(),
+            flags,
+            Mode::S_IRUSR | Mode::S_IWUSR,
+        )?;
+        let mut file = fs::File::from(file);
+        file.seek(SeekFrom::Start(self.request.offset.unsigned_abs()))?;
+        file.write_all(&self.request.data)?;
+        if last {
+            self.own(&temporary)?;
+            fchmod(&file, mode(self.request.file_mode))?;
+            renameat(&self.parent, temporary.as_os_str(), &self.parent, self.name.as_os_str())?;
+        }
+        Ok(())
+    }
+
+    fn temporary(&self) -> OsString {
+        let mut name = self.name.clone();
+        name.push(".tmp");
+        name
+    }
+
+    fn own(&self, name: &OsStr) -> io::Result<()> {
+        let user = u32::try_from(self.request.uid).ok().map(Uid::from_raw);
+        let group = u32::try_from(self.request.gid).ok().map(Gid::from_raw);
+        Ok(fchownat(&self.parent, name, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)?)
+    }
+
+    /// After the swap: the files of before, and the links to those that are no more. Whoever watches one of them sees its end.
+    fn remove_stale(&self, before: &OsStr) -> io::Result<()> {
+        let parent = PathBuf::from(format!("/proc/self/fd/{}", self.parent.as_fd().as_raw_fd()));
+        for entry in fs::read_dir(&parent)? {
+            let entry = entry?;
+            let dangles =
+                || matches!(fs::metadata(entry.path()), Err(error) if error.kind() == io::ErrorKind::NotFound);
+            if entry.file_type()?.is_symlink() && dangles() {
+                remove(&self.parent, &entry.file_name())?;
+            }
+        }
+        match Path::new(before).components().collect::<Vec<_>>()[..] {
+            [Component::Normal(name)] => fs::remove_dir_all(parent.join(name)).or_else(|error| match error.kind() {
+                io::ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn remove(folder: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    match unlinkat(folder, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_a_place_below_the_share_and_nowhere_else() {
+        let (folders, name) = place("/run/kata-containers/shared/containers/mirrors/0/..data").unwrap();
+        assert_eq!((folders, name), (vec!["mirrors".into(), "0".into()], "..data".into()));
+        for path in [
+            "",
+            "/etc/passwd",
+            BASE,
+            "/run/kata-containers/shared/containers/../x",
+            "mirrors/0",
+        ] {
+            let said = place(path).unwrap_err().to_string();
+            assert!(
+                said.ends_with("is not below /run/kata-containers/shared/containers"),
+                "{said}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_part_has_a_place_in_its_file() {
+        let mut request = CopyFileRequest::new();
+        (request.file_size, request.offset, request.data) = (5, 2, b"abc".to_vec());
+        assert!(check_part(&request).unwrap());
+        request.data.pop();
+        assert!(!check_part(&request).unwrap());
+        for offset in [4, -1, i64::MAX] {
+            request.offset = offset;
+            assert!(check_part(&request).is_err());
+        }
+    }
+}
