@@ -8,10 +8,10 @@
 
 mod usage;
 
+use crate::mountinfo;
+use cgroups_rs::Cgroup;
 use cgroups_rs::CgroupPid;
-use cgroups_rs::fs::Cgroup;
-use cgroups_rs::fs::hierarchies::{self, is_cgroup2_unified_mode};
-use cgroups_rs::systemd::utils::expand_slice;
+use cgroups_rs::hierarchies::{self, is_cgroup2_unified_mode};
 use nix::poll::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -67,7 +67,7 @@ pub enum CgroupError {
         /// Relative to the hierarchies.
         path: String,
         /// What the library says.
-        source: cgroups_rs::fs::error::Error,
+        source: cgroups_rs::error::Error,
     },
     /// A process cannot be moved.
     #[error("cannot move process {pid} into cgroup {path}: {source}")]
@@ -77,7 +77,7 @@ pub enum CgroupError {
         /// Relative to the hierarchies.
         path: String,
         /// What the library says.
-        source: cgroups_rs::fs::error::Error,
+        source: cgroups_rs::error::Error,
     },
     /// A file of the cgroup cannot be used.
     #[error("cannot {action} {path}: {source}")]
@@ -294,14 +294,15 @@ fn trees() -> Result<Vec<(PathBuf, PathBuf)>, CgroupError> {
     }
     let subsystems = hierarchies::auto().subsystems();
     let mut trees = Vec::new();
-    for mount in hierarchies::mountinfo_self() {
-        let root = mount.mount_point;
+    let mounts = mountinfo::mounts().map_err(|source| file("read", Path::new("/proc/self/mountinfo"), source))?;
+    for mount in mounts {
+        let root = mount.point;
         if subsystems
             .iter()
             .any(|subsystem| subsystem.to_controller().path() == root)
         {
-            let home = home(&root, &mount.mount_root, &|name| {
-                mount.super_opts.iter().any(|option| option == name)
+            let home = home(&root, &mount.root, &|name| {
+                mount.super_options.iter().any(|option| option == name)
             });
             trees.push((root, home));
         }
@@ -318,7 +319,7 @@ fn relative(cgroups_path: &str) -> Result<String, CgroupError> {
         [slice, prefix, name] if !name.is_empty() && !name.contains('/') && !prefix.contains('/') => {
             // What runc takes when the CRI names none.
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            let slice = expand_slice(slice).map_err(|_| wrong())?;
+            let slice = expand_slice(slice).ok_or_else(wrong)?;
             let unit = if prefix.is_empty() {
                 format!("{name}.scope")
             } else {
@@ -336,6 +337,18 @@ fn relative(cgroups_path: &str) -> Result<String, CgroupError> {
     } else {
         Ok(path)
     }
+}
+
+/// The folder of a slice: its name tells its parents (systemd.slice(5)).
+fn expand_slice(slice: &str) -> Option<String> {
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(String::new());
+    }
+    let parts: Vec<_> = name.split('-').collect();
+    let plain = parts.iter().all(|part| !part.is_empty() && !part.contains('/'));
+    let folders = (1..=parts.len()).map(|end| format!("{}.slice", parts[..end].join("-")));
+    plain.then(|| folders.collect::<Vec<_>>().join("/"))
 }
 
 fn write(path: &Path, text: &str) -> Result<(), CgroupError> {

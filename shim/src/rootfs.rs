@@ -13,6 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     error::{Context, Error, Result},
+    mountinfo,
     spec::ShareMount,
     undo::dir_of,
 };
@@ -109,20 +110,9 @@ pub fn detach(path: &Path) -> Result<()> {
 /// Mount points at and below `dir`, parents first. `remove` must see none before it removes a directory: a bind mount
 /// that stayed would lose its contents.
 fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let table = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
-    Ok(table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|escaped| PathBuf::from(unescape(escaped)))
-        .filter(|path| path.starts_with(dir))
-        .collect())
-}
-
-/// mountinfo writes space, tab, newline and backslash as octal escapes (proc(5)).
-fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+    let mounts = mountinfo::mounts().at("read", "/proc/self/mountinfo")?;
+    let points = mounts.into_iter().map(|mount| mount.point);
+    Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
 fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
@@ -187,10 +177,5 @@ mod tests {
         let (flags, data) = parse_options(&options);
         assert_eq!(flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
         assert_eq!(data, "workdir=/w,lowerdir=/a:/b");
-    }
-
-    #[test]
-    fn mount_points_with_spaces_are_found() {
-        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
     }
 }
