@@ -20,6 +20,7 @@ use crate::{
     cgroup::SandboxCgroup,
     config::{self, Accelerator, Config, NetworkModel},
     error::{Context, Error, Result},
+    mirror::Mirrors,
     net::{self, Network},
     pod::Pod,
     rootfs::Share,
@@ -46,6 +47,8 @@ pub struct Guest {
     pub agent: Client,
     /// The share.
     pub share: Share,
+    /// The volumes that the kubelet updates.
+    pub mirrors: Mirrors,
     /// The owner of the VM's size.
     pub sizer: Sizer,
     /// The pod's configuration.
@@ -113,6 +116,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         virtiofsd,
         agent,
         share,
+        mirrors: Mirrors::default(),
         sizer,
         config: plan.config,
         pod: plan.pod,

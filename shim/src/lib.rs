@@ -11,6 +11,7 @@ pub mod events;
 pub mod follow;
 pub mod io;
 pub mod log;
+pub mod mirror;
 pub mod mountinfo;
 pub mod net;
 pub mod options;

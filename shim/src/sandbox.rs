@@ -286,7 +286,8 @@ impl Sandbox {
         let mounted = spec::host_rootfs(spec, &container.bundle)?;
         let result = async {
             let share = guest.share.clone();
-            let (id, mounts, shares) = (container.id.clone(), request.rootfs.clone(), guest_spec.shares.clone());
+            let (mirrored, shares): (Vec<_>, Vec<_>) = guest_spec.shares.into_iter().partition(|volume| volume.updates);
+            let (id, mounts) = (container.id.clone(), request.rootfs.clone());
             let mount = tokio::task::spawn_blocking(move || {
                 share.add_rootfs(&id, &mounts, &mounted)?;
                 shares.iter().try_for_each(|volume| share.add_volume(volume))
@@ -298,6 +299,9 @@ impl Sandbox {
                 .map_err(std::io::Error::other)
                 .action("mount the container's files")??;
             resize?;
+            for volume in &mirrored {
+                guest.mirrors.add(volume, guest.share.root(), &guest.agent).await?;
+            }
             let mut create = wire::CreateContainerRequest::new();
             create.container_id = container.id.clone();
             create.exec_id = container.id.clone();

@@ -1,6 +1,6 @@
 //! Files of the node in a container.
 
-use std::fs;
+use std::{fs, os::unix::fs::symlink, path::Path};
 
 use tests::{
     config::Runtime,
@@ -14,6 +14,10 @@ use crate::Story;
 
 pub const STORIES: &[Story] = &[
     ("a_writable_and_a_read_only_volume", a_writable_and_a_read_only_volume),
+    (
+        "an_updated_configmap_wakes_who_watches_it",
+        an_updated_configmap_wakes_who_watches_it,
+    ),
     ("a_root_of_its_own", a_root_of_its_own),
 ];
 
@@ -61,6 +65,71 @@ fn a_writable_and_a_read_only_volume(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
+/// Updates of a ConfigMap arrive whole, and whoever watches a file hears of its end, as without a VM.
+fn an_updated_configmap_wakes_who_watches_it(node: &Node, runtime: Runtime) -> Result {
+    let pods = node.path(&format!("kubelet-{}/pods", node.serial()));
+    let volume = pods.join("4f0c/volumes/kubernetes.io~configmap/settings");
+    update(&volume, "..2026_01", &[("color", "red"), ("size", "big")])?;
+    let pod = node.pod(runtime, "updates")?.run()?;
+    let watch = "cat /settings/color; inotifywait -e delete_self --format '%e' /settings/color; \
+        inotifywait -e moved_to --format '%f' /settings";
+    let watcher = pod
+        .shell("watcher", watch)
+        .volume(&volume, "/settings", Access::ReadOnly)
+        .run()?;
+    let reader = pod
+        .container("reader", &["sleep", "infinity"])
+        .volume(&volume, "/etc/settings", Access::ReadOnly)
+        .run()?;
+    let view = "cd /etc/settings; for file in *; do echo $file=$(cat $file); done; ls -d ..2*";
+    same("before", reader.shell(view)?.as_str(), "color=red\nsize=big\n..2026_01")?;
+    let seen = |wanted: &str| {
+        let look = || match reader.shell(view) {
+            Ok(seen) if seen == wanted => Ok(()),
+            Ok(seen) => Err(seen),
+            Err(failure) => Err(failure.to_string()),
+        };
+        node.events().bell.until("the update", run::ORDINARY, look)
+    };
+
+    let watching = "Setting up watches.\nWatches established.";
+    watcher.wait_for_log(watching)?;
+    update(&volume, "..2026_02", &[("color", "green"), ("shape", "round")])?;
+    seen("color=green\nshape=round\n..2026_02")?;
+    watcher.wait_for_log(&format!("{watching}\n{watching}"))?;
+    update(&volume, "..2026_03", &[("color", "blue")])?;
+    same("the watcher's exit code", watcher.wait_exit()?.code, 0)?;
+    contains("what it saw", &watcher.logs()?, "redDELETE_SELF\n..data\n")?;
+    seen("color=blue\n..2026_03")?;
+    pod.remove()
+}
+
+/// Replaces all files of a volume at once, as the kubelet does (`AtomicWriter` in its `pkg/volume/util`).
+fn update(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result {
+    let made = || -> std::io::Result<()> {
+        fs::create_dir_all(volume.join(version))?;
+        for (name, text) in files {
+            fs::write(volume.join(version).join(name), text)?;
+        }
+        let before = fs::read_link(volume.join("..data")).ok();
+        symlink(version, volume.join("..data_tmp"))?;
+        fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
+        for (name, _) in files {
+            if !volume.join(name).is_symlink() {
+                symlink(Path::new("..data").join(name), volume.join(name))?;
+            }
+        }
+        for entry in fs::read_dir(volume)? {
+            let link = entry?.path();
+            if link.is_symlink() && !link.exists() {
+                fs::remove_file(link)?;
+            }
+        }
+        before.map_or(Ok(()), |before| fs::remove_dir_all(volume.join(before)))
+    };
+    made().trying(format!("updating {}", volume.display()))
+}
+
 /// Two containers of one image do not see each other's changes.
 fn a_root_of_its_own(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "roots")?.run()?;
@@ -86,6 +155,6 @@ fn a_root_of_its_own(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
-fn text(path: &std::path::Path) -> Result<String> {
+fn text(path: &Path) -> Result<String> {
     fs::read_to_string(path).trying(format!("reading {}", path.display()))
 }

@@ -1,7 +1,7 @@
 //! Container images without a registry: an OCI archive made of Debian packages.
 //!
 //! Two images share one archive, `images.tar`, an OCI image layout (image-spec, "OCI Image Layout"): [`PAUSE`], which only sleeps, and [`TEST`], with
-//! busybox, coreutils, `setarch`, a web page under /www, and the users root and app (1000). It is the same byte for byte as long as
+//! busybox, coreutils, `inotifywait`, `setarch`, a web page under /www, and the users root and app (1000). It is the same byte for byte as long as
 //! Debian's packages are, and cached by the hash of this recipe.
 
 use std::{
@@ -35,6 +35,8 @@ pub const PAGE: &str = "hello from a pod\n";
 const PACKAGES: &[(&str, &[&str])] = &[
     ("busybox-static", &["bin/busybox"]),
     ("coreutils", &["bin/", "usr/bin/", "usr/sbin/"]),
+    ("inotify-tools", &["usr/bin/inotifywait"]),
+    ("libinotifytools0", &["usr/lib/x86_64-linux-gnu/"]),
     ("util-linux", &["usr/bin/setarch"]),
     ("libacl1", &["usr/lib/x86_64-linux-gnu/"]),
     ("libattr1", &["usr/lib/x86_64-linux-gnu/"]),

@@ -1,6 +1,7 @@
 //! A container's mounts: which come from the host, which are the guest's own, which cannot be had.
 
 use super::{Context, GUEST_SHARE, GUEST_SHM, SpecError, unsupported};
+use crate::mirror;
 use oci_spec::runtime::Mount;
 use std::path::{Component, Path, PathBuf};
 
@@ -9,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 pub struct ShareMount {
     /// On the host: a file or a folder.
     pub source: PathBuf,
-    /// In the share: `<container id>/mounts/<n>-<basename>`.
+    /// In the share: `<container id>/mounts/<n>-<basename>`, or `updated/<volume>` for what all containers of the pod see.
     pub share_path: PathBuf,
     /// In the container.
     pub destination: PathBuf,
@@ -19,6 +20,8 @@ pub struct ShareMount {
     pub recursive: bool,
     /// Whether later mounts of the host show in the container.
     pub propagation: Propagation,
+    /// The kubelet changes its files while the pod runs, all at once: a ConfigMap, a Secret, a projected or downward-API volume.
+    pub updates: bool,
 }
 
 /// The mount propagation of a [`ShareMount`].
@@ -155,9 +158,14 @@ fn share(mount: &Mount, source: PathBuf, container_id: &str, index: usize) -> Re
     let readonly = options(mount)
         .filter(|option| matches!(*option, "ro" | "rro" | "rw"))
         .last();
+    let volume = updated_volume(&source);
     let slave = options(mount).any(|option| option == "rslave" || option == "slave");
     Ok(ShareMount {
-        share_path: PathBuf::from(format!("{container_id}/mounts/{index}-{name}")),
+        share_path: match volume {
+            Some(volume) => Path::new("updated").join(volume),
+            None => PathBuf::from(format!("{container_id}/mounts/{index}-{name}")),
+        },
+        updates: volume.is_some(),
         destination: mount.destination().clone(),
         readonly: matches!(readonly, Some("ro" | "rro")),
         recursive: !options(mount).any(|option| option == "bind") || options(mount).any(|option| option == "rbind"),
@@ -168,6 +176,20 @@ fn share(mount: &Mount, source: PathBuf, container_id: &str, index: usize) -> Re
         },
         source,
     })
+}
+
+/// The name of the kubelet's volume that is mounted at `source`, if it is of a kind that the kubelet updates, and written as it does
+/// that. Paths of `subPath` are elsewhere, and never updated.
+fn updated_volume(source: &Path) -> Option<&str> {
+    let mut parts = source.iter().rev().map(|part| part.to_str());
+    let (name, plugin) = (parts.next()??, parts.next()??);
+    let (volumes, _uid, pods) = (parts.next()??, parts.next()??, parts.next()??);
+    let updates = matches!(
+        plugin,
+        "kubernetes.io~configmap" | "kubernetes.io~secret" | "kubernetes.io~projected" | "kubernetes.io~downward-api"
+    );
+    let is_volume = updates && volumes == "volumes" && pods == "pods";
+    (is_volume && source.join(mirror::DATA).is_symlink()).then_some(name)
 }
 
 /// `path` without `.` and `..`, so that `/dev/../etc` is what it is. Symbolic links are followed by the mount, not here.

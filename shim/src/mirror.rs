@@ -1,0 +1,302 @@
+//! Volumes of the kubelet whose files change under running containers: ConfigMaps, Secrets, projected and downward-API volumes.
+//!
+//! ```text
+//! kubelet: ..2026_11 ◀─ ..data ◀─ key          host's inotify            CopyFile
+//!          (AtomicWriter swaps ..data)  ────────────────────▶ shim ─────────────────▶ the guest does the same in the share
+//! ```
+//!
+//! A guest's watchers hear only of what its own kernel does: a volume that is merely shared changes without waking anybody. So the
+//! share holds a copy. Its first contents are put there from here; each update is made by the agent, whose kernel then tells.
+
+use std::{
+    collections::HashSet,
+    ffi::OsString,
+    fs, io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, PermissionsExt, lchown, symlink},
+    },
+    path::{Path, PathBuf},
+};
+
+use agent::{
+    client::{Client, ClientError},
+    protocol::agent::CopyFileRequest,
+};
+use futures::StreamExt;
+use inotify::{EventStream, Inotify, WatchMask};
+
+use crate::{
+    error::{Context, Error, Result},
+    spec::{GUEST_SHARE, ShareMount},
+};
+
+/// The link to the folder with the current files (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
+pub const DATA: &str = "..data";
+/// Bytes per request, as upstream's shim sends them; ttrpc takes up to 4 MiB.
+const PART: usize = 1 << 20;
+/// Room for the events of one swap; when it does not suffice, the next read gets the rest.
+const EVENTS: usize = 4096;
+
+/// The mirrored volumes of a pod: all containers of the pod see the same copy.
+#[derive(Debug, Default)]
+pub struct Mirrors(tokio::sync::Mutex<HashSet<PathBuf>>);
+
+impl Mirrors {
+    /// Puts a copy at the volume's place below `share`, and keeps it as the volume is until the guest is gone. The second container that
+    /// asks finds it there.
+    pub async fn add(&self, volume: &ShareMount, share: &Path, agent: &Client) -> Result<()> {
+        let mut made = self.0.lock().await;
+        if made.contains(&volume.share_path) {
+            return Ok(());
+        }
+        let source = volume.source.clone();
+        // First the watch, then the copy: what changes in between is an event.
+        let changes = watch(&source).at("watch", &source)?;
+        let target = share.join(&volume.share_path);
+        let copied = tokio::task::spawn_blocking(move || copy(&source, &target)).await;
+        let seen = copied.map_err(io::Error::other).and_then(|seen| seen);
+        let mirror = Mirror {
+            source: volume.source.clone(),
+            guest: Path::new(GUEST_SHARE).join(&volume.share_path),
+            agent: agent.clone(),
+            seen: seen.at("copy", &volume.source)?,
+        };
+        tokio::spawn(mirror.follow(changes));
+        made.insert(volume.share_path.clone());
+        Ok(())
+    }
+}
+
+fn watch(volume: &Path) -> io::Result<EventStream<[u8; EVENTS]>> {
+    let inotify = Inotify::init()?;
+    let what = WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::ONLYDIR;
+    inotify.watches().add(volume, what)?;
+    inotify.into_event_stream([0; EVENTS])
+}
+
+/// What a volume's folder holds beside the files themselves.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    /// Where `..data` leads.
+    data: OsString,
+    /// The links to the files, by which containers know them.
+    links: HashSet<OsString>,
+}
+
+impl Seen {
+    fn of(volume: &Path) -> io::Result<Seen> {
+        let data = fs::read_link(volume.join(DATA))?.into_os_string();
+        let mut links = HashSet::new();
+        for entry in fs::read_dir(volume)? {
+            let entry = entry?;
+            // Also a link that the kubelet is about to rename is none of a container's business.
+            if entry.file_type()?.is_symlink() && !entry.file_name().as_bytes().starts_with(DATA.as_bytes()) {
+                links.insert(entry.file_name());
+            }
+        }
+        Ok(Seen { data, links })
+    }
+
+    /// What has to be made, in this order, where everything was as in `before`.
+    fn since(&self, before: &Seen, volume: &Path) -> io::Result<Vec<Item>> {
+        let mut items = Vec::new();
+        if self.data != before.data {
+            collect(volume, Path::new(&self.data), &mut items)?;
+            items.push(Item::of(volume, Path::new(DATA))?);
+        }
+        for link in self.links.difference(&before.links) {
+            items.push(Item::of(volume, Path::new(link))?);
+        }
+        Ok(items)
+    }
+}
+
+/// A folder, link or file of a volume.
+struct Item {
+    path: PathBuf,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    content: Content,
+}
+
+enum Content {
+    Folder,
+    Link(OsString),
+    File(Vec<u8>),
+}
+
+impl Item {
+    fn of(volume: &Path, path: &Path) -> io::Result<Item> {
+        let full = volume.join(path);
+        let meta = fs::symlink_metadata(&full)?;
+        let content = if meta.is_dir() {
+            Content::Folder
+        } else if meta.is_symlink() {
+            Content::Link(fs::read_link(&full)?.into_os_string())
+        } else {
+            Content::File(fs::read(&full)?)
+        };
+        let (mode, uid, gid) = (meta.mode(), meta.uid(), meta.gid());
+        Ok(Item {
+            path: path.to_owned(),
+            mode,
+            uid,
+            gid,
+            content,
+        })
+    }
+
+    /// Makes it on the host.
+    fn make(&self, target: &Path) -> io::Result<()> {
+        let path = target.join(&self.path);
+        match &self.content {
+            Content::Folder => fs::create_dir_all(&path)?,
+            Content::Link(to) => symlink(to, &path)?,
+            Content::File(data) => fs::write(&path, data)?,
+        }
+        lchown(&path, Some(self.uid), Some(self.gid))?;
+        match self.content {
+            Content::Link(_) => Ok(()),
+            Content::Folder | Content::File(_) => {
+                fs::set_permissions(&path, fs::Permissions::from_mode(self.mode & 0o7777))
+            }
+        }
+    }
+
+    /// Has the guest make it.
+    async fn send(&self, guest: &Path, agent: &Client) -> std::result::Result<(), ClientError> {
+        let data = match &self.content {
+            Content::Folder => &[],
+            Content::Link(to) => to.as_bytes(),
+            Content::File(data) => data,
+        };
+        let parts = data
+            .chunks(PART)
+            .enumerate()
+            .map(|(number, part)| (number * PART, part));
+        let empty = data.is_empty().then_some((0, data));
+        for (offset, part) in parts.chain(empty) {
+            let mut request = CopyFileRequest::new();
+            request.path = guest.join(&self.path).to_string_lossy().into_owned();
+            request.file_size = data.len() as i64;
+            request.file_mode = self.mode;
+            request.dir_mode = 0o755;
+            (request.uid, request.gid) = (self.uid.cast_signed(), self.gid.cast_signed());
+            request.offset = offset as i64;
+            request.data = part.to_vec();
+            agent.copy_file(request).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A folder with everything in it.
+fn collect(volume: &Path, path: &Path, items: &mut Vec<Item>) -> io::Result<()> {
+    let item = Item::of(volume, path)?;
+    let is_folder = matches!(item.content, Content::Folder);
+    items.push(item);
+    if is_folder {
+        for entry in fs::read_dir(volume.join(path))? {
+            collect(volume, &path.join(entry?.file_name()), items)?;
+        }
+    }
+    Ok(())
+}
+
+/// The first copy. Blocks.
+fn copy(volume: &Path, target: &Path) -> io::Result<Seen> {
+    loop {
+        let seen = Seen::of(volume)?;
+        let items = match seen.since(&Seen::default(), volume) {
+            // The kubelet has just replaced these files.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Seen::of(volume)? != seen => continue,
+            items => items?,
+        };
+        let mut folder = Item::of(volume, Path::new(""))?;
+        folder.path = PathBuf::new();
+        folder.make(target)?;
+        items.iter().try_for_each(|item| item.make(target))?;
+        return Ok(seen);
+    }
+}
+
+/// One volume and its copy.
+struct Mirror {
+    source: PathBuf,
+    guest: PathBuf,
+    agent: Client,
+    seen: Seen,
+}
+
+impl Mirror {
+    async fn follow(mut self, mut changes: EventStream<[u8; EVENTS]>) {
+        while let Some(change) = changes.next().await {
+            let updated = match change {
+                Ok(_) => self.update().await,
+                Err(error) => Err(error).at("watch", &self.source),
+            };
+            match updated {
+                Ok(()) => {}
+                // With the guest ends what can be told to it.
+                Err(Error::Agent(ClientError::Gone)) => return,
+                Err(error) => {
+                    tracing::warn!(%error, volume = %self.source.display(), "an update did not reach the guest")
+                }
+            }
+        }
+    }
+
+    async fn update(&mut self) -> Result<()> {
+        let source = self.source.clone();
+        let now = Seen::of(&source).at("look at", &source)?;
+        // When its files are gone already, the kubelet has made the next swap, and its event comes.
+        let items = match now.since(&self.seen, &source) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            items => items.at("read", &source)?,
+        };
+        for item in items {
+            item.send(&self.guest, &self.agent).await?;
+        }
+        self.seen = now;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes a volume as the kubelet does.
+    fn swap(volume: &Path, version: &str, files: &[(&str, &str)]) {
+        fs::create_dir_all(volume.join(version)).unwrap();
+        for (name, text) in files {
+            fs::write(volume.join(version).join(name), text).unwrap();
+        }
+        symlink(version, volume.join("..data_tmp")).unwrap();
+        fs::rename(volume.join("..data_tmp"), volume.join(DATA)).unwrap();
+        for (name, _) in files {
+            let _there_already = symlink(Path::new(DATA).join(name), volume.join(name));
+        }
+    }
+
+    #[test]
+    fn the_copy_is_as_the_volume_and_an_update_is_what_is_new() {
+        let folder = tempfile::tempdir().unwrap();
+        let (volume, target) = (folder.path().join("volume"), folder.path().join("copy"));
+        swap(&volume, "..1", &[("a", "one")]);
+        fs::set_permissions(volume.join("..1/a"), fs::Permissions::from_mode(0o440)).unwrap();
+        let before = copy(&volume, &target).unwrap();
+        assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "one");
+        assert_eq!(fs::read_link(target.join(DATA)).unwrap(), Path::new("..1"));
+        assert_eq!(fs::metadata(target.join("a")).unwrap().mode() & 0o7777, 0o440);
+
+        swap(&volume, "..2", &[("a", "two"), ("b", "new")]);
+        let now = Seen::of(&volume).unwrap();
+        let items = now.since(&before, &volume).unwrap();
+        let paths: Vec<_> = items.iter().map(|item| item.path.to_str().unwrap()).collect();
+        assert_eq!((paths[0], &paths[3..]), ("..2", &["..data", "b"][..]));
+        assert!(now.since(&now, &volume).unwrap().is_empty());
+    }
+}
