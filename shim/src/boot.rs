@@ -11,6 +11,7 @@ use agent::{
     client::Client,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
+use nix::sys::statvfs::statvfs;
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
     spec::{Channel, FsDevice, VmSpec},
@@ -36,6 +37,9 @@ use crate::{
 const QEMU_USER: u32 = 64620;
 /// Tag of the virtiofs device; a foreign agent expects this one.
 const SHARE_TAG: &str = "kataShared";
+
+/// Bytes that CRI-O and containerd give a pod's `/dev/shm` by default.
+const DEFAULT_SHM: u64 = 64 << 20;
 
 /// A running guest.
 pub struct Guest {
@@ -260,7 +264,7 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     request.hostname = plan.pod.hostname.chars().take(64).collect();
     request.dns = dns_lines(&plan.pod)?;
     request.sandbox_pidns = plan.pod.shared_pidns;
-    request.storages = vec![share_storage(), shm_storage()];
+    request.storages = vec![share_storage(), shm_storage(&plan.pod)?];
     request.kernel_modules = plan.config.agent.kernel_modules.iter().map(kernel_module).collect();
     agent.create_sandbox(request).await?;
 
@@ -298,17 +302,25 @@ fn share_storage() -> Storage {
     storage
 }
 
-fn shm_storage() -> Storage {
+/// The pod's `/dev/shm`, as large as the one that the CRI has made for it.
+fn shm_storage(pod: &Pod) -> Result<Storage> {
+    let size = match &pod.shm {
+        // With hostIPC it is the host's own, of half the host's memory.
+        Some(shm) if shm != Path::new("/dev/shm") => {
+            let space = statvfs(shm).at("look at", shm)?;
+            space.blocks() * space.fragment_size()
+        }
+        Some(_) | None => DEFAULT_SHM,
+    };
+
     let mut storage = Storage::new();
     storage.driver = "ephemeral".into();
     storage.source = "shm".into();
     storage.fstype = "tmpfs".into();
-    // 64 MiB is what CRI-O and containerd give a pod's /dev/shm.
-    storage.options = ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"]
-        .map(str::to_owned)
-        .to_vec();
+    storage.options = ["noexec", "nosuid", "nodev", "mode=1777"].map(str::to_owned).to_vec();
+    storage.options.push(format!("size={size}"));
     storage.mount_point = GUEST_SHM.into();
-    storage
+    Ok(storage)
 }
 
 fn record(state: &mut State, pid: u32) -> Result<()> {

@@ -33,6 +33,8 @@ pub struct Pod {
     pub hostname: String,
     /// The host's file that is bound to `/etc/resolv.conf`.
     pub resolv_conf: Option<PathBuf>,
+    /// The host's file system that is bound to `/dev/shm`.
+    pub shm: Option<PathBuf>,
 }
 
 impl Pod {
@@ -40,11 +42,11 @@ impl Pod {
     pub fn of(spec: &Spec) -> Result<Pod> {
         let annotations = spec.annotations().clone().unwrap_or_default();
         let linux = spec.linux().as_ref();
-        let resolv_conf = spec
-            .mounts()
-            .iter()
-            .flatten()
-            .find(|mount| mount.destination().ends_with("etc/resolv.conf"));
+        let source_of = |destination: &str| {
+            let mut mounts = spec.mounts().iter().flatten();
+            let mount = mounts.find(|mount| mount.destination().ends_with(destination))?;
+            mount.source().clone().filter(|source| source.is_absolute())
+        };
         Ok(Pod {
             identity: identify(&annotations)?,
             netns: pod_netns(spec)?,
@@ -56,7 +58,8 @@ impl Pod {
                 .and_then(|linux| linux.cgroups_path().as_ref())
                 .map(|path| path.display().to_string()),
             hostname: spec.hostname().clone().unwrap_or_default(),
-            resolv_conf: resolv_conf.and_then(|mount| mount.source().clone()),
+            resolv_conf: source_of("etc/resolv.conf"),
+            shm: source_of("dev/shm"),
             annotations,
         })
     }

@@ -43,7 +43,7 @@ use crate::{
     pod::Pod,
     process::{Exit, Process, Status},
     sizing::Limits,
-    spec,
+    spec::{self, MemoryVolume},
     start::read_spec,
     trace::Trace,
     undo::State,
@@ -306,6 +306,7 @@ impl Sandbox {
             create.container_id = container.id.clone();
             create.exec_id = container.id.clone();
             create.sandbox_pidns = guest_spec.sandbox_pidns;
+            create.storages = guest_spec.memory.iter().map(MemoryVolume::storage).collect();
             create.OCI = Some(agent::oci::spec_to_wire(&guest_spec.spec)).into();
             guest
                 .agent

@@ -3,9 +3,11 @@
 //! Source of the edits: `virt_container/src/container_manager/container.rs` of kata-containers; of the fields, the OCI runtime
 //! specification 1.3.
 
+mod kubelet;
 mod mounts;
 mod resources;
 
+pub use kubelet::MemoryVolume;
 pub use mounts::{Propagation, ShareMount};
 pub use resources::guest_resources;
 
@@ -35,6 +37,8 @@ pub struct GuestContainer {
     pub spec: Spec,
     /// What has to be in the share before the agent is called.
     pub shares: Vec<ShareMount>,
+    /// What the agent has to mount in the guest's memory.
+    pub memory: Vec<MemoryVolume>,
     /// The container is to run in the PID namespace of its pod.
     pub sandbox_pidns: bool,
     /// One sentence for each thing that was left out. For the log.
@@ -68,6 +72,9 @@ pub enum SpecError {
     /// A part that every spec has.
     #[error("the OCI spec has no `{0}`")]
     Missing(&'static str),
+    /// A volume cannot be looked at: its path, and what the kernel said.
+    #[error("cannot use the volume {}: {_1}", _0.display())]
+    Volume(PathBuf, String),
     /// A field that cannot be honoured.
     #[error("{what} cannot be had in a VM: {reason}")]
     Unsupported {
@@ -112,7 +119,7 @@ pub fn host_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
     Ok(bundle.join(root.path()))
 }
 
-/// Translates the spec of a container.
+/// Translates the spec of a container. Of the host it looks only at volumes of the kubelet, whose kind is not in the spec.
 ///
 /// # Errors
 /// A field that would be silently lost in the guest, by name.
@@ -128,8 +135,8 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     let process = guest.process_mut().take().ok_or(SpecError::Missing("process"))?;
     guest.set_process(Some(guest_process(process, &mut warnings)?));
 
-    let (mounts, shares) = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
-    guest.set_mounts(Some(mounts));
+    let translated = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
+    guest.set_mounts(Some(translated.mounts));
 
     let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
     let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
@@ -174,7 +181,8 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     );
     Ok(GuestContainer {
         spec: guest,
-        shares,
+        shares: translated.shares,
+        memory: translated.memory,
         sandbox_pidns,
         warnings,
     })

@@ -3,6 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -75,9 +76,13 @@ pub fn of_the_vm(crio: &Crio<'_>) -> Vec<i32> {
 /// Kills a process as the OOM killer would.
 ///
 /// # Errors
-/// When it is gone already.
+/// When the kernel refuses.
 pub fn murder(pid: i32) -> Result {
-    kill(Pid::from_raw(pid), Signal::SIGKILL).trying(format!("killing process {pid}"))
+    match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+        // It may have ended with its parent, which was killed before it.
+        Err(Errno::ESRCH) => Ok(()),
+        killed => killed.trying(format!("killing process {pid}")),
+    }
 }
 
 /// Waits until none of these processes is left.

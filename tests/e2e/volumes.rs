@@ -7,7 +7,7 @@ use tests::{
     cri::Access,
     failure::{Result, Trying, claim, contains, same},
     node::Node,
-    run,
+    run::{self, succeed},
 };
 
 use crate::Story;
@@ -18,6 +18,7 @@ pub const STORIES: &[Story] = &[
         "an_updated_configmap_wakes_who_watches_it",
         an_updated_configmap_wakes_who_watches_it,
     ),
+    ("a_volume_in_memory_is_the_pods", a_volume_in_memory_is_the_pods),
     ("a_root_of_its_own", a_root_of_its_own),
 ];
 
@@ -128,6 +129,48 @@ fn update(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result {
         before.map_or(Ok(()), |before| fs::remove_dir_all(volume.join(before)))
     };
     made().trying(format!("updating {}", volume.display()))
+}
+
+/// What an init container writes to an emptyDir of `medium: Memory` is there for the next container, also behind a `subPath`, and its
+/// size holds wherever it is mounted.
+fn a_volume_in_memory_is_the_pods(node: &Node, runtime: Runtime) -> Result {
+    let kubelet = node.path(&format!("kubelet-{}/pods/9a3e", node.serial()));
+    let volume = kubelet.join("volumes/kubernetes.io~empty-dir/scratch");
+    let part = kubelet.join("volume-subpaths/scratch/app/0");
+    for folder in [&volume, &part] {
+        fs::create_dir_all(folder).trying("making the volume's folders")?;
+    }
+    let on_the_node = |program: &str, arguments: &[&str], folders: &[&Path]| {
+        succeed(node.command(program).args(arguments).args(folders), run::ORDINARY)
+    };
+    on_the_node("mount", &["-t", "tmpfs", "-o", "size=8m,mode=777", "tmpfs"], &[&volume])?;
+    on_the_node("mkdir", &["-m", "777"], &[&volume.join("part")])?;
+    on_the_node("mount", &["--bind"], &[&volume.join("part"), &part])?;
+
+    let pod = node.pod(runtime, "memory-volume")?.run()?;
+    let first = pod
+        .shell("first", "echo kept >/scratch/note")
+        .volume(&volume, "/scratch", Access::ReadWrite)
+        .run()?;
+    same("the first container's exit code", first.wait_exit()?.code, 0)?;
+    first.remove()?;
+    let app = pod
+        .container("app", &["sleep", "infinity"])
+        .volume(&volume, "/dev/shm", Access::ReadWrite)
+        .volume(&part, "/part", Access::ReadWrite)
+        .run()?;
+    let seen = app.shell(
+        "cat /dev/shm/note; echo new >/part/file; cat /dev/shm/part/file; df -k /dev/shm | awk 'END {print $2}'",
+    )?;
+    same("what the next container sees", seen.as_str(), "kept\nnew\n8192")?;
+    let too_much = app.exec(
+        &["dd", "if=/dev/zero", "of=/dev/shm/big", "bs=1M", "count=9"],
+        None,
+        run::ORDINARY,
+    )?;
+    contains("refusal", &too_much.errors(), "No space left on device")?;
+    pod.remove()?;
+    on_the_node("umount", &[], &[&part, &volume]).map(drop)
 }
 
 /// Two containers of one image do not see each other's changes.

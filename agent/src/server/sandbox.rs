@@ -26,7 +26,7 @@ use super::{
     process::{Process, UNREAD},
     reaper::{Exit, Reaper},
     stdio::Prepared,
-    storage::Storages,
+    storage::{self, Storages},
 };
 use crate::{
     engine::{Create, Engine, Exec, Started},
@@ -129,13 +129,17 @@ impl Sandbox {
         container::join_pod(&mut spec, &pids)?;
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;
+        let mounts = spec.mounts().clone().unwrap_or_default();
         let create = Create {
             id: id.clone(),
             spec,
             stdio,
         };
-        let made = self.make(create, prepared, is_sandbox).await;
-        let init = match made {
+        let made = async {
+            blocking(move || storage::make_parts(&mounts)).await?;
+            self.make(create, prepared, is_sandbox).await
+        };
+        let init = match made.await {
             Ok(init) => init,
             Err(error) => {
                 // The first error is the one to tell.

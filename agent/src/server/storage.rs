@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     os::unix::fs::{PermissionsExt, chown},
     path::{Component, Path},
 };
@@ -11,6 +11,8 @@ use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
 };
+
+use oci_spec::runtime::Mount;
 
 use super::error::{Doing, Error, Result};
 use crate::protocol::agent::Storage;
@@ -21,12 +23,16 @@ pub(super) const DRIVERS: [&str; 3] = ["ephemeral", "local", "virtio-fs"];
 /// Everything in the guest that the host may name as a mount point is below.
 const BASE: &str = "/run/kata-containers";
 
+/// Where the host has volumes in the guest's memory mounted (`EPHEMERAL_PATH` of kata-containers).
+const MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
+
 /// The mount points in use and how many use each.
 #[derive(Debug, Default)]
 pub(super) struct Storages(HashMap<String, usize>);
 
 impl Storages {
-    /// Mounts in order; on failure what was mounted is undone. Blocks.
+    /// Mounts in order; on failure what was mounted is undone. Answers what is to be removed with its user: volumes in the guest's
+    /// memory are the pod's, whose next container reads what one that has ended wrote. Blocks.
     pub(super) fn add(&mut self, storages: &[Storage]) -> Result<Vec<String>> {
         let mut added = Vec::new();
         for storage in storages {
@@ -47,6 +53,8 @@ impl Storages {
             }
             added.push(point);
         }
+        let mut drivers = storages.iter().map(|storage| storage.driver.as_str());
+        added.retain(|_| !matches!(drivers.next(), Some("ephemeral" | "local")));
         Ok(added)
     }
 
@@ -64,6 +72,25 @@ impl Storages {
     }
 }
 
+/// Makes the folders that binds ask for in a volume of the guest's memory (`subPath`), as the kubelet does on the host: with the
+/// permissions of the folder above. Blocks.
+pub(super) fn make_parts(mounts: &[Mount]) -> Result<()> {
+    let parts = mounts.iter().filter_map(|mount| mount.source().as_deref());
+    let parts = parts.filter(|part| part.starts_with(MEMORY) && is_plain(part));
+    parts
+        .filter(|part| !part.exists())
+        .try_for_each(|part| make_part(part).doing(|| format!("make {}", part.display())))
+}
+
+fn make_part(part: &Path) -> io::Result<()> {
+    let above = part.parent().unwrap_or(Path::new(MEMORY));
+    if !above.exists() {
+        make_part(above)?;
+    }
+    fs::create_dir(part)?;
+    fs::set_permissions(part, fs::metadata(above)?.permissions())
+}
+
 fn attach(storage: &Storage, point: &Path) -> Result<()> {
     check(storage, point)?;
     match storage.driver.as_str() {
@@ -74,10 +101,7 @@ fn attach(storage: &Storage, point: &Path) -> Result<()> {
 }
 
 fn check(storage: &Storage, point: &Path) -> Result<()> {
-    let plain = point
-        .components()
-        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    if !point.starts_with(BASE) || !plain {
+    if !point.starts_with(BASE) || !is_plain(point) {
         let text = format!(
             "the mount point {:?} of a storage is not below {BASE}",
             storage.mount_point
@@ -91,6 +115,11 @@ fn check(storage: &Storage, point: &Path) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+fn is_plain(path: &Path) -> bool {
+    path.components()
+        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
 fn mount_storage(storage: &Storage, point: &Path) -> Result<()> {

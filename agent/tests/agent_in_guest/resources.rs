@@ -12,7 +12,7 @@ super::cases![
     too_much_memory_is_an_oom_event,
     a_limit_changes,
     a_frozen_container_stands_still,
-    an_ephemeral_volume_has_its_size_and_group,
+    a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod,
     the_clock_is_set,
     entropy_is_added,
     the_guest_is_measured,
@@ -100,7 +100,7 @@ async fn a_frozen_container_stands_still(pod: Arc<Pod>) {
     pod.remove("c").await;
 }
 
-async fn an_ephemeral_volume_has_its_size_and_group(pod: Arc<Pod>) {
+async fn a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod(pod: Arc<Pod>) {
     let point = "/run/kata-containers/sandbox/ephemeral/cache";
     let mut spec = base("df -k /cache | tail -1 | awk '{print $2}'; stat -c '%g %a' /cache; sleep 600");
     spec["mounts"].as_array_mut().unwrap().push(json!({
@@ -109,19 +109,26 @@ async fn an_ephemeral_volume_has_its_size_and_group(pod: Arc<Pod>) {
     let mut request = create("c", spec.clone());
     let options = ["size=1048576", "mode=0755", "fsgid=1234"];
     request.storages = vec![storage("ephemeral", "tmpfs", "tmpfs", &options, point)];
-    // Two containers share it; it goes with the last.
-    let mut second = create("d", spec);
-    second.storages = request.storages.clone();
+    let storages = request.storages.clone();
     pod.try_create(request).await.unwrap();
-    pod.try_create(second).await.unwrap();
     pod.start("c").await;
     let text = pod.read_until("c", "", "1234").await;
     assert_eq!(text.lines().next(), Some("1024"), "{text}");
     assert!(text.contains("1234 2775"), "{text}");
     pod.exec("c", "echo kept >/cache/note").await;
     pod.remove("c").await;
+
+    // The next container finds what an init container has left, and a part of it may be made for it.
+    spec["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/part", "type": "bind", "source": format!("{point}/sub/part"), "options": ["rbind"]
+    }));
+    let mut second = create("d", spec);
+    second.storages = storages;
+    pod.try_create(second).await.unwrap();
     pod.start("d").await;
-    assert_eq!(pod.exec("d", "cat /cache/note").await.1, "kept\n");
+    let script = "cat /cache/note; touch /part/new; stat -c '%g %a %n' /cache/sub/part /cache/sub/part/new";
+    let seen = pod.exec("d", script).await.1;
+    assert_eq!(seen, "kept\n1234 2775 /cache/sub/part\n1234 644 /cache/sub/part/new\n");
     pod.remove("d").await;
 }
 

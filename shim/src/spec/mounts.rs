@@ -1,7 +1,10 @@
 //! A container's mounts: which come from the host, which are the guest's own, which cannot be had.
 
-use super::{Context, GUEST_SHARE, GUEST_SHM, SpecError, unsupported};
-use crate::mirror;
+use super::{
+    Context, GUEST_SHARE, GUEST_SHM, SpecError,
+    kubelet::{self, MemoryVolume, Volume},
+    unsupported,
+};
 use oci_spec::runtime::Mount;
 use std::path::{Component, Path, PathBuf};
 
@@ -20,8 +23,15 @@ pub struct ShareMount {
     pub recursive: bool,
     /// Whether later mounts of the host show in the container.
     pub propagation: Propagation,
-    /// The kubelet changes its files while the pod runs, all at once: a ConfigMap, a Secret, a projected or downward-API volume.
+    /// The kubelet changes its files while the pod runs, all at once.
     pub updates: bool,
+}
+
+impl ShareMount {
+    /// Where the guest finds it.
+    fn in_guest(&self) -> PathBuf {
+        Path::new(GUEST_SHARE).join(&self.share_path)
+    }
 }
 
 /// The mount propagation of a [`ShareMount`].
@@ -43,6 +53,20 @@ enum Class {
     Shm,
     /// A bind from the share.
     Share(PathBuf),
+    /// The same, of a copy that follows the volume of this name.
+    Updated(PathBuf, String),
+    /// A file system in the guest's memory.
+    Memory(MemoryVolume),
+}
+
+/// What becomes of all mounts.
+pub(super) struct Translated {
+    /// For the agent.
+    pub mounts: Vec<Mount>,
+    /// For the share.
+    pub shares: Vec<ShareMount>,
+    /// For the guest's memory.
+    pub memory: Vec<MemoryVolume>,
 }
 
 /// Filesystems without a host behind them.
@@ -59,8 +83,9 @@ pub(super) fn translate(
     mounts: Vec<Mount>,
     context: &Context<'_>,
     warnings: &mut Vec<String>,
-) -> Result<(Vec<Mount>, Vec<ShareMount>), SpecError> {
+) -> Result<Translated, SpecError> {
     let mut shares = Vec::new();
+    let mut memory = Vec::new();
     let mut translated = Vec::with_capacity(mounts.len());
     for (index, mut mount) in mounts.into_iter().enumerate() {
         match classify(&mount, context.bundle)? {
@@ -78,16 +103,27 @@ pub(super) fn translate(
                     .set_options(Some(options));
             }
             Class::Share(source) => {
-                let share = share(&mount, source, context.container_id, index)?;
-                mount
-                    .set_source(Some(Path::new(GUEST_SHARE).join(&share.share_path)))
-                    .set_typ(Some("bind".into()));
+                let share = share(&mount, source, Place::OfContainer(context.container_id, index))?;
+                mount.set_source(Some(share.in_guest())).set_typ(Some("bind".into()));
                 shares.push(share);
+            }
+            Class::Updated(source, name) => {
+                let share = share(&mount, source, Place::OfPod(name))?;
+                mount.set_source(Some(share.in_guest())).set_typ(Some("bind".into()));
+                shares.push(share);
+            }
+            Class::Memory(volume) => {
+                mount.set_source(Some(volume.source())).set_typ(Some("bind".into()));
+                memory.push(volume);
             }
         }
         translated.push(mount);
     }
-    Ok((translated, shares))
+    Ok(Translated {
+        mounts: translated,
+        shares,
+        memory,
+    })
 }
 
 fn options(mount: &Mount) -> impl Iterator<Item = &str> {
@@ -122,13 +158,19 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
             "remove `hostUsers: false`",
         ));
     }
-    if mount.destination() == Path::new("/dev/shm") {
-        return Ok(Class::Shm);
-    }
     let Some(source) = mount.source().as_ref().filter(|source| !source.as_os_str().is_empty()) else {
         return Err(unsupported(format!("the bind at {destination}"), "it has no source"));
     };
     let source = normal(&bundle.join(source));
+    match kubelet::volume(&source).map_err(|error| SpecError::Volume(source.clone(), error.to_string()))? {
+        Some(Volume::Memory(volume)) => return Ok(Class::Memory(volume)),
+        Some(Volume::Updated(name)) => return Ok(Class::Updated(source, name)),
+        None => {}
+    }
+    // What the CRI gives every container of the pod; a volume that somebody mounts there is a volume.
+    if mount.destination() == Path::new("/dev/shm") && !kubelet::is_volume(&source) {
+        return Ok(Class::Shm);
+    }
     if source.starts_with("/proc") || source.starts_with("/sys") {
         return Ok(Class::GuestInstead);
     }
@@ -146,7 +188,15 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
     }
 }
 
-fn share(mount: &Mount, source: PathBuf, container_id: &str, index: usize) -> Result<ShareMount, SpecError> {
+/// Whose a part of the share is.
+enum Place<'a> {
+    /// The mount of this number of a container's.
+    OfContainer(&'a str, usize),
+    /// A volume of the pod's, by its name.
+    OfPod(String),
+}
+
+fn share(mount: &Mount, source: PathBuf, place: Place<'_>) -> Result<ShareMount, SpecError> {
     if options(mount).any(|option| option == "rshared" || option == "shared") {
         let what = format!("mount propagation `Bidirectional` at {}", mount.destination().display());
         return Err(unsupported(what, "a mount made in the guest cannot appear on the host"));
@@ -158,14 +208,13 @@ fn share(mount: &Mount, source: PathBuf, container_id: &str, index: usize) -> Re
     let readonly = options(mount)
         .filter(|option| matches!(*option, "ro" | "rro" | "rw"))
         .last();
-    let volume = updated_volume(&source);
     let slave = options(mount).any(|option| option == "rslave" || option == "slave");
     Ok(ShareMount {
-        share_path: match volume {
-            Some(volume) => Path::new("updated").join(volume),
-            None => PathBuf::from(format!("{container_id}/mounts/{index}-{name}")),
+        updates: matches!(place, Place::OfPod(_)),
+        share_path: match place {
+            Place::OfPod(volume) => Path::new("updated").join(volume),
+            Place::OfContainer(id, index) => PathBuf::from(format!("{id}/mounts/{index}-{name}")),
         },
-        updates: volume.is_some(),
         destination: mount.destination().clone(),
         readonly: matches!(readonly, Some("ro" | "rro")),
         recursive: !options(mount).any(|option| option == "bind") || options(mount).any(|option| option == "rbind"),
@@ -176,20 +225,6 @@ fn share(mount: &Mount, source: PathBuf, container_id: &str, index: usize) -> Re
         },
         source,
     })
-}
-
-/// The name of the kubelet's volume that is mounted at `source`, if it is of a kind that the kubelet updates, and written as it does
-/// that. Paths of `subPath` are elsewhere, and never updated.
-fn updated_volume(source: &Path) -> Option<&str> {
-    let mut parts = source.iter().rev().map(|part| part.to_str());
-    let (name, plugin) = (parts.next()??, parts.next()??);
-    let (volumes, _uid, pods) = (parts.next()??, parts.next()??, parts.next()??);
-    let updates = matches!(
-        plugin,
-        "kubernetes.io~configmap" | "kubernetes.io~secret" | "kubernetes.io~projected" | "kubernetes.io~downward-api"
-    );
-    let is_volume = updates && volumes == "volumes" && pods == "pods";
-    (is_volume && source.join(mirror::DATA).is_symlink()).then_some(name)
 }
 
 /// `path` without `.` and `..`, so that `/dev/../etc` is what it is. Symbolic links are followed by the mount, not here.

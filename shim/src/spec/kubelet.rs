@@ -1,0 +1,230 @@
+//! The kubelet's volumes, told by their paths: `<root>/pods/<uid>/volumes/<plugin>/<name>`, and for a `subPath`
+//! `<root>/pods/<uid>/volume-subpaths/<name>/<container>/<index>` (`pkg/kubelet/kubelet_getters.go` of Kubernetes).
+
+use std::{
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use agent::protocol::agent::Storage;
+use nix::sys::statvfs::statvfs;
+
+use crate::{
+    mirror,
+    mountinfo::{self, Mount},
+};
+
+/// Where the guest mounts the volumes of its own memory; upstream's agent and shims use the same place.
+const GUEST_MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
+
+/// A volume that cannot just be shared.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Volume {
+    /// The kubelet changes its files while the pod runs: a ConfigMap, a Secret, a projected or downward-API volume.
+    Updated(String),
+    /// An emptyDir of `medium: Memory`.
+    Memory(MemoryVolume),
+}
+
+/// An emptyDir of `medium: Memory`: the same file system in the guest's memory for all containers of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryVolume {
+    /// The volume's name in the pod.
+    pub name: String,
+    /// What of it a container sees (`subPath`); empty for all.
+    pub below: PathBuf,
+    /// Bytes that fit in.
+    pub size: u64,
+    /// Permissions of its root.
+    pub mode: u32,
+    /// Owning group of its root (`fsGroup`).
+    pub gid: u32,
+}
+
+impl MemoryVolume {
+    /// Its root in the guest.
+    fn root(&self) -> PathBuf {
+        Path::new(GUEST_MEMORY).join(&self.name)
+    }
+
+    /// What a container mounts of it in the guest.
+    pub fn source(&self) -> PathBuf {
+        self.root().join(&self.below)
+    }
+
+    /// What the agent mounts.
+    pub fn storage(&self) -> Storage {
+        let mut storage = Storage::new();
+        storage.driver = "ephemeral".into();
+        storage.source = "tmpfs".into();
+        storage.fstype = "tmpfs".into();
+        storage.options = vec![format!("size={}", self.size), format!("mode={:o}", self.mode)];
+        if self.gid != 0 {
+            storage.options.push(format!("fsgid={}", self.gid));
+        }
+        storage.mount_point = self.root().display().to_string();
+        storage
+    }
+}
+
+/// The volume behind a bind's source, if it is one that cannot just be shared.
+///
+/// # Errors
+/// The mounts of this host, or the volume, cannot be looked at.
+pub(super) fn volume(source: &Path) -> io::Result<Option<Volume>> {
+    let Some(Place { root, name, plugin }) = Place::of(source) else {
+        return Ok(None);
+    };
+    match plugin {
+        Some(
+            "kubernetes.io~configmap"
+            | "kubernetes.io~secret"
+            | "kubernetes.io~projected"
+            | "kubernetes.io~downward-api",
+        ) => {
+            let updated = source.join(mirror::DATA).is_symlink();
+            Ok(updated.then(|| Volume::Updated(name.into())))
+        }
+        Some("kubernetes.io~empty-dir") | None => {
+            let root = root.join("volumes/kubernetes.io~empty-dir").join(name);
+            memory(&root, source, &mountinfo::mounts()?)
+                .map(|below| look_at(name, &root, below))
+                .transpose()
+        }
+        Some(_) => Ok(None),
+    }
+}
+
+/// Whether a bind's source is a volume of the kubelet's, of whatever kind.
+pub(super) fn is_volume(source: &Path) -> bool {
+    Place::of(source).is_some()
+}
+
+struct Place<'a> {
+    /// The pod's folder.
+    root: &'a Path,
+    name: &'a str,
+    /// None for a `subPath`.
+    plugin: Option<&'a str>,
+}
+
+impl<'a> Place<'a> {
+    fn of(source: &'a Path) -> Option<Place<'a>> {
+        fn text(path: &Path) -> Option<&str> {
+            path.file_name()?.to_str()
+        }
+        let up = |steps: usize| source.ancestors().nth(steps);
+        let is_pod = |folder: &&Path| folder.parent().and_then(text) == Some("pods");
+        if text(up(2)?) == Some("volumes") {
+            let root = up(3).filter(is_pod)?;
+            return Some(Place {
+                root,
+                name: text(source)?,
+                plugin: Some(text(up(1)?)?),
+            });
+        }
+        if text(up(3)?) == Some("volume-subpaths") {
+            let root = up(4).filter(is_pod)?;
+            return Some(Place {
+                root,
+                name: text(up(2)?)?,
+                plugin: None,
+            });
+        }
+        None
+    }
+}
+
+/// Where in the volume mounted at `root` the source is, if that is a file system in memory.
+fn memory(root: &Path, source: &Path, mounts: &[Mount]) -> Option<PathBuf> {
+    let at = |point: &Path| mounts.iter().rev().find(|mount| mount.point == point);
+    let volume = at(root).filter(|mount| mount.kind == "tmpfs")?;
+    let part = at(source).filter(|mount| mount.device == volume.device)?;
+    part.root.strip_prefix(&volume.root).ok().map(Path::to_owned)
+}
+
+fn look_at(name: &str, root: &Path, below: PathBuf) -> io::Result<Volume> {
+    let space = statvfs(root)?;
+    let meta = std::fs::metadata(root)?;
+    Ok(Volume::Memory(MemoryVolume {
+        name: name.into(),
+        below,
+        size: space.blocks() * space.fragment_size(),
+        mode: meta.mode() & 0o7777,
+        gid: meta.gid(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "/var/lib/kubelet/pods/4f0c";
+
+    fn mounted(device: &str, root: &str, point: &str, kind: &str) -> Mount {
+        Mount {
+            device: device.into(),
+            root: root.into(),
+            point: format!("{POD}/{point}").into(),
+            kind: kind.into(),
+            super_options: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_volume_in_memory_is_found_behind_its_subpath() {
+        let mounts = [
+            mounted("0:50", "/", "volumes/kubernetes.io~empty-dir/scratch", "tmpfs"),
+            mounted("0:50", "/a/b", "volume-subpaths/scratch/app/0", "tmpfs"),
+            mounted("8:1", "/x", "volume-subpaths/disk/app/0", "ext4"),
+        ];
+        let find = |name: &str, source: &str| {
+            let source = PathBuf::from(format!("{POD}/{source}"));
+            let place = Place::of(&source).unwrap();
+            assert_eq!((place.name, place.root), (name, Path::new(POD)));
+            memory(
+                &place.root.join("volumes/kubernetes.io~empty-dir").join(name),
+                &source,
+                &mounts,
+            )
+        };
+        assert_eq!(
+            find("scratch", "volumes/kubernetes.io~empty-dir/scratch"),
+            Some(PathBuf::new())
+        );
+        assert_eq!(find("scratch", "volume-subpaths/scratch/app/0"), Some("a/b".into()));
+        assert_eq!(find("disk", "volume-subpaths/disk/app/0"), None);
+        assert_eq!(find("disk", "volumes/kubernetes.io~empty-dir/disk"), None);
+    }
+
+    #[test]
+    fn only_the_kubelets_paths_are_its_volumes() {
+        for other in [
+            "/",
+            "/data",
+            "/volumes/kubernetes.io~secret/x",
+            "/var/lib/kubelet/pods/4f0c/etc-hosts",
+        ] {
+            assert!(!is_volume(Path::new(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn the_agent_mounts_a_memory_volume_with_the_size_and_group_of_the_hosts() {
+        let volume = MemoryVolume {
+            name: "scratch".into(),
+            below: "a".into(),
+            size: 4096,
+            mode: 0o2777,
+            gid: 7,
+        };
+        assert_eq!(
+            volume.source(),
+            Path::new("/run/kata-containers/sandbox/ephemeral/scratch/a")
+        );
+        let storage = volume.storage();
+        assert_eq!(storage.mount_point, "/run/kata-containers/sandbox/ephemeral/scratch");
+        assert_eq!(storage.options, ["size=4096", "mode=2777", "fsgid=7"]);
+    }
+}
