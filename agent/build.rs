@@ -9,8 +9,6 @@ const MODULES: [&str; 7] = ["agent", "agent_ttrpc", "csi", "health", "health_ttr
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    // A tenth less to unpack and to keep in the guest's memory: relocations as bits.
-    println!("cargo::rustc-link-arg-bin=kata-agent=-Wl,-z,pack-relative-relocs");
     let out = env::var("OUT_DIR")?;
     let files = ["agent", "csi", "health", "oci", "types"].map(|name| format!("proto/{name}.proto"));
     Codegen::new()

@@ -1,6 +1,9 @@
 //! The tasks that follow what runs: each started process to its exit, the guest's OOM kills, and the VM's own end.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::SystemTime,
+};
 
 use agent::{client::ClientError, protocol::agent as wire};
 use containerd_shim_protos::{
@@ -9,6 +12,7 @@ use containerd_shim_protos::{
 };
 
 use crate::{
+    boot::Guest,
     container::{Container, Kind},
     io::{ProcessName, Streams},
     process::{Exit, Process},
@@ -93,6 +97,25 @@ pub fn announce(sandbox: &Sandbox, container: &Container, exec: &str, exit: Exit
 
 async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exit: Exit) {
     let Ok(guest) = sandbox.guest() else { return };
+    if !container.init.killed.load(Ordering::SeqCst) {
+        last_look(sandbox, guest, container, exit).await;
+    }
+    if container.kind == Kind::Single {
+        return sandbox
+            .bring_down("is not needed any more: its container ended", exit.status)
+            .await;
+    }
+    let mut request = wire::RemoveContainerRequest::new();
+    request.container_id = container.id.clone();
+    request.timeout = 10;
+    if let Err(error) = guest.agent.remove_container(request).await {
+        tracing::warn!(%error, container = container.id, "the guest did not remove the container");
+    }
+    sandbox.let_go(&container.id);
+}
+
+/// Keeps the last statistics, and finds out whether it was out of memory that it ended.
+async fn last_look(sandbox: &Sandbox, guest: &Guest, container: &Container, exit: Exit) {
     let mut request = wire::StatsContainerRequest::new();
     request.container_id = container.id.clone();
     // An exit by SIGKILL may be the OOM killer's; the event may still be on its way, the counter is not.
@@ -112,18 +135,6 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
         }
         Err(error) => tracing::info!(%error, container = container.id, "no last statistics"),
     }
-    if container.kind == Kind::Single {
-        return sandbox
-            .bring_down("is not needed any more: its container ended", exit.status)
-            .await;
-    }
-    let mut request = wire::RemoveContainerRequest::new();
-    request.container_id = container.id.clone();
-    request.timeout = 10;
-    if let Err(error) = guest.agent.remove_container(request).await {
-        tracing::warn!(%error, container = container.id, "the guest did not remove the container");
-    }
-    sandbox.let_go(&container.id);
 }
 
 fn oom(sandbox: &Sandbox, container: &Container) {

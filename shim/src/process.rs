@@ -10,7 +10,7 @@
 //! `Stopped` is published last: output is delivered, fifos are closed and the host has let go of the container's root
 //! file system before any `Wait` is answered. Until then, in `Ending`, the guest may know the process no more.
 
-use std::time::SystemTime;
+use std::{sync::atomic::AtomicBool, time::SystemTime};
 
 use tokio::sync::watch;
 
@@ -61,6 +61,8 @@ pub struct Process {
     /// The caller's streams.
     pub stdio: Stdio,
     status: watch::Sender<Status>,
+    /// Whether a caller has killed it: its end by SIGKILL is then no riddle.
+    pub killed: AtomicBool,
     /// Turns true at `CloseIO`.
     pub close_stdin: watch::Sender<bool>,
     /// Rows and columns asked for before there was a terminal.
@@ -73,6 +75,7 @@ impl Process {
         Process {
             stdio,
             status: watch::Sender::new(Status::Created),
+            killed: AtomicBool::new(false),
             close_stdin: watch::Sender::new(false),
             size: watch::Sender::new(None),
         }

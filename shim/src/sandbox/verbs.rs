@@ -185,6 +185,7 @@ impl Sandbox {
         let Ok(guest) = self.guest() else { return Ok(()) };
         let killing = signal == nix::libc::SIGKILL as u32;
         let created = process.status() == Status::Created;
+        process.killed.fetch_or(killing, Ordering::SeqCst);
         let mut request = wire::SignalProcessRequest::new();
         request.container_id = id.into();
         request.signal = signal;
