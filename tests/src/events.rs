@@ -69,6 +69,14 @@ impl Events {
             .collect()
     }
 
+    /// The containers that a task was ever started for.
+    #[must_use]
+    pub fn containers(&self) -> Vec<String> {
+        let created = |event: &&Event| event.topic == "/tasks/create";
+        let container = |event: &Event| event.container().to_owned();
+        self.heard().iter().filter(created).map(container).collect()
+    }
+
     /// Whether an event with this topic was heard whose fields mention `text`.
     #[must_use]
     pub fn mentions(&self, topic: &str, text: &str) -> bool {
