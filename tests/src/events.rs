@@ -69,12 +69,12 @@ impl Events {
             .collect()
     }
 
-    /// The containers that a task was ever started for.
+    /// The identifiers of every container so far, sandboxes included.
     #[must_use]
     pub fn containers(&self) -> Vec<String> {
-        let created = |event: &&Event| event.topic == "/tasks/create";
-        let container = |event: &Event| event.container().to_owned();
-        self.heard().iter().filter(created).map(container).collect()
+        let created = |event: &&Event| event.topic == "/containers/create";
+        let identifier = |event: &Event| event.body["id"].as_str().map(str::to_owned);
+        self.heard().iter().filter(created).filter_map(identifier).collect()
     }
 
     /// Whether an event with this topic was heard whose fields mention `text`.
