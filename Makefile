@@ -22,7 +22,7 @@ export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
 .PHONY: help demo test bench lint build guest guest-own guest-debian install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,12 +32,12 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(MAKE) guest-debian
 	$(RELEASE)/demo
 
-test: deps-test ## every test and every lint (cold: under 25 minutes)
+test: deps-test ## every test and every lint (cold: under 30 minutes)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) units
-	echo 'tests: the suites with real peers, two at a time, usually 6 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-e2e suite-crash suite-contract
+	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
+	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
 	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
@@ -91,7 +91,7 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
-suite-e2e suite-crash suite-contract: suite-%:
+suite-e2e suite-crash suite-contract suite-conformance: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 kernel: ## our own guest kernel

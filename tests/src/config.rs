@@ -6,6 +6,9 @@ use serde_json::json;
 
 use crate::{failure::Result, images, places};
 
+/// The folder of a node in which containerd looks for the hosts that stand for a registry (its docs/hosts.md), at each pull.
+pub const REGISTRIES: &str = "registries";
+
 /// The two guest images that Sandpod builds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guest {
@@ -139,6 +142,8 @@ pub fn containerd(node: &Path, handlers: &[(String, String)]) -> String {
          sandbox_image = \"{pause}\"\n\
          restrict_oom_score_adj = true\n\
          disable_tcp_service = true\n\
+         [{cri}.registry]\n\
+         config_path = \"{node}/{REGISTRIES}\"\n\
          [{cri}.cni]\n\
          bin_dir = \"/usr/lib/cni\"\n\
          conf_dir = \"{node}/cni\"\n\

@@ -69,6 +69,14 @@ impl Events {
             .collect()
     }
 
+    /// The identifiers of every container so far, sandboxes included.
+    #[must_use]
+    pub fn containers(&self) -> Vec<String> {
+        let created = |event: &&Event| event.topic == "/containers/create";
+        let identifier = |event: &Event| event.body["id"].as_str().map(str::to_owned);
+        self.heard().iter().filter(created).filter_map(identifier).collect()
+    }
+
     /// Whether an event with this topic was heard whose fields mention `text`.
     #[must_use]
     pub fn mentions(&self, topic: &str, text: &str) -> bool {

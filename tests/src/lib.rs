@@ -14,6 +14,7 @@ pub mod footprint;
 pub mod images;
 pub mod network;
 pub mod node;
+pub mod oci;
 pub mod places;
 pub mod procs;
 pub mod run;

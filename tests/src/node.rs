@@ -1,6 +1,6 @@
 //! A node: a real containerd with its own mounts, network, processes and images, undone when it is dropped.
 //!
-//! A node is a mount, network and pid namespace made by `unshare`. Its first process holds a pipe from the harness and ends with it; the kernel then ends
+//! A node is a mount, network, IPC and pid namespace made by `unshare`. Its first process holds a pipe from the harness and ends with it; the kernel then ends
 //! every other process of the node, and the mounts go with the last one. /run is a tmpfs of the node's own, so nodes do not see each other's sockets
 //! and state. Only cgroups are the machine's: they live below one folder per node, which is removed last.
 
@@ -232,6 +232,7 @@ impl Node {
             &self.init.to_string(),
             "--mount",
             "--net",
+            "--ipc",
             "--pid",
             "--",
             program,

@@ -44,7 +44,7 @@ impl Output {
     }
 }
 
-/// A command of which the program, to be added, will be the first process of new mount, network and pid namespaces, and ends with
+/// A command of which the program, to be added, will be the first process of new mount, network, IPC and pid namespaces, and ends with
 /// it. Needs root.
 #[must_use]
 pub fn in_new_namespaces() -> Command {
@@ -54,6 +54,7 @@ pub fn in_new_namespaces() -> Command {
         "--propagation",
         "private",
         "--net",
+        "--ipc",
         "--pid",
         "--fork",
         "--kill-child",

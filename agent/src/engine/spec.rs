@@ -39,11 +39,18 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
 
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
     linux.set_cgroups_path(Some(cgroup_path(linux.cgroups_path().as_deref(), id)?));
+    linux.set_rootfs_propagation(linux.rootfs_propagation().as_deref().map(propagation));
     if let Some(resources) = linux.resources_mut() {
         complete_resources(resources);
     }
     spec.set_linux(Some(linux));
     Ok(spec)
+}
+
+/// A propagation type without the `r` that says "and everything below": libcontainer knows only the names without, and means that by them. containerd and
+/// CRI-O set `rslave` for a container with a mount that is to follow the host's.
+fn propagation(given: &str) -> String {
+    given.strip_prefix('r').unwrap_or(given).to_owned()
 }
 
 /// The fields that libcontainer ignores, although ignoring them weakens or changes the container.

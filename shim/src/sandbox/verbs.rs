@@ -340,6 +340,8 @@ impl Sandbox {
                 Ok(stats) => container.keep_stats(stats),
                 Err(ClientError::Gone) => {}
                 Err(_) if container.init.has_ended() => {}
+                // containerd asks for every task each second, also while it is being made: the guest may not have it yet.
+                Err(_) if container.init.status() == Status::Created => {}
                 Err(error) => return Err(error.into()),
             }
         }
