@@ -87,6 +87,8 @@ pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
     // For the sake of huge pages Linux holds back four times the memory that it would otherwise, 24 MiB of 2 GiB more.
     let held_back_kib = (spec.memory.boot_mib * 1024 * 16).isqrt();
     line += &format!(" sysctl.vm.min_free_kbytes={held_back_kib}");
+    // Each processor would keep an eighth of all memory for itself, where neither a container nor the host gets at it.
+    line += " sysctl.vm.percpu_pagelist_high_fraction=1024";
     // A quarter of the tables that Linux makes for a server of this size: 3 MiB of 2 GiB more.
     let (names, inodes, connections) = (
         spec.memory.boot_mib * 32,
