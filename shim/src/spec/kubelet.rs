@@ -25,6 +25,8 @@ pub(super) enum Volume {
     Updated(String),
     /// An emptyDir of `medium: Memory`.
     Memory(MemoryVolume),
+    /// An emptyDir of `medium: HugePages`.
+    HugePages,
 }
 
 /// An emptyDir of `medium: Memory`: the same file system in the guest's memory for all containers of the pod.
@@ -88,9 +90,14 @@ pub(super) fn volume(source: &Path) -> io::Result<Option<Volume>> {
         }
         Some("kubernetes.io~empty-dir") | None => {
             let root = root.join("volumes/kubernetes.io~empty-dir").join(name);
-            memory(&root, source, &mountinfo::mounts()?)
-                .map(|below| look_at(name, &root, below))
-                .transpose()
+            let mounts = mountinfo::mounts()?;
+            match mounted_at(&root, &mounts).map(|mount| mount.kind.as_str()) {
+                Some("tmpfs") => memory(&root, source, &mounts)
+                    .map(|below| look_at(name, &root, below))
+                    .transpose(),
+                Some("hugetlbfs") => Ok(Some(Volume::HugePages)),
+                Some(_) | None => Ok(None),
+            }
         }
         Some(_) => Ok(None),
     }
@@ -136,11 +143,15 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Where in the volume mounted at `root` the source is, if that is a file system in memory.
+/// What is mounted there, the last of several.
+fn mounted_at<'m>(point: &Path, mounts: &'m [Mount]) -> Option<&'m Mount> {
+    mounts.iter().rev().find(|mount| mount.point == point)
+}
+
+/// Where in the volume mounted at `root` the source is.
 fn memory(root: &Path, source: &Path, mounts: &[Mount]) -> Option<PathBuf> {
-    let at = |point: &Path| mounts.iter().rev().find(|mount| mount.point == point);
-    let volume = at(root).filter(|mount| mount.kind == "tmpfs")?;
-    let part = at(source).filter(|mount| mount.device == volume.device)?;
+    let volume = mounted_at(root, mounts)?;
+    let part = mounted_at(source, mounts).filter(|mount| mount.device == volume.device)?;
     part.root.strip_prefix(&volume.root).ok().map(Path::to_owned)
 }
 

@@ -165,6 +165,10 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
     match kubelet::volume(&source).map_err(|error| SpecError::Volume(source.clone(), error.to_string()))? {
         Some(Volume::Memory(volume)) => return Ok(Class::Memory(volume)),
         Some(Volume::Updated(name)) => return Ok(Class::Updated(source, name)),
+        Some(Volume::HugePages) => {
+            let what = format!("the volume of `medium: HugePages` at {destination}");
+            return Err(unsupported(what, "the guest has no huge pages"));
+        }
         None => {}
     }
     // What the CRI gives every container of the pod; a volume that somebody mounts there is a volume.
