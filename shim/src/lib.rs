@@ -3,6 +3,7 @@
 pub mod annotations;
 pub mod boot;
 pub mod cgroup;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod container;

@@ -99,7 +99,15 @@ fn one_sentence(said: &str, words: &[&str]) -> Result {
 
 /// Without hardware virtualization, a configuration that asks for it is refused: nothing emulates in silence. The node has no /dev/kvm.
 pub fn no_kvm(node: &Node) -> Result {
-    refused(node, "kata-kvm", &["KVM"])
+    refused(node, "kata-kvm", &["KVM"])?;
+    let mut check = node.command("kata-ctl");
+    check
+        .arg("check")
+        .env("KATA_CONF_FILE", node.configuration_of("kata-kvm"));
+    let output = finish(&mut check, None, SOON)?;
+    claim(output.code == 1, format!("the check fails: {output:?}"))?;
+    contains("what is missing", &output.text(), "MISSING  KVM ")?;
+    contains("what is there", &output.text(), "ok       virtiofsd ")
 }
 
 /// A VM cannot be in the node's own network.

@@ -3,19 +3,24 @@
 use std::process::ExitCode;
 
 use shim::{
+    check::{self, Verdict},
+    config::Config,
     error::{Error, Result},
     trace::Trace,
     undo::{RUN_DIR, State},
 };
 
-const USAGE: &str = "usage: kata-ctl list            the sandboxes of this node
-       kata-ctl trace SANDBOX   the start-up waterfall of a sandbox
+const USAGE: &str = "usage: kata-ctl check [--json]   whether this node can run pods, and what is missing
+       kata-ctl list             the sandboxes of this node
+       kata-ctl trace SANDBOX    the start-up waterfall of a sandbox
        kata-ctl --version";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let answer = match words[..] {
+        ["check"] => return check(false),
+        ["check", "--json"] => return check(true),
         ["list"] => list(),
         ["trace", sandbox] => Trace::load(sandbox).map(|trace| trace.render()),
         ["--version"] => Ok(format!("kata-ctl {}\n", env!("CARGO_PKG_VERSION"))),
@@ -33,6 +38,28 @@ fn main() -> ExitCode {
             eprintln!("kata-ctl: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Fails when something is missing without which no pod runs.
+fn check(json: bool) -> ExitCode {
+    let config = match Config::load(None) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("kata-ctl: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let findings = check::check(&config);
+    if json {
+        println!("{}", serde_json::json!(findings));
+    } else {
+        findings.iter().for_each(|finding| println!("{finding}"));
+    }
+    if findings.iter().any(|finding| finding.verdict == Verdict::Missing) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
     }
 }
 

@@ -1,0 +1,225 @@
+//! Whether a node can run our pods, and if not, what is missing and what to do about it.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    path::Path,
+    process::Command,
+};
+
+use serde::Serialize;
+use vmm::kvm_ready;
+
+use crate::{
+    cgroup::SandboxCgroup,
+    config::{Accelerator, Config, NetworkModel},
+};
+
+/// The first kernel with everything that the shim asks of the host (`waitid` for a pidfd).
+const OLDEST_KERNEL: (u32, u32) = (5, 4);
+/// The oldest QEMU that the tests run with.
+const OLDEST_QEMU: (u32, u32) = (7, 2);
+/// The oldest virtiofsd that the tests run with.
+const OLDEST_VIRTIOFSD: (u32, u32) = (1, 14);
+
+/// How a part of the node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Pods run without it, slower.
+    Slower,
+    /// Pods do not run without it.
+    Missing,
+}
+
+/// One part of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub part: &'static str,
+    /// How it is.
+    pub verdict: Verdict,
+    /// A sentence: what is there, or what to do.
+    pub detail: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Slower => "slower",
+            Verdict::Missing => "MISSING",
+        };
+        write!(out, "{verdict:<8} {:<12} {}", self.part, self.detail)
+    }
+}
+
+/// Looks at everything that this configuration needs. Changes nothing.
+pub fn check(config: &Config) -> Vec<Finding> {
+    let hypervisor = &config.hypervisor;
+    let mut findings = vec![
+        kernel(&text("/proc/sys/kernel/osrelease")),
+        accelerator(hypervisor.accelerator),
+    ];
+    findings.push(program("QEMU", &hypervisor.path, OLDEST_QEMU, "path"));
+    findings.push(program(
+        "virtiofsd",
+        &hypervisor.virtio_fs_daemon,
+        OLDEST_VIRTIOFSD,
+        "virtio_fs_daemon",
+    ));
+    findings.push(file("guest kernel", &hypervisor.kernel, "kernel"));
+    findings.push(file("initrd", &hypervisor.initrd, "initrd"));
+    findings.push(cgroups());
+    if config.runtime.network == NetworkModel::TcFilter {
+        findings.push(device("/dev/net/tun", Verdict::Missing, "load the kernel module tun"));
+    }
+    let vsock = "load the kernel module vhost_vsock; without it the agent is reached over virtio-serial";
+    findings.push(device("/dev/vhost-vsock", Verdict::Slower, vsock));
+    if hypervisor.vhost_net {
+        let net = "load the kernel module vhost_net; without it QEMU itself carries the pods' packets";
+        findings.push(device("/dev/vhost-net", Verdict::Slower, net));
+    }
+    findings
+}
+
+fn finding(part: &'static str, verdict: Verdict, detail: impl Into<String>) -> Finding {
+    Finding {
+        part,
+        verdict,
+        detail: detail.into(),
+    }
+}
+
+fn text(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+fn kernel(release: &str) -> Finding {
+    match version(release) {
+        Some(found) if found >= OLDEST_KERNEL => finding("host kernel", Verdict::Ok, release),
+        _ => {
+            let (major, minor) = OLDEST_KERNEL;
+            let detail = format!("{release:?} is older than {major}.{minor}; update the node");
+            finding("host kernel", Verdict::Missing, detail)
+        }
+    }
+}
+
+fn accelerator(accelerator: Accelerator) -> Finding {
+    match accelerator {
+        Accelerator::Tcg => finding(
+            "KVM",
+            Verdict::Slower,
+            "not asked for: `accelerator = \"tcg\"` emulates every guest",
+        ),
+        Accelerator::Kvm => match kvm_ready() {
+            Ok(()) => finding("KVM", Verdict::Ok, "/dev/kvm has all capabilities that QEMU needs"),
+            Err(error) => finding("KVM", Verdict::Missing, error.to_string()),
+        },
+    }
+}
+
+/// A program of the configuration: it has to start, and to be new enough.
+fn program(part: &'static str, path: &Path, oldest: (u32, u32), key: &str) -> Finding {
+    let output = match Command::new(path).arg("--version").output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Err(error) => {
+            let detail = format!(
+                "{} cannot be started: {error}; install it, or set `{key}`",
+                path.display()
+            );
+            return finding(part, Verdict::Missing, detail);
+        }
+    };
+    let first = output.lines().next().unwrap_or_default().trim();
+    match version(first) {
+        Some(found) if found >= oldest => finding(part, Verdict::Ok, format!("{first} ({})", path.display())),
+        _ => {
+            let (major, minor) = oldest;
+            let detail = format!(
+                "{} says {first:?}; version {major}.{minor} or later is needed; install it, or set `{key}`",
+                path.display()
+            );
+            finding(part, Verdict::Missing, detail)
+        }
+    }
+}
+
+fn file(part: &'static str, path: &Path, key: &str) -> Finding {
+    match File::open(path) {
+        Ok(_) => finding(part, Verdict::Ok, path.display().to_string()),
+        Err(error) => {
+            let detail = format!(
+                "{} cannot be opened: {error}; install it, or set `{key}`",
+                path.display()
+            );
+            finding(part, Verdict::Missing, detail)
+        }
+    }
+}
+
+fn device(path: &'static str, without: Verdict, remedy: &str) -> Finding {
+    match File::options().read(true).write(true).open(path) {
+        Ok(_) => finding(path, Verdict::Ok, "opens"),
+        Err(error) => finding(path, without, format!("{error}; {remedy}")),
+    }
+}
+
+fn cgroups() -> Finding {
+    match SandboxCgroup::plan("/sandpod-check") {
+        Ok(_) if crate::cgroup::is_v2() => finding("cgroups", Verdict::Ok, "version 2"),
+        Ok(_) => finding("cgroups", Verdict::Ok, "version 1"),
+        Err(error) => finding("cgroups", Verdict::Missing, error.to_string()),
+    }
+}
+
+/// The first `major.minor` in a text.
+fn version(text: &str) -> Option<(u32, u32)> {
+    text.split(|letter: char| !letter.is_ascii_digit() && letter != '.')
+        .find_map(|word| {
+            let mut numbers = word.split('.');
+            Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        assert_eq!(
+            version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"),
+            Some((7, 2))
+        );
+        assert_eq!(version("virtiofsd 1.14.0"), Some((1, 14)));
+        assert_eq!(version("5.14.0-427.el9.x86_64"), Some((5, 14)));
+        assert_eq!(version("unknown"), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_remedy() {
+        let absent = program("QEMU", Path::new("/nowhere/qemu"), OLDEST_QEMU, "path");
+        assert_eq!(absent.verdict, Verdict::Missing);
+        assert!(
+            absent.detail.ends_with("; install it, or set `path`"),
+            "{}",
+            absent.detail
+        );
+        let old = kernel("4.18.0-553.el8.x86_64");
+        let line = "MISSING  host kernel  \"4.18.0-553.el8.x86_64\" is older than 5.4; update the node";
+        assert_eq!(old.to_string(), line);
+        let none = device("/dev/no-such-device", Verdict::Slower, "load the module");
+        assert_eq!(none.verdict, Verdict::Slower);
+        assert!(none.detail.ends_with("; load the module"));
+    }
+
+    #[test]
+    fn another_program_is_not_taken_for_qemu() {
+        let other = program("QEMU", Path::new("/bin/true"), (99, 0), "path");
+        assert_eq!(other.verdict, Verdict::Missing);
+    }
+}
