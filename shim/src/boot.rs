@@ -141,9 +141,10 @@ fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgro
 }
 
 fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
-    let root = Share::path_of(sandbox);
-    state.push(Undo::Dir(root.clone()))?;
-    state.push(Undo::Mount(root))?;
+    for path in [Share::path_of(sandbox), Share::staging_of(sandbox)] {
+        state.push(Undo::Dir(path.clone()))?;
+        state.push(Undo::Mount(path))?;
+    }
     Share::mount(sandbox)
 }
 

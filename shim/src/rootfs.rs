@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::{
     error::{Context, Error, Result},
     mountinfo,
-    spec::ShareMount,
+    spec::{Propagation, ShareMount},
     undo::dir_of,
 };
 
@@ -24,6 +24,7 @@ const NONE: Option<&str> = None;
 #[derive(Debug, Clone)]
 pub struct Share {
     root: PathBuf,
+    staging: PathBuf,
 }
 
 impl Share {
@@ -32,21 +33,25 @@ impl Share {
         dir_of(sandbox).join("shared")
     }
 
+    /// Where a sandbox's volumes are made ready.
+    pub fn staging_of(sandbox: &str) -> PathBuf {
+        dir_of(sandbox).join("staging")
+    }
+
     /// Mounts the empty share. It is a shared mount, so that what is mounted onto it later reaches virtiofsd's
-    /// own mount namespace.
+    /// own mount namespace; what is made ready first is private, and reaches nobody.
     pub fn mount(sandbox: &str) -> Result<Share> {
-        let root = Self::path_of(sandbox);
-        fs::create_dir_all(&root).at("create", &root)?;
-        mount(
-            Some("sandpod"),
-            &root,
-            Some("tmpfs"),
-            MsFlags::MS_NODEV,
-            Some("mode=0755,size=16m"),
-        )
-        .at("mount", &root)?;
-        mount(NONE, &root, NONE, MsFlags::MS_SHARED, NONE).at("share the mount", &root)?;
-        Ok(Share { root })
+        let share = Share {
+            root: Self::path_of(sandbox),
+            staging: Self::staging_of(sandbox),
+        };
+        for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
+            fs::create_dir_all(path).at("create", path)?;
+            let options = Some("mode=0755,size=16m");
+            mount(Some("sandpod"), path, Some("tmpfs"), MsFlags::MS_NODEV, options).at("mount", path)?;
+            mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
+        }
+        Ok(share)
     }
 
     /// Its path on the host.
@@ -60,26 +65,45 @@ impl Share {
         let target = self.root.join(container).join("rootfs");
         fs::create_dir_all(&target).at("create", &target)?;
         match mounts {
-            [] => bind(mounted, &target, false),
+            [] => bind(mounted, &target),
             mounts => mounts.iter().try_for_each(|m| mount_as_asked(m, &target)),
         }
     }
 
-    /// Binds a volume at its place in the share.
+    /// Binds a volume at its place in the share. It is made ready elsewhere and moved there: virtiofsd gets it as it is then, and
+    /// hears of no change of its flags.
     pub fn add_volume(&self, volume: &ShareMount) -> Result<()> {
         let target = self.root.join(&volume.share_path);
-        let parent = target.parent().unwrap_or(&self.root);
-        fs::create_dir_all(parent).at("create", parent)?;
+        let staged = self.staging.join(&volume.share_path);
         // The source may be a symbolic link (a ConfigMap's file, a hostPath): the mount follows it, so must the test.
-        if fs::metadata(&volume.source)
+        let is_dir = fs::metadata(&volume.source)
             .at("use the volume", &volume.source)?
-            .is_dir()
-        {
-            fs::create_dir_all(&target).at("create", &target)?;
-        } else {
-            fs::File::create(&target).at("create", &target)?;
+            .is_dir();
+        for path in [&staged, &target] {
+            let parent = path.parent().unwrap_or(&self.root);
+            fs::create_dir_all(parent).at("create", parent)?;
+            if is_dir {
+                fs::create_dir_all(path).at("create", path)?;
+            } else {
+                fs::File::create(path).at("create", path)?;
+            }
         }
-        bind(&volume.source, &target, volume.readonly)
+        bind(&volume.source, &staged)?;
+        if volume.propagation == Propagation::Private {
+            let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(NONE, &staged, NONE, flags, NONE).at("detach from the host's the mount of", &volume.source)?;
+        }
+        if volume.readonly {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(NONE, &staged, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
+        }
+        mount(Some(&staged), &target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", &volume.source)?;
+        if is_dir {
+            fs::remove_dir(&staged)
+        } else {
+            fs::remove_file(&staged)
+        }
+        .at("remove", staged)
     }
 
     /// Lets go of everything of a container, so that its owner can unmount and remove it.
@@ -115,13 +139,8 @@ fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
-fn bind(source: &Path, target: &Path, readonly: bool) -> Result<()> {
-    mount(Some(source), target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).at("bind", source)?;
-    if readonly {
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(NONE, target, NONE, flags, NONE).at("make read-only the bind of", source)?;
-    }
-    Ok(())
+fn bind(source: &Path, target: &Path) -> Result<()> {
+    mount(Some(source), target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).at("bind", source)
 }
 
 fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {

@@ -20,7 +20,17 @@ pub const STORIES: &[Story] = &[
     ),
     ("a_volume_in_memory_is_the_pods", a_volume_in_memory_is_the_pods),
     ("a_root_of_its_own", a_root_of_its_own),
+    (
+        "later_mounts_show_where_they_are_to",
+        later_mounts_show_where_they_are_to,
+    ),
 ];
+
+/// Stories about the virtual machine.
+pub const OF_A_VM: &[Story] = &[(
+    "a_read_only_volume_withstands_the_guests_root",
+    a_read_only_volume_withstands_the_guests_root,
+)];
 
 /// What a container writes to a volume is on the node, with its owner; what it may only read stays as it is.
 fn a_writable_and_a_read_only_volume(node: &Node, runtime: Runtime) -> Result {
@@ -171,6 +181,46 @@ fn a_volume_in_memory_is_the_pods(node: &Node, runtime: Runtime) -> Result {
     contains("refusal", &too_much.errors(), "No space left on device")?;
     pod.remove()?;
     on_the_node("umount", &[], &[&part, &volume]).map(drop)
+}
+
+/// What the node mounts below a volume later shows in a container that asked for it (`HostToContainer`), and in no other.
+fn later_mounts_show_where_they_are_to(node: &Node, runtime: Runtime) -> Result {
+    let volume = node.path(&format!("later-{}", node.serial()));
+    let below = volume.join("below");
+    fs::create_dir_all(&below).trying("making the volume")?;
+    let mount = |arguments: &[&str]| succeed(node.command("mount").args(arguments).arg(&below), run::ORDINARY);
+    let pod = node.pod(runtime, "later")?.run()?;
+    let follower = pod
+        .container("follower", &["sleep", "infinity"])
+        .following_volume(&volume, "/volume")
+        .run()?;
+    let other = pod
+        .container("other", &["sleep", "infinity"])
+        .volume(&volume, "/volume", Access::ReadWrite)
+        .run()?;
+    mount(&["-t", "tmpfs", "tmpfs"])?;
+    succeed(node.command("touch").arg(below.join("here")), run::ORDINARY)?;
+    same("who follows", follower.shell("ls /volume/below")?.as_str(), "here")?;
+    same("who does not", other.shell("ls /volume/below")?.as_str(), "")?;
+    pod.remove()?;
+    succeed(node.command("umount").arg(&below), run::ORDINARY).map(drop)
+}
+
+/// Root in a privileged container can make any mount of the guest writable; what is read-only stays so on the node.
+fn a_read_only_volume_withstands_the_guests_root(node: &Node, runtime: Runtime) -> Result {
+    let volume = node.path(&format!("fixed-{}", node.serial()));
+    node.write(&volume.join("seen"), "fixed")?;
+    let pod = node.pod(runtime, "fixed")?.privileged().run()?;
+    let container = pod
+        .container("root", &["sleep", "infinity"])
+        .privileged()
+        .volume(&volume, "/fixed", Access::ReadOnly)
+        .run()?;
+    container.shell("busybox mount -o remount,rw,bind /fixed && grep -q ' /fixed .*rw' /proc/mounts")?;
+    let refusal = container.exec(&["touch", "/fixed/new"], None, run::ORDINARY)?;
+    contains("refusal", &refusal.errors(), "Read-only file system")?;
+    claim(!volume.join("new").exists(), "nothing new is on the node")?;
+    pod.remove()
 }
 
 /// Two containers of one image do not see each other's changes.

@@ -270,6 +270,20 @@ impl<'p> ContainerSpec<'p> {
         self
     }
 
+    /// Mounts a folder of the node whose later mounts show in the container (`HostToContainer`).
+    #[must_use]
+    pub fn following_volume(mut self, host: &std::path::Path, inside: &str) -> Self {
+        self = self.volume(host, inside, Access::ReadWrite);
+        if let Some(mount) = self.configuration["mounts"]
+            .as_array_mut()
+            .and_then(|mounts| mounts.last_mut())
+        {
+            // The number of PROPAGATION_HOST_TO_CONTAINER in the CRI.
+            mount["propagation"] = json!(1);
+        }
+        self
+    }
+
     /// Gives it a terminal and standard input.
     #[must_use]
     pub fn terminal(mut self) -> Self {
