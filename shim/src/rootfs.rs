@@ -47,7 +47,7 @@ impl Share {
         };
         for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
             fs::create_dir_all(path).at("create", path)?;
-            let options = Some("mode=0755,size=16m");
+            let options = Some("mode=0755,size=64m");
             mount(Some("sandpod"), path, Some("tmpfs"), MsFlags::MS_NODEV, options).at("mount", path)?;
             mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
         }
