@@ -32,7 +32,7 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(MAKE) guest-debian
 	$(RELEASE)/demo
 
-test: deps-test ## every test and every lint (half an hour; with empty caches some 15 minutes more)
+test: deps-test ## every test and every lint (27 minutes on two cores; more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) units
