@@ -11,6 +11,15 @@ pub mod server;
 /// field for; an agent that does not know it gives the container the pod's namespace.
 pub const GUEST_PIDS: &str = "io.sandpod.guest-pid-namespace";
 
+/// Where the guest finds what the host shares; upstream's agent knows no other place.
+pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
+
+/// Where the guest has the pod's volumes of its own memory; upstream's agent and shims use the same place.
+pub const GUEST_MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
+
+/// The link that the kubelet swaps to update all files of a volume at once (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
+pub const KUBELET_DATA: &str = "..data";
+
 /// Messages and services of the agent protocol, generated from `agent/proto/`.
 pub mod protocol {
     /// The message of calls and replies that say nothing.

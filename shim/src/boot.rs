@@ -8,10 +8,10 @@
 use std::{fs::File, os::fd::OwnedFd, path::Path, sync::Arc, time::SystemTime};
 
 use agent::{
+    GUEST_SHARE,
     client::Client,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
-use nix::sys::statvfs::statvfs;
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
     spec::{Channel, FsDevice, VmSpec},
@@ -22,12 +22,13 @@ use crate::{
     config::{self, Accelerator, Config, NetworkModel},
     error::{Context, Error, Result},
     mirror::Mirrors,
+    mountinfo,
     net::{self, Network},
     pod::Pod,
     rootfs::Share,
     sizer::Sizer,
     sizing::Sizing,
-    spec::{GUEST_SHARE, GUEST_SHM, NetNs},
+    spec::{GUEST_SHM, NetNs},
     trace::{Mark, Trace},
     undo::{ProcessId, State, Undo},
 };
@@ -307,10 +308,7 @@ fn share_storage() -> Storage {
 fn shm_storage(pod: &Pod) -> Result<Storage> {
     let size = match &pod.shm {
         // With hostIPC it is the host's own, of half the host's memory.
-        Some(shm) if shm != Path::new("/dev/shm") => {
-            let space = statvfs(shm).at("look at", shm)?;
-            space.blocks() * space.fragment_size()
-        }
+        Some(shm) if shm != Path::new("/dev/shm") => mountinfo::size(shm).at("look at", shm)?,
         Some(_) | None => DEFAULT_SHM,
     };
 

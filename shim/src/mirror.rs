@@ -20,6 +20,7 @@ use std::{
 };
 
 use agent::{
+    GUEST_SHARE, KUBELET_DATA,
     client::{Client, ClientError},
     protocol::agent::CopyFileRequest,
 };
@@ -28,11 +29,9 @@ use inotify::{EventStream, Inotify, WatchMask};
 
 use crate::{
     error::{Context, Error, Result},
-    spec::{GUEST_SHARE, ShareMount},
+    spec::ShareMount,
 };
 
-/// The link to the folder with the current files (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
-pub const DATA: &str = "..data";
 /// Bytes per request, as upstream's shim sends them; ttrpc takes up to 4 MiB.
 const PART: usize = 1 << 20;
 /// Room for the events of one swap; when it does not suffice, the next read gets the rest.
@@ -86,12 +85,12 @@ struct Seen {
 
 impl Seen {
     fn of(volume: &Path) -> io::Result<Seen> {
-        let data = fs::read_link(volume.join(DATA))?.into_os_string();
+        let data = fs::read_link(volume.join(KUBELET_DATA))?.into_os_string();
         let mut links = HashSet::new();
         for entry in fs::read_dir(volume)? {
             let entry = entry?;
             // Also a link that the kubelet is about to rename is none of a container's business.
-            if entry.file_type()?.is_symlink() && !entry.file_name().as_bytes().starts_with(DATA.as_bytes()) {
+            if entry.file_type()?.is_symlink() && !entry.file_name().as_bytes().starts_with(KUBELET_DATA.as_bytes()) {
                 links.insert(entry.file_name());
             }
         }
@@ -103,7 +102,7 @@ impl Seen {
         let mut items = Vec::new();
         if self.data != before.data {
             collect(volume, Path::new(&self.data), &mut items)?;
-            items.push(Item::of(volume, Path::new(DATA))?);
+            items.push(Item::of(volume, Path::new(KUBELET_DATA))?);
         }
         for link in self.links.difference(&before.links) {
             items.push(Item::of(volume, Path::new(link))?);
@@ -214,9 +213,7 @@ fn copy(volume: &Path, target: &Path) -> io::Result<Seen> {
             Err(error) if error.kind() == io::ErrorKind::NotFound && Seen::of(volume)? != seen => continue,
             items => items?,
         };
-        let mut folder = Item::of(volume, Path::new(""))?;
-        folder.path = PathBuf::new();
-        folder.make(target)?;
+        Item::of(volume, Path::new(""))?.make(target)?;
         items.iter().try_for_each(|item| item.make(target))?;
         return Ok(seen);
     }
@@ -249,12 +246,12 @@ impl Mirror {
     }
 
     async fn update(&mut self) -> Result<()> {
-        let source = self.source.clone();
-        let now = Seen::of(&source).at("look at", &source)?;
+        let source = &self.source;
+        let now = Seen::of(source).at("look at", source)?;
         // When its files are gone already, the kubelet has made the next swap, and its event comes.
-        let items = match now.since(&self.seen, &source) {
+        let items = match now.since(&self.seen, source) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            items => items.at("read", &source)?,
+            items => items.at("read", source)?,
         };
         for item in items {
             item.send(&self.guest, &self.agent).await?;
@@ -275,9 +272,9 @@ mod tests {
             fs::write(volume.join(version).join(name), text).unwrap();
         }
         symlink(version, volume.join("..data_tmp")).unwrap();
-        fs::rename(volume.join("..data_tmp"), volume.join(DATA)).unwrap();
+        fs::rename(volume.join("..data_tmp"), volume.join(KUBELET_DATA)).unwrap();
         for (name, _) in files {
-            let _there_already = symlink(Path::new(DATA).join(name), volume.join(name));
+            let _there_already = symlink(Path::new(KUBELET_DATA).join(name), volume.join(name));
         }
     }
 
@@ -289,7 +286,7 @@ mod tests {
         fs::set_permissions(volume.join("..1/a"), fs::Permissions::from_mode(0o440)).unwrap();
         let before = copy(&volume, &target).unwrap();
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "one");
-        assert_eq!(fs::read_link(target.join(DATA)).unwrap(), Path::new("..1"));
+        assert_eq!(fs::read_link(target.join(KUBELET_DATA)).unwrap(), Path::new("..1"));
         assert_eq!(fs::metadata(target.join("a")).unwrap().mode() & 0o7777, 0o440);
 
         swap(&volume, "..2", &[("a", "two"), ("b", "new")]);

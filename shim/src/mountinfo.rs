@@ -1,6 +1,11 @@
-//! The mounts of this process's mount namespace, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+//! The mounts of this process's mount namespace, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)), and their sizes.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::statvfs::statvfs;
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +29,15 @@ pub struct Mount {
 pub fn mounts() -> io::Result<Vec<Mount>> {
     let table = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(table.lines().filter_map(parse).collect())
+}
+
+/// Bytes that the file system at `path` has room for, used or not.
+///
+/// # Errors
+/// It cannot be looked at.
+pub fn size(path: &Path) -> io::Result<u64> {
+    let space = statvfs(path)?;
+    Ok(space.blocks() * space.fragment_size())
 }
 
 fn parse(line: &str) -> Option<Mount> {

@@ -12,12 +12,11 @@ pub use mounts::{Propagation, ShareMount};
 pub use resources::guest_resources;
 
 use crate::annotations::Role;
+use agent::GUEST_SHARE;
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Where the guest finds what the host shares (the virtio-fs tag `kataShared`).
-pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 /// The pod's `/dev/shm` in the guest.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 

@@ -10,15 +10,13 @@ use tests::{
     node::{Containerd, Node, NodeSpec},
     places,
     run::{self, finish, succeed},
+    stage,
 };
 
 use crate::registry::Registry;
 
 /// How long all specs may take with one runtime: three times what they take on two loaded cores.
 const PATIENCE: Duration = Duration::from_secs(45 * 60);
-
-/// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
-const SETTLE: Duration = Duration::from_secs(5);
 
 /// How a spec ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +99,7 @@ fn on(node: &Node, runtime: Runtime, specs: &[&str], logs: &Path) -> Result<Repo
     let removed = node
         .crictl(["rmp", "--all", "--force"])
         .and_then(|_| unmount(node, &temporary));
-    let left = removed.and_then(|()| node.nothing_left_since(&before, SETTLE));
+    let left = removed.and_then(|()| node.nothing_left_since(&before, stage::SETTLE));
     drop(registry);
     Ok(Report {
         outcomes: outcomes(&report)?,

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
-const SETTLE: Duration = Duration::from_secs(5);
+pub const SETTLE: Duration = Duration::from_secs(5);
 
 /// Nodes of one kind: as many as stories play at once.
 pub struct Stage {

@@ -161,7 +161,8 @@ impl AsyncWrite for Port {
 async fn vsock(connections: Connections, ready_port: Option<u32>, mut ready: watch::Receiver<bool>) -> io::Result<()> {
     if ready_port.is_none() {
         // Nothing says that there is a device: looking for one does not delay the first answer over the other channel.
-        let _ = ready.wait_for(|ready| *ready).await;
+        // When nobody can say so any more, the agent is ending.
+        let _ending = ready.wait_for(|ready| *ready).await;
     }
     Uevents::until(find_vsock).await?;
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, VSOCK_PORT))?;

@@ -22,16 +22,10 @@ use nix::{
 };
 
 use super::error::{Doing, Error, Result};
-use crate::protocol::agent::CopyFileRequest;
-
-/// Everything that the host may send a file to is below.
-const BASE: &str = "/run/kata-containers/shared/containers";
+use crate::{GUEST_SHARE, KUBELET_DATA, protocol::agent::CopyFileRequest};
 
 /// How folders are opened.
 const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
-
-/// The link that the kubelet swaps to update all files of a volume at once (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
-const DATA: &str = "..data";
 
 /// Makes a folder, a link, or a part of a file. Blocks.
 pub(super) fn copy(request: &CopyFileRequest) -> Result<()> {
@@ -46,10 +40,10 @@ pub(super) fn copy(request: &CopyFileRequest) -> Result<()> {
     made.doing(|| format!("copy {:?}", request.path))
 }
 
-/// The folders from [`BASE`] on, and the last name.
+/// The folders from [`GUEST_SHARE`] on, and the last name.
 fn place(path: &str) -> Result<(Vec<OsString>, OsString)> {
-    let refused = || Error::Invalid(format!("the path {path:?} of a file is not below {BASE}"));
-    let below = Path::new(path).strip_prefix(BASE).map_err(|_| refused())?;
+    let refused = || Error::Invalid(format!("the path {path:?} of a file is not below {GUEST_SHARE}"));
+    let below = Path::new(path).strip_prefix(GUEST_SHARE).map_err(|_| refused())?;
     let name = |part| match part {
         Component::Normal(name) => Some(name.to_owned()),
         _ => None,
@@ -80,7 +74,7 @@ fn check_part(request: &CopyFileRequest) -> Result<bool> {
 
 /// Opens the folder, and makes what is missing of it. Links are not followed.
 fn folder(names: &[OsString], mode: Mode) -> io::Result<OwnedFd> {
-    let mut folder = open(BASE, FOLDER, Mode::empty())?;
+    let mut folder = open(GUEST_SHARE, FOLDER, Mode::empty())?;
     for name in names {
         let open = |folder: &OwnedFd| openat(folder, name.as_os_str(), FOLDER, Mode::empty());
         folder = match open(&folder) {
@@ -124,7 +118,7 @@ impl Target<'_> {
         self.own(&temporary)?;
         renameat(&self.parent, temporary.as_os_str(), &self.parent, self.name.as_os_str())?;
         match before {
-            Some(before) if self.name == DATA && before != to => self.remove_stale(&before),
+            Some(before) if self.name == KUBELET_DATA && before != to => self.remove_stale(&before),
             _ => Ok(()),
         }
     }
@@ -204,7 +198,7 @@ mod tests {
         for path in [
             "",
             "/etc/passwd",
-            BASE,
+            GUEST_SHARE,
             "/run/kata-containers/shared/containers/../x",
             "mirrors/0",
         ] {

@@ -29,6 +29,7 @@ use super::{
     storage::{self, Storages},
 };
 use crate::{
+    GUEST_SHARE,
     engine::{Create, Engine, Exec, Started},
     oci,
     protocol::agent::{
@@ -36,8 +37,6 @@ use crate::{
     },
 };
 
-/// Where the host's share is mounted; upstream's agent and shims know it by this path.
-const SHARE: &str = "/run/kata-containers/shared/containers";
 /// The most characters of a host name that the kernel takes.
 const LONGEST_HOSTNAME: usize = 64;
 
@@ -320,7 +319,7 @@ fn is_of(container: &str, below: &Path) -> bool {
 
 /// Lets go of what the host has taken away.
 pub(super) fn release_stale() -> Result<()> {
-    detach(|below| fs::metadata(Path::new(SHARE).join(below)).is_err())
+    detach(|below| fs::metadata(Path::new(GUEST_SHARE).join(below)).is_err())
 }
 
 /// Detaches mounts below the share, by their paths in it. What the host has mounted there, the guest's kernel mounts on the
@@ -329,7 +328,7 @@ fn detach(gone: impl Fn(&Path) -> bool) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
     let below: Vec<_> = points
-        .filter(|point| point.strip_prefix(SHARE).is_ok_and(&gone))
+        .filter(|point| point.strip_prefix(GUEST_SHARE).is_ok_and(&gone))
         .collect();
     // What is mounted on another mount was mounted after it.
     for point in below.into_iter().rev() {

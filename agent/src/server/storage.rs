@@ -15,16 +15,13 @@ use nix::{
 use oci_spec::runtime::Mount;
 
 use super::error::{Doing, Error, Result};
-use crate::protocol::agent::Storage;
+use crate::{GUEST_MEMORY, protocol::agent::Storage};
 
 /// The drivers that there are.
 pub(super) const DRIVERS: [&str; 3] = ["ephemeral", "local", "virtio-fs"];
 
 /// Everything in the guest that the host may name as a mount point is below.
 const BASE: &str = "/run/kata-containers";
-
-/// Where the host has volumes in the guest's memory mounted (`EPHEMERAL_PATH` of kata-containers).
-const MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
 
 /// The mount points in use and how many use each.
 #[derive(Debug, Default)]
@@ -76,14 +73,14 @@ impl Storages {
 /// permissions of the folder above. Blocks.
 pub(super) fn make_parts(mounts: &[Mount]) -> Result<()> {
     let parts = mounts.iter().filter_map(|mount| mount.source().as_deref());
-    let parts = parts.filter(|part| part.starts_with(MEMORY) && is_plain(part));
+    let parts = parts.filter(|part| part.starts_with(GUEST_MEMORY) && is_plain(part));
     parts
         .filter(|part| !part.exists())
         .try_for_each(|part| make_part(part).doing(|| format!("make {}", part.display())))
 }
 
 fn make_part(part: &Path) -> io::Result<()> {
-    let above = part.parent().unwrap_or(Path::new(MEMORY));
+    let above = part.parent().unwrap_or(Path::new(GUEST_MEMORY));
     if !above.exists() {
         make_part(above)?;
     }

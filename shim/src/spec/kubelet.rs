@@ -7,16 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent::protocol::agent::Storage;
-use nix::sys::statvfs::statvfs;
+use agent::{GUEST_MEMORY, KUBELET_DATA, protocol::agent::Storage};
 
-use crate::{
-    mirror,
-    mountinfo::{self, Mount},
-};
-
-/// Where the guest mounts the volumes of its own memory; upstream's agent and shims use the same place.
-const GUEST_MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
+use crate::mountinfo::{self, Mount};
 
 /// A volume that cannot just be shared.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,7 +78,7 @@ pub(super) fn volume(source: &Path) -> io::Result<Option<Volume>> {
             | "kubernetes.io~projected"
             | "kubernetes.io~downward-api",
         ) => {
-            let updated = source.join(mirror::DATA).is_symlink();
+            let updated = source.join(KUBELET_DATA).is_symlink();
             Ok(updated.then(|| Volume::Updated(name.into())))
         }
         Some("kubernetes.io~empty-dir") | None => {
@@ -156,12 +149,11 @@ fn memory(root: &Path, source: &Path, mounts: &[Mount]) -> Option<PathBuf> {
 }
 
 fn look_at(name: &str, root: &Path, below: PathBuf) -> io::Result<Volume> {
-    let space = statvfs(root)?;
     let meta = std::fs::metadata(root)?;
     Ok(Volume::Memory(MemoryVolume {
         name: name.into(),
         below,
-        size: space.blocks() * space.fragment_size(),
+        size: mountinfo::size(root)?,
         mode: meta.mode() & 0o7777,
         gid: meta.gid(),
     }))

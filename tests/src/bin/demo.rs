@@ -15,13 +15,11 @@ use tests::{
     node::{Containerd, Node, NodeSpec},
     places,
     run::{self, ORDINARY},
+    stage,
 };
 
 /// Debian's kernel, which nobody has to build first.
 const RUNTIME: Runtime = Runtime::Kata(Guest::Debian);
-
-/// How long what belonged to the pod may outlive its removal.
-const SETTLE: Duration = Duration::from_secs(5);
 
 /// How long the guest's kernel may take to let go of memory.
 const RETURN: Duration = Duration::from_secs(10);
@@ -61,7 +59,7 @@ fn demo() -> Result {
     let before = node.census();
     pod(&node)?;
     title("Removal");
-    node.nothing_left_since(&before, SETTLE)?;
+    node.nothing_left_since(&before, stage::SETTLE)?;
     shown(
         "nothing is left",
         &format!(
