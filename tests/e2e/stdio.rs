@@ -122,7 +122,9 @@ fn a_terminal_with_resize(node: &Node, runtime: Runtime) -> Result {
     console.resize(132, 43)?;
     console.enter("until [ \"$(stty size)\" = '43 132' ]; do :; done; echo new' 'size")?;
     console.expect("new size")?;
-    console.enter("echo go''ing; sleep infinity")?;
+    // A shell of its own speaks when it has the foreground, and with it the ^C: the outer one starts `sleep` unable
+    // to be interrupted.
+    console.enter("sh -c 'echo go\"\"ing; exec sleep infinity'")?;
     console.expect("going")?;
     console.enter("\x03echo inter''rupted")?;
     console.expect("interrupted")?;
