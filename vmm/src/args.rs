@@ -154,9 +154,9 @@ impl Args {
                 self.pair("-cpu", "host,pmu=off");
             }
             Accelerator::Tcg => {
-                // 32 MiB of translated code are as fast as the default's share of the guest's memory.
+                // Holds what a pod runs from its boot to its end: 32 MiB fill up on the way, and filling up throws all of it away.
                 // One thread for all vCPUs: with one each, QEMU 7.2 gives up when a vCPU is plugged while the buffer is full.
-                self.pair("-accel", "tcg,thread=single,tb-size=32");
+                self.pair("-accel", "tcg,thread=single,tb-size=48");
                 // Without the promise of fast string moves the guest copies in words, which an emulator does faster than bytes.
                 self.pair("-cpu", "max,-erms");
             }
