@@ -5,12 +5,22 @@ use std::{env, error::Error, fs, path::Path};
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 /// Modules that come out of the compiler, in an order of no meaning.
-const MODULES: [&str; 7] = ["agent", "agent_ttrpc", "csi", "health", "health_ttrpc", "oci", "types"];
+const MODULES: [&str; 9] = [
+    "agent",
+    "agent_ttrpc",
+    "csi",
+    "health",
+    "health_ttrpc",
+    "oci",
+    "relay",
+    "relay_ttrpc",
+    "types",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     let out = env::var("OUT_DIR")?;
-    let files = ["agent", "csi", "health", "oci", "types"].map(|name| format!("proto/{name}.proto"));
+    let files = ["agent", "csi", "health", "oci", "relay", "types"].map(|name| format!("proto/{name}.proto"));
     Codegen::new()
         .out_dir(&out)
         .include("proto")

@@ -19,6 +19,8 @@ use crate::protocol::{
     agent_ttrpc::AgentServiceClient,
     health::{CheckRequest, HealthCheckResponse, VersionCheckResponse},
     health_ttrpc::HealthClient,
+    relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
+    relay_ttrpc::RelayClient,
     types,
 };
 
@@ -32,6 +34,7 @@ pub struct Client(Arc<Connection>);
 struct Connection {
     agent: AgentServiceClient,
     health: HealthClient,
+    relay: RelayClient,
     patience: Duration,
 }
 
@@ -102,12 +105,14 @@ macro_rules! replies {
 }
 
 replies!(
+    DialResponse,
     GuestDetailsResponse,
     HealthCheckResponse,
     Interfaces,
     Metrics,
     OOMEvent,
     ReadStreamResponse,
+    ReceiveResponse,
     Routes,
     StatsContainerResponse,
     VersionCheckResponse,
@@ -116,16 +121,16 @@ replies!(
     types::Interface
 );
 
-/// Declares a method per call: name, message, reply, whether it has a deadline.
+/// Declares a method per call of a service: name, message, reply, whether it has a deadline.
 macro_rules! calls {
-    ($($(#[$doc:meta])* $name:ident($request:ty) -> $value:ty, $deadline:expr;)*) => {
+    ($service:ident: $($(#[$doc:meta])* $name:ident($request:ty) -> $value:ty, $deadline:expr;)*) => {
         impl Client { $(
             $(#[$doc])*
             pub async fn $name(&self, request: $request) -> Result<$value, ClientError> {
                 let connection = Arc::clone(&self.0);
                 let deadline = $deadline.then_some(self.0.patience);
                 call(stringify!($name), deadline, async move {
-                    connection.agent.$name(Context::default(), &request).await
+                    connection.$service.$name(Context::default(), &request).await
                 })
                 .await
             }
@@ -134,6 +139,7 @@ macro_rules! calls {
 }
 
 calls! {
+    agent:
     /// Makes the sandbox: its storages, host name and shared namespaces.
     create_sandbox(CreateSandboxRequest) -> (), true;
     /// Ends everything in the sandbox and writes its data out.
@@ -194,13 +200,26 @@ calls! {
     get_metrics(GetMetricsRequest) -> Metrics, true;
 }
 
+calls! {
+    relay:
+    /// Connects to a TCP port of the guest's loopback. Upstream's agent has none of these calls.
+    dial(DialRequest) -> DialResponse, true;
+    /// Waits for data of a connection; empty data is its end; no deadline.
+    receive(ReceiveRequest) -> ReceiveResponse, false;
+    /// Sends data into a connection, all of it; empty data ends this direction; no deadline.
+    send(SendRequest) -> (), false;
+    /// Forgets a connection, whatever its state.
+    hang_up(HangUpRequest) -> (), true;
+}
+
 impl Client {
-    /// Speaks over one stream, for both services. Must be called in a runtime.
+    /// Speaks over one stream, for all services. Must be called in a runtime.
     pub fn new(stream: impl AsyncRead + AsyncWrite + Send + Sync + 'static) -> Client {
         let client = ttrpc::r#async::Client::new(Socket::new(stream));
         Client(Arc::new(Connection {
             agent: AgentServiceClient::new(client.clone()),
-            health: HealthClient::new(client),
+            health: HealthClient::new(client.clone()),
+            relay: RelayClient::new(client),
             patience: PATIENCE,
         }))
     }
@@ -210,6 +229,7 @@ impl Client {
         Client(Arc::new(Connection {
             agent: self.0.agent.clone(),
             health: self.0.health.clone(),
+            relay: self.0.relay.clone(),
             patience: deadline,
         }))
     }

@@ -21,6 +21,7 @@ use crate::{
     cgroup::SandboxCgroup,
     config::{self, Accelerator, Config, NetworkModel},
     error::{Context, Error, Result},
+    forward,
     mirror::Mirrors,
     mountinfo,
     net::{self, Network},
@@ -98,7 +99,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         }
     };
     let serve = async { start_virtiofsd(&plan, spawner, &share) };
-    let (network, (virtiofsd, fs)) = tokio::try_join!(attach, serve)?;
+    let (mut network, (virtiofsd, fs)) = tokio::try_join!(attach, serve)?;
     record(state, virtiofsd.child().pid())?;
 
     let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs)?;
@@ -115,6 +116,9 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     let agent = connected.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
     trace.set(Mark::AgentConnected, SystemTime::now());
     configure(&agent, &plan, network.as_ref(), trace).await?;
+    if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
+        forward::serve(loopback, agent.clone(), vm.clone());
+    }
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
     Ok(Guest {
         vm,

@@ -10,6 +10,7 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod follow;
+pub mod forward;
 pub mod io;
 pub mod log;
 pub mod mirror;

@@ -12,9 +12,11 @@
 //! Source of the model: `docs/design/architecture/networking.md` of kata-containers ("tcfilter").
 
 mod links;
+mod loopback;
 mod namespace;
 mod wire;
 
+pub use loopback::Loopback;
 use namespace::Namespace;
 use nix::net::if_::if_nametoindex;
 use serde::{Deserialize, Serialize};
@@ -96,6 +98,7 @@ pub struct Network {
     routes: Vec<Route>,
     neighbors: Vec<Neighbor>,
     taps: Vec<OwnedFd>,
+    loopback: Option<Loopback>,
 }
 
 /// What `attach` changes on the host, for whoever has to take it back later, in another process if need be.
@@ -201,18 +204,22 @@ impl Snapshot {
             routes,
             neighbors,
         } = self;
-        let taps = namespace.inside(async |handle| {
+        let (taps, loopback) = namespace.inside(async |handle| {
             let mut taps = Vec::with_capacity(interfaces.len());
             for (number, interface) in interfaces.iter().enumerate() {
                 taps.push(connect(&handle, interface, number).await?);
             }
-            Ok(taps)
+            let loopback = Loopback::take().inspect_err(
+                |error| tracing::warn!(%error, "no port can be forwarded into the pod: its loopback cannot be taken"),
+            );
+            Ok((taps, loopback.ok()))
         })?;
         Ok(Network {
             interfaces,
             routes,
             neighbors,
             taps,
+            loopback,
         })
     }
 }
@@ -255,6 +262,11 @@ impl Network {
     /// Too many open files.
     pub fn taps(&self) -> io::Result<Vec<OwnedFd>> {
         self.taps.iter().map(OwnedFd::try_clone).collect()
+    }
+
+    /// The pod's loopback, once; `None` on a host that cannot have it taken.
+    pub fn take_loopback(&mut self) -> Option<Loopback> {
+        self.loopback.take()
     }
 }
 

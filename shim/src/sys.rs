@@ -1,6 +1,8 @@
 //! The system calls that need `unsafe`, and nothing else.
 #![allow(unsafe_code)]
 
+pub mod bpf;
+
 use nix::libc;
 use std::fs::{File, OpenOptions};
 use std::io;

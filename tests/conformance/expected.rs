@@ -79,10 +79,6 @@ pub const SANDPOD: &[Exception] = &[
         "the shim does not advertise them: the guest's user IDs are none of the host's anyway",
     ),
     fails(
-        "Streaming runtime should support streaming interfaces runtime should support portforward [Conformance]",
-        "containerd connects to localhost in the pod's network namespace, and the pod listens in its VM",
-    ),
-    fails(
         "Streaming runtime should support streaming interfaces runtime should support portforward in host network",
         "a VM has no part in the host's network, and the shim refuses such a pod",
     ),

@@ -1,20 +1,35 @@
 //! Pods on a network.
 
+use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, Shutdown, TcpStream},
+    os::unix::process::CommandExt,
+    process::{Child, Stdio},
+    thread,
+};
+
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use tests::{
     config::Runtime,
-    failure::{Result, claim, contains, same},
+    failure::{Failure, Result, Trying, claim, contains, same},
     images,
     network::Network,
     node::Node,
+    run,
 };
 
-use crate::Story;
+use crate::{Story, stdio};
 
 pub const STORIES: &[Story] = &[
     ("a_web_server_on_the_pods_address", a_web_server_on_the_pods_address),
     ("two_pods_talk", two_pods_talk),
     ("a_network_that_was_there_before", a_network_that_was_there_before),
     ("no_network_at_all", no_network_at_all),
+    ("a_port_is_forwarded", a_port_is_forwarded),
+    ("the_loopback_of_the_pods_network", the_loopback_of_the_pods_network),
 ];
 
 const SERVER: &[&str] = &["httpd", "-f", "-p", "8080", "-h", "/www"];
@@ -75,4 +90,79 @@ fn no_network_at_all(node: &Node, runtime: Runtime) -> Result {
     claim(beyond.code != 0, "nothing beyond the loopback answers")?;
     contains("refusal", &beyond.errors(), "unreachable")?;
     task.remove()
+}
+
+/// What listens on nothing but the pod's loopback is reached through the CRI, any number of times.
+fn a_port_is_forwarded(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "forward")?.run()?;
+    pod.container("server", &["httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/www"])
+        .run()?;
+    let mut client = node.crictl_command(["port-forward", pod.id(), "18080:8080"])?;
+    let client = client.process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
+    let client = Background(client.spawn().trying("starting crictl")?);
+    for _ in 0..3 {
+        same("page", node.get("127.0.0.1", 18080)?.as_str(), images::PAGE)?;
+    }
+    drop(client);
+    pod.remove()
+}
+
+/// The loopback of the network that a pod was given leads to what listens on the pod's: both ways, whole, with each end of
+/// the conversation on its own.
+fn the_loopback_of_the_pods_network(node: &Node, runtime: Runtime) -> Result {
+    let network = Network::make(node)?;
+    let task = node
+        .task(runtime, "echo")?
+        .flag("--with-ns")
+        .flag(&format!("network:{}", network.path()))
+        .start(&["sh", "-c", "nc -ll -p 7000 -e wc -c & nc -ll -p 7001 -e cat & wait"])?;
+    let sent = stdio::noise(5 << 20);
+    node.in_network_at(&network.path(), || {
+        let heard = || {
+            let count = converse(7000, &sent).map_err(|failure| failure.to_string())?;
+            String::from_utf8(count).map_err(|error| error.to_string())
+        };
+        let count = node.events().bell.until("a count of bytes", run::ORDINARY, heard)?;
+        same("what came in, counted", count.trim(), "5242880")?;
+        for _ in 0..3 {
+            claim(converse(7001, &sent)? == sent, "every byte comes back")?;
+        }
+        claim(
+            converse(7002, b"x").map_or(true, |said| said.is_empty()),
+            "a port that nobody listens on says nothing",
+        )
+    })?;
+    task.remove()?;
+    network.remove()
+}
+
+/// Says something to a port of the loopback, then no more, and takes down all of the answer.
+fn converse(port: u16, words: &[u8]) -> Result<Vec<u8>> {
+    let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).trying("connecting")?;
+    stream
+        .set_read_timeout(Some(run::ORDINARY))
+        .trying("setting a deadline")?;
+    thread::scope(|scope| {
+        let speaker = scope.spawn(|| {
+            (&stream).write_all(words).trying("speaking")?;
+            stream.shutdown(Shutdown::Write).trying("saying the last word")
+        });
+        let mut answer = Vec::new();
+        (&stream).read_to_end(&mut answer).trying("listening")?;
+        speaker
+            .join()
+            .unwrap_or_else(|_| Err(Failure::Claim("the speaker panicked".into())))?;
+        Ok(answer)
+    })
+}
+
+/// A client that is ended when the story is.
+struct Background(Child);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It leads its own process group.
+        let _ = killpg(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGKILL);
+        let _ = self.0.wait();
+    }
 }

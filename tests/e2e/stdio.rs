@@ -135,7 +135,7 @@ fn a_terminal_with_resize(node: &Node, runtime: Runtime) -> Result {
 }
 
 /// Bytes without a pattern, the same in every run (xorshift64*).
-fn noise(length: usize) -> Vec<u8> {
+pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut bytes = Vec::with_capacity(length);
     while bytes.len() < length {

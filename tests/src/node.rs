@@ -296,14 +296,22 @@ impl Node {
     /// # Errors
     /// Those of `work`, or when the namespace cannot be entered.
     pub fn in_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = format!("/proc/{}/ns/net", self.init);
+        self.in_network_at("/proc/1/ns/net", work)
+    }
+
+    /// Runs `work` in a thread whose network is the one at a path of the node's.
+    ///
+    /// # Errors
+    /// When there is none, and those of the work.
+    pub fn in_network_at<T: Send>(&self, path: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = format!("/proc/{}/root{path}", self.init);
         let namespace = fs::File::open(&path).trying(format!("opening {path}"))?;
         let enter = || {
-            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).trying("entering the node's network")?;
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).trying(format!("entering the network at {path}"))?;
             work()
         };
         thread::scope(|scope| scope.spawn(enter).join())
-            .unwrap_or_else(|_| Err(Failure::Claim("the thread in the node's network panicked".into())))
+            .unwrap_or_else(|_| Err(Failure::Claim("the thread in another network panicked".into())))
     }
 
     /// What containerd tells.

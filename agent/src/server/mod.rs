@@ -18,6 +18,7 @@ mod network;
 mod oom;
 mod process;
 mod reaper;
+mod relay;
 mod route;
 mod rpc;
 mod sandbox;
@@ -39,6 +40,7 @@ use self::{
     network::Network,
     oom::Oom,
     reaper::Reaper,
+    relay::Relay,
     rpc::Service,
     sandbox::{Sandbox, blocking},
 };
@@ -86,6 +88,7 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
     let service = Arc::new(Service {
         sandbox: Sandbox::new(engine, Arc::clone(&reaper), oom),
         network: Network::default(),
+        relay: Relay::default(),
         began,
         asked: Notify::new(),
         ready: ready.clone(),

@@ -1,4 +1,4 @@
-//! The services `grpc.AgentService` and `grpc.Health`: which call is done by whom.
+//! The services `grpc.AgentService`, `grpc.Health` and `sandpod.Relay`: which call is done by whom.
 
 use std::{future::Future, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
@@ -17,6 +17,7 @@ use super::{
     freezer, guest, metrics,
     network::Network,
     process::Process,
+    relay::Relay,
     sandbox::{self, Sandbox, blocking},
     signal, stats,
     stdio::Output,
@@ -30,6 +31,8 @@ use crate::{
         csi::VolumeStatsResponse,
         health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response::ServingStatus},
         health_ttrpc::{Health, create_health},
+        relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
+        relay_ttrpc::{self, create_relay},
         types,
     },
 };
@@ -37,13 +40,15 @@ use crate::{
 /// The version of the protocol, which upstream's health monitor compares.
 const PROTOCOL_VERSION: &str = "0.0.1";
 
-/// Both services.
+/// What the services work on.
 #[derive(Debug)]
 pub(super) struct Service {
     /// The pod.
     pub(super) sandbox: Sandbox,
     /// Its network.
     pub(super) network: Network,
+    /// The host's connections into it.
+    pub(super) relay: Relay,
     /// The guest's clock when the agent began to run.
     pub(super) began: Duration,
     /// Told when the host asks for the first time.
@@ -54,12 +59,13 @@ pub(super) struct Service {
 
 type Context = TtrpcContext;
 
-/// A server of both services, without a listener yet.
+/// A server of all services, without a listener yet.
 pub(super) fn server(service: &Arc<Service>) -> Server {
     let caller = Arc::new(Caller(Arc::clone(service)));
     Server::new()
         .register_service(create_agent_service(caller.clone()))
-        .register_service(create_health(caller))
+        .register_service(create_health(caller.clone()))
+        .register_service(create_relay(caller))
 }
 
 /// Runs each call in a task of its own, so that a panic is an answer.
@@ -204,6 +210,43 @@ impl Health for Caller {
         response.agent_version = env!("CARGO_PKG_VERSION").into();
         response.grpc_version = PROTOCOL_VERSION.into();
         Ok(response)
+    }
+}
+
+#[async_trait]
+impl relay_ttrpc::Relay for Caller {
+    async fn dial(&self, _: &Context, request: DialRequest) -> ttrpc::Result<DialResponse> {
+        self.wait(|service| async move {
+            let mut response = DialResponse::new();
+            response.connection = service.relay.dial(request.port).await?;
+            Ok(response)
+        })
+        .await
+    }
+
+    async fn receive(&self, _: &Context, request: ReceiveRequest) -> ttrpc::Result<ReceiveResponse> {
+        self.wait(|service| async move {
+            let mut response = ReceiveResponse::new();
+            response.data = service.relay.receive(request.connection).await?;
+            Ok(response)
+        })
+        .await
+    }
+
+    async fn send(&self, _: &Context, request: SendRequest) -> ttrpc::Result<Empty> {
+        self.wait(|service| async move {
+            service.relay.send(request.connection, &request.data).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn hang_up(&self, _: &Context, request: HangUpRequest) -> ttrpc::Result<Empty> {
+        self.run(|service| async move {
+            service.relay.hang_up(request.connection);
+            Ok(Empty::new())
+        })
+        .await
     }
 }
 
