@@ -10,6 +10,7 @@ mod file;
 mod keys;
 
 use file::File;
+use keys::Treatment;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -285,6 +286,27 @@ impl Config {
         Self::from_tables(tables, self.origin.clone())
     }
 
+    /// What a file changes: its own path, a line for each key that differs from Sandpod's default, and one for each without effect.
+    pub fn explain(&self) -> String {
+        let mut lines = vec![self.origin.as_ref().map_or_else(
+            || "no configuration file: all keys have their defaults".to_owned(),
+            |path| format!("configuration: {}", path.display()),
+        )];
+        let defaults = file::defaults();
+        for (key, treatment) in keys::KEYS {
+            let (Treatment::Honoured(_), Some(value)) = (treatment, at(&self.tables, key)) else {
+                continue;
+            };
+            match at(&defaults, key) {
+                Some(default) if default == value => {}
+                Some(default) => lines.push(format!("`{key}` = {value}, by default {default}")),
+                None => lines.push(format!("`{key}` = {value}, by default unset")),
+            }
+        }
+        lines.extend(self.report.iter().cloned());
+        lines.join("\n") + "\n"
+    }
+
     fn from_tables(tables: Table, origin: Option<PathBuf>) -> Result<Self, ConfigError> {
         let mut report = Vec::new();
         keys::check(&tables, "", &mut report)?;
@@ -300,6 +322,14 @@ impl Config {
             origin,
             tables,
         })
+    }
+}
+
+/// The value of a dotted key.
+fn at<'t>(tables: &'t Table, key: &str) -> Option<&'t Value> {
+    match key.split_once('.') {
+        None => tables.get(key),
+        Some((section, rest)) => at(tables.get(section)?.as_table()?, rest),
     }
 }
 

@@ -65,7 +65,7 @@ impl Share {
         let target = self.root.join(container).join("rootfs");
         fs::create_dir_all(&target).at("create", &target)?;
         match mounts {
-            [] => bind(mounted, &target),
+            [] => bind(mounted, &target, true),
             mounts => mounts.iter().try_for_each(|m| mount_as_asked(m, &target)),
         }
     }
@@ -88,14 +88,21 @@ impl Share {
                 fs::File::create(path).at("create", path)?;
             }
         }
-        bind(&volume.source, &staged)?;
+        bind(&volume.source, &staged, volume.recursive)?;
         if volume.propagation == Propagation::Private {
             let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
             mount(NONE, &staged, NONE, flags, NONE).at("detach from the host's the mount of", &volume.source)?;
         }
         if volume.readonly {
             let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            mount(NONE, &staged, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
+            let points = if volume.readonly_below {
+                mounts_below(&staged)?
+            } else {
+                vec![staged.clone()]
+            };
+            for point in points {
+                mount(NONE, &point, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
+            }
         }
         mount(Some(&staged), &target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", &volume.source)?;
         if is_dir {
@@ -139,8 +146,10 @@ fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
-fn bind(source: &Path, target: &Path) -> Result<()> {
-    mount(Some(source), target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).at("bind", source)
+fn bind(source: &Path, target: &Path, recursive: bool) -> Result<()> {
+    let mut flags = MsFlags::MS_BIND;
+    flags.set(MsFlags::MS_REC, recursive);
+    mount(Some(source), target, NONE, flags, NONE).at("bind", source)
 }
 
 fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {

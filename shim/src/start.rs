@@ -85,7 +85,7 @@ pub fn features() -> String {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.1",
         "hooks": [],
-        "mountOptions": ["bind", "rbind", "ro", "rw", "rprivate", "private", "rslave", "slave",
+        "mountOptions": ["bind", "rbind", "ro", "rro", "rw", "rprivate", "private", "rslave", "slave",
             "nosuid", "nodev", "noexec", "relatime", "noatime"],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],

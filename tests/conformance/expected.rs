@@ -58,14 +58,6 @@ pub const SANDPOD: &[Exception] = &[
         "Container Mount Readonly runtime should support readonly mounts should support non-recursive readonly mounts",
         "the guest mounts what is mounted below a volume when it is first looked at, and read-only where the volume is",
     ),
-    skips(
-        "Container Mount Readonly runtime should support readonly mounts should support recursive readonly mounts",
-        "the shim does not advertise them",
-    ),
-    skips(
-        "Container Mount Readonly runtime should support readonly mounts should reject a recursive readonly mount",
-        "the shim does not advertise them",
-    ),
     fails(
         "Security Context NamespaceOption runtime should support HostIpc is true",
         "shared memory is a kernel's own: the pod shares it with its VM, not with the host",

@@ -7,6 +7,7 @@ use tests::{
     config::{Guest, Runtime},
     cri::{Container, Exit},
     failure::{Failure, Result, claim, same},
+    footprint::Charge,
     node::Node,
 };
 
@@ -22,6 +23,7 @@ pub const OF_A_VM: &[Story] = &[
         "memory_comes_and_goes_with_a_container",
         memory_comes_and_goes_with_a_container,
     ),
+    ("a_running_container_is_resized", a_running_container_is_resized),
     (
         "without_a_limit_the_machine_is_the_bound",
         without_a_limit_the_machine_is_the_bound,
@@ -86,6 +88,57 @@ fn memory_comes_and_goes_with_a_container(node: &Node, runtime: Runtime) -> Resu
             Err(failure) => Err(failure.to_string()),
         })?;
     pod.remove()
+}
+
+/// The limit of a container that runs is raised and lowered: the machine follows within 2 s, and the host has back what was used.
+fn a_running_container_is_resized(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "resized")?.run()?;
+    let observer = pod.container("observer", &["sleep", "infinity"]).run()?;
+    let container = pod.container("resized", &["sleep", "infinity"]).memory_mib(512).run()?;
+    let small = total_mib(&observer)?;
+    let used = || Charge::of(&pod.cgroup()).map(|charge| charge.usage_kib >> 10);
+    let used_before = used()?;
+
+    container.resize_mib(2048)?;
+    let larger = |now: u64| now >= small + 1536 - 32;
+    settle(node, "the larger machine", || total_mib(&observer), larger)?;
+    same("the new limit", limit_mib(&container)?, 2048)?;
+    // One buffer of a GiB, filled.
+    let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1024M", "count=1"];
+    same("filling a GiB", container.exec(&fill, None, FILLING)?.code, 0)?;
+    let used_then = used()?;
+    claim(
+        used_then >= used_before + 512,
+        format!("the host gave what was filled: {used_before} MiB before, {used_then} MiB then"),
+    )?;
+
+    container.resize_mib(256)?;
+    // virtio-mem keeps one block of 2 MiB.
+    let smaller = |now: u64| now <= small - 256 + 2;
+    settle(node, "the smaller machine", || total_mib(&observer), smaller)?;
+    same("the last limit", limit_mib(&container)?, 256)?;
+    let returned = |now: u64| now <= used_before + 64;
+    settle(node, "the host's memory", used, returned)?;
+    same("the container", container.shell("echo alive")?.as_str(), "alive")?;
+    pod.remove()
+}
+
+/// Waits 2 s for a number of MiB.
+fn settle(node: &Node, what: &str, read: impl Fn() -> Result<u64>, enough: impl Fn(u64) -> bool) -> Result {
+    node.events().bell.until(what, Duration::from_secs(2), || match read() {
+        Ok(mib) if enough(mib) => Ok(()),
+        Ok(mib) => Err(format!("{mib} MiB")),
+        Err(failure) => Err(failure.to_string()),
+    })
+}
+
+fn limit_mib(container: &Container<'_>) -> Result<u64> {
+    // Without a cgroup namespace a container sees the guest's whole hierarchy.
+    let bytes = container.shell("cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max")?;
+    bytes
+        .parse::<u64>()
+        .map(|bytes| bytes >> 20)
+        .map_err(|_| Failure::Claim(format!("{bytes:?} is no limit")))
 }
 
 /// A container without a limit can use the machine's memory and no more.

@@ -496,6 +496,15 @@ impl Container<'_> {
         Ok(parse("crictl stats", &output)?["stats"][0].take())
     }
 
+    /// Changes the limit of its memory while it runs.
+    ///
+    /// # Errors
+    /// What the CRI answers.
+    pub fn resize_mib(&self, limit: u64) -> Result {
+        let limit = (limit << 20).to_string();
+        self.node.crictl(["update", "--memory", &limit, &self.id]).map(drop)
+    }
+
     /// Sends a signal by its name to its first process.
     ///
     /// # Errors

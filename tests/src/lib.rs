@@ -8,6 +8,8 @@ pub mod cold_read;
 pub mod config;
 pub mod console;
 pub mod cri;
+#[cfg(test)]
+mod documentation;
 pub mod events;
 pub mod failure;
 pub mod footprint;

@@ -1,6 +1,6 @@
 //! What an administrator asks a node about its sandboxes.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use shim::{
     check::{self, Verdict},
@@ -11,6 +11,7 @@ use shim::{
 };
 
 const USAGE: &str = "usage: kata-ctl check [--json]   whether this node can run pods, and what is missing
+       kata-ctl config [FILE]    what a configuration changes against Sandpod's defaults, and what of it has no effect
        kata-ctl list             the sandboxes of this node
        kata-ctl trace SANDBOX    the start-up waterfall of a sandbox
        kata-ctl --version";
@@ -21,6 +22,8 @@ fn main() -> ExitCode {
     let answer = match words[..] {
         ["check"] => return check(false),
         ["check", "--json"] => return check(true),
+        ["config"] => explain(None),
+        ["config", file] => explain(Some(Path::new(file))),
         ["list"] => list(),
         ["trace", sandbox] => Trace::load(sandbox).map(|trace| trace.render()),
         ["--version"] => Ok(format!("kata-ctl {}\n", env!("CARGO_PKG_VERSION"))),
@@ -39,6 +42,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn explain(file: Option<&Path>) -> Result<String> {
+    Ok(Config::load(file)?.explain())
 }
 
 /// Fails when something is missing without which no pod runs.

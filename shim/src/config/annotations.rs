@@ -79,6 +79,12 @@ fn enabled(annotation: &str, key: &str, value: &str, node: &Hypervisor) -> Resul
             key: key.to_owned(),
         });
     }
+    if key == "image" {
+        return Err(refused(
+            annotation,
+            "the guest's root is the initrd, there is no disk image",
+        ));
+    }
     let valid = match key {
         "path" => Some(&node.valid_paths),
         "virtio_fs_daemon" => Some(&node.valid_virtio_fs_daemon_paths),

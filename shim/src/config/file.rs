@@ -1,9 +1,10 @@
 //! The honoured keys as they stand in the file, and their way into the public types.
 
 use super::{Accelerator, Agent, Cache, ConfigError, Hypervisor, KernelModule, NetworkModel, Runtime};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
+use toml::Table;
 
 /// The least memory, MiB, that a guest is started with.
 const LEAST_MEMORY_MIB: u64 = 128;
@@ -12,7 +13,7 @@ const MOST_QUEUE_SIZE: u16 = 1024;
 /// What the shim itself tells virtiofsd.
 const OWNED_VIRTIOFSD_ARGS: &[&str] = &["--fd", "--socket-path", "--shared-dir", "--sandbox", "--cache"];
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(super) struct File {
     hypervisor: Hypervisors,
@@ -20,19 +21,19 @@ pub(super) struct File {
     runtime: RuntimeKeys,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 struct Hypervisors {
     qemu: Qemu,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 struct Agents {
     kata: Kata,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(default)]
 struct Qemu {
     path: PathBuf,
@@ -69,7 +70,7 @@ impl Default for Qemu {
             kernel_params: String::new(),
             default_vcpus: Number::Integer(1),
             default_maxvcpus: 0,
-            default_memory: 0,
+            default_memory: 2048,
             default_maxmemory: 0,
             memory_slots: 10,
             enable_virtio_mem: true,
@@ -95,7 +96,7 @@ impl Default for Qemu {
     }
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 struct Kata {
     enable_debug: bool,
@@ -108,7 +109,7 @@ struct Kata {
     create_container_timeout: Option<u64>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(default)]
 struct RuntimeKeys {
     enable_debug: bool,
@@ -130,8 +131,14 @@ impl Default for RuntimeKeys {
     }
 }
 
+/// The honoured keys that have a default, with it.
+pub(super) fn defaults() -> Table {
+    // Strings, numbers, booleans and lists of them: nothing that TOML could not say.
+    Table::try_from(File::default()).unwrap_or_default()
+}
+
 /// `default_vcpus` may be whole or not.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(untagged)]
 enum Number {
     Integer(i64),

@@ -79,7 +79,7 @@ const ZERO: &[Literal] = &[Int(0)];
 const EMPTY: &[Literal] = &[Str("")];
 const NONE: &[Literal] = &[EmptyList];
 
-const NO_IMAGE: &str = "the guest's root is an initrd, there is no disk image";
+const NO_IMAGE: &str = "the guest's root is the initrd, there is no disk image";
 const NO_BLOCK: &str = "the shim plugs no block device: files reach the guest through virtio-fs";
 const NO_VFIO: &str = "no host device is passed to the guest";
 const NO_TRACING: &str = "there is no trace exporter; `kata-ctl` shows the recorded start times";
@@ -131,7 +131,7 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     ("hypervisor.qemu.disable_vhost_net", Honoured(Bool)),
     ("hypervisor.qemu.enable_debug", Honoured(Bool)),
     // One machine, one firmware, one root.
-    ("hypervisor.qemu.image", Only(EMPTY, NO_IMAGE)),
+    ("hypervisor.qemu.image", NoEffect(NO_IMAGE)),
     ("hypervisor.qemu.rootfs_type", NoEffect(NO_IMAGE)),
     ("hypervisor.qemu.vm_rootfs_driver", NoEffect(NO_IMAGE)),
     ("hypervisor.qemu.disable_image_nvdimm", NoEffect(NO_IMAGE)),
@@ -429,6 +429,39 @@ pub(super) fn treatment(name: &str) -> Option<Treatment> {
     KEYS.iter()
         .find(|(key, _)| *key == name)
         .map(|(_, treatment)| *treatment)
+}
+
+/// The table as the documentation shows it.
+#[cfg(test)]
+pub(super) fn table(defaults: &Table) -> String {
+    let mut text = String::from("| key | what becomes of it | default, or why |\n|---|---|---|\n");
+    for (key, treatment) in KEYS {
+        let (fate, why) = match treatment {
+            Honoured(_) => {
+                let default = super::at(defaults, key).map_or_else(|| "unset".into(), |value| format!("`{value}`"));
+                ("honoured".to_owned(), default)
+            }
+            NoEffect(reason) => ("no effect".to_owned(), (*reason).to_owned()),
+            Only(literals, reason) => {
+                let values: Vec<_> = literals.iter().map(|literal| format!("`{literal}`")).collect();
+                (format!("only {}", values.join(" or ")), (*reason).to_owned())
+            }
+        };
+        text += &format!("| `{key}` | {fate} | {why} |\n");
+    }
+    text
+}
+
+#[cfg(test)]
+impl std::fmt::Display for Literal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Flag(flag) => write!(f, "{flag}"),
+            Self::Int(number) => write!(f, "{number}"),
+            Self::Text(text) => write!(f, "\"{text}\""),
+            Self::EmptyList => write!(f, "[]"),
+        }
+    }
 }
 
 /// The known name that is spelled most like `name`.

@@ -19,6 +19,8 @@ pub struct ShareMount {
     pub destination: PathBuf,
     /// The container may not write to it; the bind in the share is made read-only too.
     pub readonly: bool,
+    /// Neither to what is mounted below it (`rro`; Kubernetes: `recursiveReadOnly`).
+    pub readonly_below: bool,
     /// What lies below the source is mounted with it (`rbind`).
     pub recursive: bool,
     /// Whether later mounts of the host show in the container.
@@ -221,6 +223,7 @@ fn share(mount: &Mount, source: PathBuf, place: Place<'_>) -> Result<ShareMount,
         },
         destination: mount.destination().clone(),
         readonly: matches!(readonly, Some("ro" | "rro")),
+        readonly_below: readonly == Some("rro"),
         recursive: !options(mount).any(|option| option == "bind") || options(mount).any(|option| option == "rbind"),
         propagation: if slave {
             Propagation::Slave
