@@ -32,11 +32,11 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(MAKE) guest-debian
 	$(RELEASE)/demo
 
-test: deps-test ## every test and every lint (27 minutes on two cores; more with empty caches)
+test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) units
-	echo 'tests: the suites with real peers, two at a time, usually 16 minutes; each prints when it is done'
+	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
