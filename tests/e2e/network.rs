@@ -95,8 +95,11 @@ fn no_network_at_all(node: &Node, runtime: Runtime) -> Result {
 /// What listens on nothing but the pod's loopback is reached through the CRI, any number of times.
 fn a_port_is_forwarded(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "forward")?.run()?;
-    pod.container("server", &["httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/www"])
-        .run()?;
+    let server = pod.container("server", &["httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/www"]);
+    // crictl ends at the first connection that is refused.
+    server
+        .run()?
+        .shell("until wget -qO /dev/null http://127.0.0.1:8080/; do :; done")?;
     let mut client = node.crictl_command(["port-forward", pod.id(), "18080:8080"])?;
     let client = client.process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
     let client = Background(client.spawn().trying("starting crictl")?);
