@@ -116,17 +116,18 @@ fn flatten<T>(result: std::result::Result<Result<T>, JoinError>) -> ttrpc::Resul
         .map_err(Into::into)
 }
 
-/// Declares the service: calls that are answered by nothing, by a message, by a message that may be long in coming, and
+/// Declares a service: calls that are answered by nothing, by a message, by a message that may be long in coming, and
 /// never.
 macro_rules! service {
     (
+        $service:path:
         acts { $($act:ident($order:ty);)* }
         answers { $($ask:ident($question:ty) -> $answer:ty;)* }
         waits { $($wait:ident($event:ty) -> $told:ty;)* }
         unimplemented { $($missing:ident($ignored:ty) -> $never:ty = $title:literal;)* }
     ) => {
         #[async_trait]
-        impl AgentService for Caller {
+        impl $service for Caller {
             $(async fn $act(&self, _: &Context, request: $order) -> ttrpc::Result<Empty> {
                 self.run(|service| async move { service.$act(request).await.map(|()| Empty::new()) }).await
             })*
@@ -144,6 +145,7 @@ macro_rules! service {
 }
 
 service! {
+    AgentService:
     acts {
         create_sandbox(CreateSandboxRequest);
         destroy_sandbox(DestroySandboxRequest);
@@ -213,41 +215,18 @@ impl Health for Caller {
     }
 }
 
-#[async_trait]
-impl relay_ttrpc::Relay for Caller {
-    async fn dial(&self, _: &Context, request: DialRequest) -> ttrpc::Result<DialResponse> {
-        self.wait(|service| async move {
-            let mut response = DialResponse::new();
-            response.connection = service.relay.dial(request.port).await?;
-            Ok(response)
-        })
-        .await
+service! {
+    relay_ttrpc::Relay:
+    acts {
+        hang_up(HangUpRequest);
     }
-
-    async fn receive(&self, _: &Context, request: ReceiveRequest) -> ttrpc::Result<ReceiveResponse> {
-        self.wait(|service| async move {
-            let mut response = ReceiveResponse::new();
-            response.data = service.relay.receive(request.connection).await?;
-            Ok(response)
-        })
-        .await
+    answers {}
+    waits {
+        dial(DialRequest) -> DialResponse;
+        receive(ReceiveRequest) -> ReceiveResponse;
+        send(SendRequest) -> Empty;
     }
-
-    async fn send(&self, _: &Context, request: SendRequest) -> ttrpc::Result<Empty> {
-        self.wait(|service| async move {
-            service.relay.send(request.connection, &request.data).await?;
-            Ok(Empty::new())
-        })
-        .await
-    }
-
-    async fn hang_up(&self, _: &Context, request: HangUpRequest) -> ttrpc::Result<Empty> {
-        self.run(|service| async move {
-            service.relay.hang_up(request.connection);
-            Ok(Empty::new())
-        })
-        .await
-    }
+    unimplemented {}
 }
 
 /// The calls, each in the words of the protocol.
@@ -408,6 +387,28 @@ impl Service {
 
     async fn remove_stale_virtiofs_share_mounts(&self, _: RemoveStaleVirtiofsShareMountsRequest) -> Result<()> {
         blocking(sandbox::release_stale).await
+    }
+
+    async fn dial(&self, request: DialRequest) -> Result<DialResponse> {
+        let mut response = DialResponse::new();
+        response.connection = self.relay.dial(request.port).await?;
+        Ok(response)
+    }
+
+    async fn receive(&self, request: ReceiveRequest) -> Result<ReceiveResponse> {
+        let mut response = ReceiveResponse::new();
+        response.data = self.relay.receive(request.connection).await?;
+        Ok(response)
+    }
+
+    async fn send(&self, request: SendRequest) -> Result<Empty> {
+        self.relay.send(request.connection, &request.data).await?;
+        Ok(Empty::new())
+    }
+
+    async fn hang_up(&self, request: HangUpRequest) -> Result<()> {
+        self.relay.hang_up(request.connection);
+        Ok(())
     }
 
     fn process(&self, container: &str, exec: &str) -> Result<(Arc<Container>, Arc<Process>)> {

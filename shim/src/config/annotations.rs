@@ -80,10 +80,7 @@ fn enabled(annotation: &str, key: &str, value: &str, node: &Hypervisor) -> Resul
         });
     }
     if key == "image" {
-        return Err(refused(
-            annotation,
-            "the guest's root is the initrd, there is no disk image",
-        ));
+        return Err(refused(annotation, keys::NO_IMAGE));
     }
     let valid = match key {
         "path" => Some(&node.valid_paths),

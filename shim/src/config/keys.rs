@@ -79,7 +79,7 @@ const ZERO: &[Literal] = &[Int(0)];
 const EMPTY: &[Literal] = &[Str("")];
 const NONE: &[Literal] = &[EmptyList];
 
-const NO_IMAGE: &str = "the guest's root is the initrd, there is no disk image";
+pub(super) const NO_IMAGE: &str = "the guest's root is the initrd, there is no disk image";
 const NO_BLOCK: &str = "the shim plugs no block device: files reach the guest through virtio-fs";
 const NO_VFIO: &str = "no host device is passed to the guest";
 const NO_TRACING: &str = "there is no trace exporter; `kata-ctl` shows the recorded start times";
