@@ -31,6 +31,9 @@ pub const OF_A_VM: &[Story] = &[
     ("mapped_memory_is_counted_once", mapped_memory_is_counted_once),
 ];
 
+/// How long a machine may take to follow the limits.
+const RESIZING: Duration = Duration::from_secs(2);
+
 /// Keeps what it reads, for ever.
 const GREEDY: &[&str] = &["tail", "/dev/zero"];
 
@@ -75,18 +78,19 @@ fn memory_comes_and_goes_with_a_container(node: &Node, runtime: Runtime) -> Resu
     )?;
     container.remove()?;
     let patience = if runtime == Runtime::Kata(Guest::Own) {
-        Duration::from_secs(2)
+        RESIZING
     } else {
         Duration::from_secs(10)
     };
-    node.events()
-        .bell
-        .until("the return of the memory", patience, || match total_mib(&observer) {
-            // virtio-mem keeps one block of 2 MiB.
-            Ok(now) if now <= before + 2 => Ok(()),
-            Ok(now) => Err(format!("{before} MiB before, {now} MiB now")),
-            Err(failure) => Err(failure.to_string()),
-        })?;
+    // virtio-mem keeps one block of 2 MiB.
+    let returned = |now: u64| now <= before + 2;
+    settle(
+        node,
+        "the return of the memory",
+        patience,
+        || total_mib(&observer),
+        returned,
+    )?;
     pod.remove()
 }
 
@@ -101,7 +105,7 @@ fn a_running_container_is_resized(node: &Node, runtime: Runtime) -> Result {
 
     container.resize_mib(2048)?;
     let larger = |now: u64| now >= small + 1536 - 32;
-    settle(node, "the larger machine", || total_mib(&observer), larger)?;
+    settle(node, "the larger machine", RESIZING, || total_mib(&observer), larger)?;
     same("the new limit", limit_mib(&container)?, 2048)?;
     // One buffer of a GiB, filled.
     let fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1024M", "count=1"];
@@ -115,17 +119,23 @@ fn a_running_container_is_resized(node: &Node, runtime: Runtime) -> Result {
     container.resize_mib(256)?;
     // virtio-mem keeps one block of 2 MiB.
     let smaller = |now: u64| now <= small - 256 + 2;
-    settle(node, "the smaller machine", || total_mib(&observer), smaller)?;
+    settle(node, "the smaller machine", RESIZING, || total_mib(&observer), smaller)?;
     same("the last limit", limit_mib(&container)?, 256)?;
     let returned = |now: u64| now <= used_before + 64;
-    settle(node, "the host's memory", used, returned)?;
+    settle(node, "the host's memory", RESIZING, used, returned)?;
     same("the container", container.shell("echo alive")?.as_str(), "alive")?;
     pod.remove()
 }
 
-/// Waits 2 s for a number of MiB.
-fn settle(node: &Node, what: &str, read: impl Fn() -> Result<u64>, enough: impl Fn(u64) -> bool) -> Result {
-    node.events().bell.until(what, Duration::from_secs(2), || match read() {
+/// Waits for a number of MiB.
+fn settle(
+    node: &Node,
+    what: &str,
+    patience: Duration,
+    read: impl Fn() -> Result<u64>,
+    enough: impl Fn(u64) -> bool,
+) -> Result {
+    node.events().bell.until(what, patience, || match read() {
         Ok(mib) if enough(mib) => Ok(()),
         Ok(mib) => Err(format!("{mib} MiB")),
         Err(failure) => Err(failure.to_string()),
