@@ -170,7 +170,8 @@ fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Re
 fn mapped_memory_is_counted_once(node: &Node, runtime: Runtime) -> Result {
     let read = ColdRead::perform(node, runtime)?;
     let grown = |kib: fn(&View) -> u64| (kib(&read.after).saturating_sub(kib(&read.before))) >> 10;
-    let once = grown(|view| view.footprint.total_kib());
+    // The programs' files are left out: their shares change when a neighbouring pod comes or goes.
+    let once = grown(|view| view.footprint.unshared_kib());
     // The host's own copy is charged to whoever read it first, the pod; how much of it there is, the file itself tells best.
     let charged = grown(|view| view.charge.usage_kib).saturating_sub(grown(|view| view.host_cache));
     claim(

@@ -22,6 +22,8 @@ pub struct Footprint {
     pub qemu_kib: u64,
     /// Of QEMU's, mapped files: the kernel and initrd it loaded, its own program. Several VMs share them.
     pub qemu_files_kib: u64,
+    /// Of all three, mapped files. The proportional share changes whenever another pod that maps the same ones comes or goes.
+    pub files_kib: u64,
     /// Guest RAM that the host has given: what the guest's kernel and processes ever touched and have not given back.
     pub guest_kib: u64,
 }
@@ -35,12 +37,14 @@ impl Footprint {
             named.map(|process| part(process.memory())).sum()
         };
         let own = |name: &str| sum(name, |memory| memory.own_kib);
+        let files = |name: &str| sum(name, |memory| memory.files_kib);
         let objects: BTreeMap<u64, u64> = processes.iter().flat_map(memory_objects).collect();
         Footprint {
             shim_kib: own("containerd-shim-"),
             virtiofsd_kib: own("virtiofsd"),
             qemu_kib: own("qemu-system-"),
-            qemu_files_kib: sum("qemu-system-", |memory| memory.files_kib),
+            qemu_files_kib: files("qemu-system-"),
+            files_kib: files("containerd-shim-") + files("virtiofsd") + files("qemu-system-"),
             guest_kib: objects.values().sum(),
         }
     }
@@ -49,6 +53,12 @@ impl Footprint {
     #[must_use]
     pub fn total_kib(&self) -> u64 {
         self.shim_kib + self.virtiofsd_kib + self.qemu_kib + self.guest_kib
+    }
+
+    /// What no other pod has a share of.
+    #[must_use]
+    pub fn unshared_kib(&self) -> u64 {
+        self.total_kib() - self.files_kib
     }
 }
 
