@@ -15,7 +15,7 @@ pub const LONGEST_COMMAND_LINE: usize = 2047;
 /// Timer ticks per second of our guest kernel and of Debian's (CONFIG_HZ).
 const HZ: u64 = 250;
 /// Empty slots for devices that are plugged into a running VM.
-const ROOT_PORTS: u32 = 2;
+pub(crate) const ROOT_PORTS: u32 = 2;
 
 /// Numbers of the open files that QEMU inherits, and what else is only known when it starts.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -57,6 +57,12 @@ pub enum VmError {
         /// Why it failed.
         source: io::Error,
     },
+    /// No place for another disk.
+    #[error("the VM has {0} block devices already, the most that its controller takes")]
+    TooManyDisks(u8),
+    /// The controller did not let go of a disk.
+    #[error("QEMU keeps the block device {0}")]
+    DiskKept(String),
     /// QEMU refused a command or cannot be talked to.
     #[error(transparent)]
     Qmp(#[from] QmpError),

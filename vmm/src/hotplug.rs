@@ -224,7 +224,7 @@ impl Vm {
     }
 
     /// Asks the guest to give a device back; whether it did.
-    async fn unplug(&self, id: &str) -> Result<bool, VmError> {
+    pub(crate) async fn unplug(&self, id: &str) -> Result<bool, VmError> {
         let mut events = self.qmp.events()?;
         self.qmp.delete_device(id).await?;
         let gone = wait_for(&mut events, Instant::now() + PATIENCE, |event| match event {

@@ -11,6 +11,7 @@
 pub mod args;
 mod channel;
 mod clock;
+mod disk;
 mod error;
 mod hotplug;
 mod kvm;
@@ -23,6 +24,7 @@ mod virtiofsd;
 mod vm;
 
 pub use channel::AgentStream;
+pub use disk::Disk;
 pub use error::VmError;
 pub use hotplug::MemoryState;
 pub use kvm::{KvmError, kvm_ready};

@@ -3,12 +3,18 @@
 //! A guest that has broken into its QEMU speaks here, so nothing is believed: lines are bounded, answers must carry
 //! the number of a question, and every question has a deadline.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{
+    collections::HashMap,
+    io::{self, IoSlice},
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -116,6 +122,8 @@ pub(crate) struct Qmp {
 struct Question {
     command: &'static str,
     arguments: Value,
+    /// An open file that goes with it (SCM_RIGHTS).
+    file: Option<OwnedFd>,
     answer: oneshot::Sender<Result<Value, QmpError>>,
 }
 
@@ -172,10 +180,20 @@ impl Qmp {
     }
 
     async fn execute<T: DeserializeOwned>(&self, command: &'static str, arguments: Value) -> Result<T, QmpError> {
+        self.execute_with(command, arguments, None).await
+    }
+
+    async fn execute_with<T: DeserializeOwned>(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        file: Option<OwnedFd>,
+    ) -> Result<T, QmpError> {
         let (answer, answered) = oneshot::channel();
         let question = Question {
             command,
             arguments,
+            file,
             answer,
         };
         let exchange = async {
@@ -228,6 +246,53 @@ impl Qmp {
         self.order("device_del", json!({"id": id})).await
     }
 
+    /// `device_add` of a virtio-scsi controller.
+    pub async fn add_scsi_controller(&self, id: &str, bus: &str) -> Result<(), QmpError> {
+        let controller = json!({"driver": "virtio-scsi-pci", "id": id, "bus": bus});
+        self.order("device_add", controller).await
+    }
+
+    /// `add-fd`: hands over an open file under a number.
+    pub async fn add_file(&self, number: u64, file: OwnedFd) -> Result<(), QmpError> {
+        let arguments = json!({"fdset-id": number});
+        let added = self.execute_with::<Value>("add-fd", arguments, Some(file)).await;
+        added.map(drop)
+    }
+
+    /// `remove-fd`: closes every file under a number.
+    pub async fn remove_file(&self, number: u64) -> Result<(), QmpError> {
+        self.order("remove-fd", json!({"fdset-id": number})).await
+    }
+
+    /// `blockdev-add` of a host's block device, which is open under a number. Its pages stay out of the host's cache: the guest has them in its own.
+    pub async fn add_block_device(&self, id: &str, file: u64, read_only: bool) -> Result<(), QmpError> {
+        let device = json!({
+            "driver": "host_device", "node-name": id, "filename": format!("/dev/fdset/{file}"), "read-only": read_only,
+            "cache": {"direct": true}, "discard": "unmap",
+        });
+        self.order("blockdev-add", device).await
+    }
+
+    /// `blockdev-del`.
+    pub async fn delete_block_device(&self, id: &str) -> Result<(), QmpError> {
+        self.order("blockdev-del", json!({"node-name": id})).await
+    }
+
+    /// `block_resize`, in bytes.
+    pub async fn resize_block_device(&self, id: &str, bytes: u64) -> Result<(), QmpError> {
+        self.order("block_resize", json!({"node-name": id, "size": bytes}))
+            .await
+    }
+
+    /// `device_add` of a disk on a SCSI controller. Others may write to the device, too: it may be in the hands of several pods.
+    pub async fn add_scsi_disk(&self, id: &str, controller: &str, target: u8) -> Result<(), QmpError> {
+        let disk = json!({
+            "driver": "scsi-hd", "id": id, "drive": id, "bus": format!("{controller}.0"),
+            "channel": 0, "scsi-id": target, "lun": 0, "share-rw": true,
+        });
+        self.order("device_add", disk).await
+    }
+
     /// `query-hotpluggable-cpus`.
     pub async fn cpus(&self) -> Result<Vec<CpuSlot>, QmpError> {
         self.execute("query-hotpluggable-cpus", json!({})).await
@@ -271,16 +336,40 @@ impl Conversation {
         }
     }
 
-    async fn ask(&mut self, question: Question) -> Result<(), QmpError> {
+    async fn ask(&mut self, mut question: Question) -> Result<(), QmpError> {
         self.asked += 1;
         let mut line =
             json!({"execute": question.command, "arguments": question.arguments, "id": self.asked}).to_string();
         line.push('\n');
+        let file = question.file.take();
         self.open.insert(self.asked, question);
+        let sent = match file {
+            Some(file) => self.send_with(line.as_bytes(), &file).await,
+            None => Ok(0),
+        };
+        let sent = sent.map_err(|_| QmpError::Closed)?;
         self.writer
-            .write_all(line.as_bytes())
+            .write_all(&line.as_bytes()[sent..])
             .await
             .map_err(|_| QmpError::Closed)
+    }
+
+    /// Sends the beginning of a line, and with it the file; how many bytes that were.
+    async fn send_with(&self, line: &[u8], file: &OwnedFd) -> io::Result<usize> {
+        let socket: &UnixStream = self.writer.as_ref();
+        let send = || {
+            let files = [file.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&files)];
+            let sent = sendmsg::<()>(
+                socket.as_raw_fd(),
+                &[IoSlice::new(line)],
+                &rights,
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            );
+            Ok(sent?)
+        };
+        socket.async_io(Interest::WRITABLE, send).await
     }
 
     fn take(&mut self, message: Message) -> Result<(), QmpError> {

@@ -23,6 +23,7 @@ use crate::{
     args::{self, FdNumbers},
     channel::{AgentStream, Link, Prepared},
     clock::Moment,
+    disk::Disks,
     error::VmError,
     kvm::kvm_ready,
     process::{Child, ExitReason, Spawner},
@@ -62,6 +63,7 @@ pub struct Vm {
     pub(crate) spec: VmSpec,
     /// Held while the VM is resized: one change at a time.
     pub(crate) resizing: Mutex<()>,
+    pub(crate) disks: Mutex<Disks>,
     link: Link,
     console: Tail,
     log: Tail,
@@ -122,6 +124,7 @@ impl Vm {
             qmp,
             spec: spec.clone(),
             resizing: Mutex::new(()),
+            disks: Mutex::default(),
             link: wiring.link,
             console: wiring.console,
             log,

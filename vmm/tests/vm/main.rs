@@ -9,6 +9,7 @@
 //! keeps too much for another.
 #![allow(clippy::unwrap_used, reason = "these are tests, helpers included")]
 
+mod disks;
 mod ends;
 mod guest;
 mod machine;
@@ -76,6 +77,7 @@ fn trials(kit: impl Fn() -> Result<Arc<Kit>, Failed>) -> Vec<Trial> {
     for story in talk::stories()
         .into_iter()
         .chain(sizes::stories())
+        .chain(disks::stories())
         .chain(share::stories())
         .chain(ends::stories())
     {
