@@ -15,6 +15,7 @@ use nix::{
 };
 
 use super::{
+    disk,
     error::{Doing, Result},
     modules, sys,
 };
@@ -58,6 +59,7 @@ pub(super) fn finish() -> Result<()> {
     // As many processes as a node has, so that a pid is not soon another's.
     write("/proc/sys/kernel/pid_max", "4194304")?;
     limit_reserve()?;
+    disk::scan_on_demand()?;
     sys::loopback_up().doing(|| "bring the loopback interface up".into())
 }
 

@@ -9,6 +9,7 @@ use std::{
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::{
+    disk::is_disk,
     error::{Error, Result},
     process::Process,
 };
@@ -118,7 +119,7 @@ pub(super) fn check_create(request: &CreateContainerRequest) -> Result<()> {
             request.exec_id
         )));
     }
-    if let Some(device) = request.devices.first() {
+    if let Some(device) = request.devices.iter().find(|device| !is_disk(&device.type_)) {
         return unimplemented(format!(
             "the device {:?} of type {:?}",
             device.container_path, device.type_

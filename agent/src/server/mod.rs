@@ -9,6 +9,7 @@ mod boot;
 mod channel;
 mod container;
 mod copy;
+mod disk;
 mod error;
 mod freezer;
 mod guest;

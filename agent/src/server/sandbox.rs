@@ -20,6 +20,7 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use super::{
     container::{self, Container, Pids},
+    disk,
     error::{Doing, Error, Result},
     modules,
     oom::Oom,
@@ -126,6 +127,10 @@ impl Sandbox {
             (false, false) => Pids::New,
         };
         container::join_pod(&mut spec, &pids)?;
+        let devices = request.devices;
+        if !devices.is_empty() {
+            spec = blocking(move || disk::give(&devices, &mut spec).map(|()| spec)).await?;
+        }
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;
         let mounts = spec.mounts().clone().unwrap_or_default();

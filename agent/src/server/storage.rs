@@ -14,11 +14,14 @@ use nix::{
 
 use oci_spec::runtime::Mount;
 
-use super::error::{Doing, Error, Result};
+use super::{
+    disk,
+    error::{Doing, Error, Result},
+};
 use crate::{GUEST_MEMORY, protocol::agent::Storage};
 
 /// The drivers that there are.
-pub(super) const DRIVERS: [&str; 3] = ["ephemeral", "local", "virtio-fs"];
+pub(super) const DRIVERS: [&str; 5] = ["blk", "ephemeral", "local", "scsi", "virtio-fs"];
 
 /// Everything in the guest that the host may name as a mount point is below.
 const BASE: &str = "/run/kata-containers";
@@ -91,7 +94,8 @@ fn make_part(part: &Path) -> io::Result<()> {
 fn attach(storage: &Storage, point: &Path) -> Result<()> {
     check(storage, point)?;
     match storage.driver.as_str() {
-        "virtio-fs" | "ephemeral" => mount_storage(storage, point),
+        "virtio-fs" | "ephemeral" => mount_storage(storage, Path::new(&storage.source), point),
+        kind if disk::is_disk(kind) => mount_storage(storage, &disk::wait_for(kind, &storage.source)?.path, point),
         "local" => make_local(storage, point),
         other => Err(Error::Unimplemented(format!("the storage driver {other:?}"))),
     }
@@ -119,7 +123,7 @@ fn is_plain(path: &Path) -> bool {
         .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
-fn mount_storage(storage: &Storage, point: &Path) -> Result<()> {
+fn mount_storage(storage: &Storage, source: &Path, point: &Path) -> Result<()> {
     if storage.driver == "ephemeral" && !matches!(storage.fstype.as_str(), "tmpfs" | "hugetlbfs") {
         return Err(Error::Invalid(format!(
             "an ephemeral storage of file system {:?}",
@@ -129,15 +133,8 @@ fn mount_storage(storage: &Storage, point: &Path) -> Result<()> {
     let Options { flags, data, group } = Options::parse(&storage.options)?;
     make_folder(point)?;
     let data = (!data.is_empty()).then_some(data.as_str());
-    let what = || format!("mount {} {:?} on {}", storage.fstype, storage.source, point.display());
-    mount(
-        Some(storage.source.as_str()),
-        point,
-        Some(storage.fstype.as_str()),
-        flags,
-        data,
-    )
-    .doing(what)?;
+    let what = || format!("mount {} {} on {}", storage.fstype, source.display(), point.display());
+    mount(Some(source), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
     give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)
 }
 
@@ -271,9 +268,9 @@ mod tests {
                 "the mount point \"/run/kata-containers/../x\" of a storage is not below /run/kata-containers",
             ),
             (
-                "blk",
+                "nvdimm",
                 "/run/kata-containers/x",
-                "the storage driver \"blk\" is not implemented by this agent",
+                "the storage driver \"nvdimm\" is not implemented by this agent",
             ),
         ] {
             storage.driver = driver.into();
