@@ -20,6 +20,7 @@ use vmm::{
 use crate::{
     cgroup::SandboxCgroup,
     config::{self, Accelerator, Config, NetworkModel},
+    disks::Disks,
     error::{Context, Error, Result},
     forward,
     mirror::Mirrors,
@@ -55,6 +56,8 @@ pub struct Guest {
     pub share: Share,
     /// The volumes that the kubelet updates.
     pub mirrors: Mirrors,
+    /// The pod's block volumes.
+    pub disks: Disks,
     /// The owner of the VM's size.
     pub sizer: Sizer,
     /// The pod's configuration.
@@ -119,6 +122,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
         forward::serve(loopback, agent.clone(), vm.clone());
     }
+    let disks = Disks::new(vm.clone());
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
     Ok(Guest {
         vm,
@@ -126,6 +130,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         agent,
         share,
         mirrors: Mirrors::default(),
+        disks,
         sizer,
         config: plan.config,
         pod: plan.pod,

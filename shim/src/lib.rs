@@ -7,6 +7,7 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod container;
+pub mod disks;
 pub mod error;
 pub mod events;
 pub mod follow;

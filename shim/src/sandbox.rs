@@ -306,6 +306,7 @@ impl Sandbox {
             create.container_id = container.id.clone();
             create.exec_id = container.id.clone();
             create.sandbox_pidns = guest_spec.sandbox_pidns;
+            create.devices = guest.disks.add(&container.id, &guest_spec.disks).await?;
             create.storages = guest_spec.memory.iter().map(MemoryVolume::storage).collect();
             create.OCI = Some(agent::oci::spec_to_wire(&guest_spec.spec)).into();
             guest
@@ -328,6 +329,7 @@ impl Sandbox {
         if let Err(error) = guest.share.remove(container) {
             tracing::warn!(%error, container, "the container's files stay mounted");
         }
+        guest.disks.remove(container);
         guest.sizer.remove(container);
     }
 

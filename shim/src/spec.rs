@@ -3,17 +3,19 @@
 //! Source of the edits: `virt_container/src/container_manager/container.rs` of kata-containers; of the fields, the OCI runtime
 //! specification 1.3.
 
+mod devices;
 mod kubelet;
 mod mounts;
 mod resources;
 
+pub use devices::{BlockDevice, Numbers};
 pub use kubelet::MemoryVolume;
 pub use mounts::{Propagation, ShareMount};
 pub use resources::guest_resources;
 
 use crate::annotations::Role;
 use agent::GUEST_SHARE;
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +40,8 @@ pub struct GuestContainer {
     pub shares: Vec<ShareMount>,
     /// What the agent has to mount in the guest's memory.
     pub memory: Vec<MemoryVolume>,
+    /// What has to be plugged into the VM.
+    pub disks: Vec<BlockDevice>,
     /// The container is to run in the PID namespace of its pod.
     pub sandbox_pidns: bool,
     /// One sentence for each thing that was left out. For the log.
@@ -138,6 +142,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     guest.set_mounts(Some(translated.mounts));
 
     let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    let disks = devices::translate(&linux)?;
     let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
     guest.set_linux(Some(linux));
 
@@ -182,6 +187,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
         spec: guest,
         shares: translated.shares,
         memory: translated.memory,
+        disks,
         sandbox_pidns,
         warnings,
     })
@@ -223,9 +229,6 @@ fn guest_linux(
     let (namespaces, sandbox_pidns) = guest_namespaces(namespaces, context.role, warnings)?;
     linux.set_namespaces(Some(namespaces));
 
-    for device in linux.devices().iter().flatten() {
-        check_device(device)?;
-    }
     let resources = linux.resources_mut().take();
     linux.set_resources(resources.map(|resources| guest_resources(resources, warnings)));
     linux.set_cgroups_path(Some(PathBuf::from(format!("/kata/{}", context.container_id))));
@@ -323,6 +326,16 @@ fn guest_namespaces(
             }
         }
     }
+    // On a host with cgroup v1 the CRI asks for none, since there it would change nothing. The guest has v2, where a program looks for its
+    // limits at the root of what it sees.
+    if kept
+        .iter()
+        .all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup)
+    {
+        let mut cgroup = LinuxNamespace::default();
+        cgroup.set_typ(LinuxNamespaceType::Cgroup);
+        kept.push(cgroup);
+    }
     if pid.is_none() {
         warnings.push("hostPID is the PID namespace of the guest: the host's processes are not in it.".into());
     }
@@ -332,45 +345,6 @@ fn guest_namespaces(
     // A sandbox that is given a path would share with another pod; it is the one the others share with.
     let shared = pid.unwrap_or(true) && *role != Role::Sandbox;
     Ok((kept, shared))
-}
-
-/// Devices that every Linux kernel has under the same numbers: (type, major, minor).
-const STANDARD_DEVICES: &[(LinuxDeviceType, i64, i64)] = &[
-    (LinuxDeviceType::C, 1, 3),    // null
-    (LinuxDeviceType::C, 1, 5),    // zero
-    (LinuxDeviceType::C, 1, 7),    // full
-    (LinuxDeviceType::C, 1, 8),    // random
-    (LinuxDeviceType::C, 1, 9),    // urandom
-    (LinuxDeviceType::C, 1, 11),   // kmsg
-    (LinuxDeviceType::C, 5, 0),    // tty
-    (LinuxDeviceType::C, 5, 1),    // console
-    (LinuxDeviceType::C, 5, 2),    // ptmx
-    (LinuxDeviceType::C, 10, 200), // net/tun
-    (LinuxDeviceType::C, 10, 229), // fuse
-];
-
-fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
-    // `u` is an unbuffered character device, the same as `c`.
-    let typ = if device.typ() == LinuxDeviceType::U {
-        LinuxDeviceType::C
-    } else {
-        device.typ()
-    };
-    let standard = STANDARD_DEVICES.contains(&(typ, device.major(), device.minor()));
-    if standard || typ == LinuxDeviceType::P {
-        return Ok(());
-    }
-    let what = format!(
-        "host device {} ({} {}:{})",
-        device.path().display(),
-        typ.as_str(),
-        device.major(),
-        device.minor()
-    );
-    Err(unsupported(
-        what,
-        "no host device is passed to the guest; for privileged pods set `privileged_without_host_devices = true` in the CRI's runtime",
-    ))
 }
 
 #[cfg(test)]

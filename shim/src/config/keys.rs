@@ -80,7 +80,8 @@ const EMPTY: &[Literal] = &[Str("")];
 const NONE: &[Literal] = &[EmptyList];
 
 pub(super) const NO_IMAGE: &str = "the guest's root is the initrd, there is no disk image";
-const NO_BLOCK: &str = "the shim plugs no block device: files reach the guest through virtio-fs";
+const NO_BLOCK: &str =
+    "a block volume is plugged as it is, behind a virtio-scsi controller, and no root file system is one";
 const NO_VFIO: &str = "no host device is passed to the guest";
 const NO_TRACING: &str = "there is no trace exporter; `kata-ctl` shows the recorded start times";
 const NO_TEE: &str = "confidential guests are not supported";

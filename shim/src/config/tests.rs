@@ -113,7 +113,7 @@ fn katas_own_file_is_understood() {
     assert!(
         config.report.contains(
             &"`hypervisor.qemu.block_device_aio` has no effect: \
-          the shim plugs no block device: files reach the guest through virtio-fs."
+          a block volume is plugged as it is, behind a virtio-scsi controller, and no root file system is one."
                 .to_owned()
         )
     );

@@ -34,10 +34,7 @@ pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>
         cpu.set_idle(None).set_burst(None);
     }
     if resources.block_io().is_some() {
-        lost(
-            "blockIO",
-            "the guest has no block device, the host's limits hold for the pod",
-        );
+        lost("blockIO", "it names devices of the host, whose limits hold for the pod");
     }
     if resources.network().is_some() {
         lost("network", "classes and priorities are the host's");

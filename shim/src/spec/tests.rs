@@ -110,7 +110,8 @@ fn a_crio_containers_limits_and_filter_hold_in_the_guest_and_the_hosts_own_thing
     assert_eq!(json["linux"]["cgroupsPath"], "/kata/c0ffee");
     assert_eq!(
         json["linux"]["namespaces"],
-        json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}])
+        json!([{"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]),
+        "a host with cgroup v1 asks for no cgroup namespace"
     );
     assert_eq!(json["linux"]["maskedPaths"].as_array().unwrap().len(), 3);
     assert_eq!(json["process"]["user"]["additionalGids"], json!([1000]));
@@ -336,4 +337,40 @@ fn what_every_kernel_has_stays_as_it_is() {
     let root = json!({"destination": "/host", "type": "bind", "source": "/", "options": ["rbind", "ro"]});
     let guest = in_guest(&with(CRIO_CONTAINER, "/mounts/-", root), "c").unwrap();
     assert_eq!(guest.shares.last().unwrap().share_path, Path::new("c/mounts/11-root"));
+}
+
+#[test]
+fn a_block_device_is_a_volume_if_a_rule_names_it() {
+    let rule = |access: &str, numbers: Option<(i64, i64)>| {
+        let (major, minor) = numbers.unzip();
+        json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": major, "minor": minor, "access": access}])
+    };
+    let volume = |rules: Value| {
+        let mut value = serde_json::to_value(spec(CRIO_CONTAINER)).unwrap();
+        value["linux"]["devices"] = json!([{"path": "/dev/data", "type": "b", "major": 7, "minor": 3}]);
+        value["linux"]["resources"]["devices"] = rules;
+        in_guest(&serde_json::from_value(value).unwrap(), "c1").map(|guest| guest.disks)
+    };
+    let numbers = Numbers { major: 7, minor: 3 };
+    for (access, read_only) in [("rwm", false), ("rw", false), ("r", true), ("mr", true)] {
+        let path = PathBuf::from("/dev/data");
+        let expected = vec![BlockDevice {
+            numbers,
+            path,
+            read_only,
+        }];
+        assert_eq!(volume(rule(access, Some((7, 3)))).unwrap(), expected, "{access}");
+    }
+    // To a privileged container the CRI gives all devices of the host, and one rule for all.
+    for rules in [
+        rule("rwm", None),
+        rule("rwm", Some((7, 4))),
+        json!([{"allow": true, "access": "rwm"}]),
+    ] {
+        let refused = volume(rules).unwrap_err().to_string();
+        assert!(
+            refused.starts_with("host device /dev/data (b 7:3) cannot be had"),
+            "{refused}"
+        );
+    }
 }

@@ -1,0 +1,185 @@
+//! The block volumes of a pod (`volumeDevices`): plugged with the first container that has one, unplugged with the last, and as large as the host's device.
+//!
+//! ```text
+//! (absent) ──first container──▶ plugged ⟲ further containers, the host's device grows
+//!     ▲                            │
+//!     └───────last container───────┘
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, OpenOptions},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
+    path::PathBuf,
+    sync::Arc,
+};
+
+use agent::protocol::agent::Device;
+use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_KOBJECT_UEVENT};
+use nix::{
+    errno::Errno,
+    sys::stat::{major, minor},
+};
+use tokio::{sync::Mutex, task::AbortHandle};
+use vmm::{Disk, Vm};
+
+use crate::{
+    error::{Context, Result},
+    spec::{BlockDevice, Numbers},
+};
+
+/// The kernel's own group of device events; what comes there is for everyone (`lib/kobject_uevent.c` of Linux).
+const UEVENTS: u32 = 1;
+/// `size` of a block device in sysfs counts these, whatever the device's own sectors are (sysfs-block).
+const SECTOR: u64 = 512;
+
+/// The block volumes of a pod.
+pub struct Disks {
+    vm: Arc<Vm>,
+    plugged: Arc<Mutex<Plugged>>,
+}
+
+/// By device, and whether the guest may only read it.
+type Plugged = BTreeMap<(Numbers, bool), Entry>;
+
+struct Entry {
+    disk: Disk,
+    containers: BTreeSet<String>,
+    /// Follows the size of the device.
+    follower: AbortHandle,
+}
+
+impl Disks {
+    /// None yet.
+    pub fn new(vm: Arc<Vm>) -> Disks {
+        Disks {
+            vm,
+            plugged: Arc::default(),
+        }
+    }
+
+    /// Plugs what a container has and is not there yet; returns what the agent is to make of it.
+    ///
+    /// # Errors
+    /// When a device cannot be opened or plugged. What was plugged until then goes with [`Disks::remove`].
+    pub async fn add(&self, container: &str, devices: &[BlockDevice]) -> Result<Vec<Device>> {
+        let mut plugged = self.plugged.lock().await;
+        let mut added = Vec::new();
+        for device in devices {
+            let key = (device.numbers, device.read_only);
+            let disk = match plugged.get_mut(&key) {
+                Some(entry) => {
+                    entry.containers.insert(container.into());
+                    entry.disk
+                }
+                None => {
+                    let size = size_of(device.numbers).at("measure the block device", &device.path)?;
+                    let disk = self.vm.add_disk(open(device)?, device.read_only).await?;
+                    let follower = tokio::spawn(follow(self.vm.clone(), disk, device.numbers, size)).abort_handle();
+                    let containers = BTreeSet::from([container.to_owned()]);
+                    plugged.insert(
+                        key,
+                        Entry {
+                            disk,
+                            containers,
+                            follower,
+                        },
+                    );
+                    disk
+                }
+            };
+            let mut request = Device::new();
+            request.type_ = "scsi".into();
+            request.id = disk.address();
+            request.container_path = device.path.display().to_string();
+            added.push(request);
+        }
+        Ok(added)
+    }
+
+    /// Unplugs what only this container had. Nobody needs to wait for it.
+    pub fn remove(&self, container: &str) {
+        let (vm, plugged, container) = (self.vm.clone(), self.plugged.clone(), container.to_owned());
+        tokio::spawn(async move {
+            let mut plugged = plugged.lock().await;
+            let mut unused = Vec::new();
+            plugged.retain(|_, entry| {
+                let used = !(entry.containers.remove(&container) && entry.containers.is_empty());
+                if !used {
+                    entry.follower.abort();
+                    unused.push(entry.disk);
+                }
+                used
+            });
+            for disk in unused {
+                if let Err(error) = vm.remove_disk(disk).await {
+                    tracing::warn!(%error, container, "a block device stays plugged");
+                }
+            }
+        });
+    }
+}
+
+/// Opens the device, wherever in the container it is to be, by the name that the kernel gives it.
+fn open(device: &BlockDevice) -> Result<OwnedFd> {
+    let opened = || -> io::Result<OwnedFd> {
+        let mut options = OpenOptions::new();
+        let file = options
+            .read(true)
+            .write(!device.read_only)
+            .open(name_of(device.numbers)?)?;
+        let metadata = file.metadata()?;
+        let found = (major(metadata.rdev()), minor(metadata.rdev()));
+        // A node may have another file at that place.
+        let right =
+            metadata.file_type().is_block_device() && format!("{}:{}", found.0, found.1) == device.numbers.to_string();
+        right
+            .then(|| file.into())
+            .ok_or_else(|| io::Error::other(format!("what /dev has under its name is not {}", device.numbers)))
+    };
+    opened().at("open the host's side of the block device", &device.path)
+}
+
+/// `DEVNAME` of the device's uevent file (sysfs).
+fn name_of(numbers: Numbers) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(format!("/sys/dev/block/{numbers}/uevent"))?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    name.map(|name| PathBuf::from("/dev").join(name))
+        .ok_or_else(|| io::Error::other("the kernel has no name for it"))
+}
+
+/// Tells the guest of each new size of a device, which CSI grows under a running pod. `size` is that before it was plugged, in bytes.
+async fn follow(vm: Arc<Vm>, disk: Disk, numbers: Numbers, mut size: u64) {
+    let followed = async {
+        let mut events = TokioSocket::new(NETLINK_KOBJECT_UEVENT)?;
+        events.socket_mut().bind(&SocketAddr::new(0, UEVENTS))?;
+        loop {
+            let now = size_of(numbers)?;
+            if now != size {
+                tracing::info!(%numbers, bytes = now, "a block device has another size");
+                vm.resize_disk(disk, now).await.map_err(io::Error::other)?;
+                size = now;
+            }
+            // What an event says is not read: it is the time to look again. The error of a queue that overflowed is one, too.
+            match events.recv_from_full().await {
+                Err(error) if error.raw_os_error() != Some(Errno::ENOBUFS as i32) => return Err(error),
+                _ => {}
+            }
+        }
+    };
+    let followed: io::Result<()> = followed.await;
+    if let Err(error) = followed {
+        tracing::warn!(%error, %numbers, "the size of a block device is not followed any more");
+    }
+}
+
+/// In bytes.
+fn size_of(numbers: Numbers) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/sys/dev/block/{numbers}/size"))?;
+    let sectors: u64 = text.trim().parse().map_err(io::Error::other)?;
+    Ok(sectors * SECTOR)
+}
