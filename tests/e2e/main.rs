@@ -10,6 +10,7 @@ use tests::{
     stage::{self, Stage},
 };
 
+mod disks;
 mod isolation;
 mod lifecycle;
 mod memory;
@@ -26,6 +27,7 @@ const COMMON: &[&[Story]] = &[
     stdio::STORIES,
     isolation::COMMON,
     volumes::STORIES,
+    disks::STORIES,
     network::STORIES,
     memory::COMMON,
 ];
@@ -48,6 +50,7 @@ const SELECTION: &[&str] = &[
     "a_restricted_container",
     "its_own_kernel",
     "a_writable_and_a_read_only_volume",
+    "a_block_volume_is_the_pods",
     "a_web_server_on_the_pods_address",
     "too_much_memory_kills_only_the_culprit",
     "memory_comes_and_goes_with_a_container",

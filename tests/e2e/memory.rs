@@ -143,8 +143,7 @@ fn settle(
 }
 
 fn limit_mib(container: &Container<'_>) -> Result<u64> {
-    // Without a cgroup namespace a container sees the guest's whole hierarchy.
-    let bytes = container.shell("cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max")?;
+    let bytes = container.shell("cat /sys/fs/cgroup/memory.max")?;
     bytes
         .parse::<u64>()
         .map(|bytes| bytes >> 20)

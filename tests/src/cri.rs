@@ -23,6 +23,7 @@ const CONTAINER: u32 = 1;
 const NODE: u32 = 2;
 
 /// A pod that is not running yet.
+#[derive(Clone)]
 pub struct PodSpec<'n> {
     node: &'n Node,
     runtime: String,
@@ -280,6 +281,18 @@ impl<'p> ContainerSpec<'p> {
         {
             // The number of PROPAGATION_HOST_TO_CONTAINER in the CRI.
             mount["propagation"] = json!(1);
+        }
+        self
+    }
+
+    /// Gives it a device of the node (`volumeDevices`).
+    #[must_use]
+    pub fn device(mut self, host: &std::path::Path, inside: &str, access: Access) -> Self {
+        let permissions = if access == Access::ReadOnly { "r" } else { "rwm" };
+        let device = json!({ "host_path": host, "container_path": inside, "permissions": permissions });
+        match self.configuration["devices"].as_array_mut() {
+            Some(devices) => devices.push(device),
+            None => self.configuration["devices"] = json!([device]),
         }
         self
     }

@@ -8,6 +8,7 @@ pub mod cold_read;
 pub mod config;
 pub mod console;
 pub mod cri;
+pub mod disk;
 #[cfg(test)]
 mod documentation;
 pub mod events;
