@@ -21,8 +21,8 @@ export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo test bench lint build guest guest-own guest-debian install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance
+.PHONY: help demo test soak bench lint build guest guest-own guest-debian install clean
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,12 +37,18 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract
+	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract suite-soak
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
 	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
 	$(MAKE) guest
 	$(RELEASE)/bench
+
+soak: deps-test ## long use: 10,000 execs, 500 pods, restarts under load, a death in the middle of every verb (hours)
+	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel
+	$(MAKE) PARTS='--bins --tests' guest
+	cargo test --release --workspace --test soak -- --ignored --test-threads=1 full/
+	cargo test --release --workspace --test crash -- --include-ignored containerd-2.4/own/
 
 lint: ## formatting, clippy and documentation, warnings denied
 	echo 'lint: rustfmt, clippy and rustdoc, usually 2 minutes the first time'
@@ -91,7 +97,7 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
-suite-e2e suite-crash suite-contract suite-conformance: suite-%:
+suite-e2e suite-crash suite-contract suite-conformance suite-soak: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 kernel: ## our own guest kernel

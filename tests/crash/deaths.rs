@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{self, Signal},
     unistd::Pid,
 };
 use tests::{
@@ -64,7 +64,7 @@ enum Moment {
 const KNOWN: Duration = Duration::from_secs(5);
 
 /// SIGKILL does not reach PID 1 from its own guest (pid_namespaces(7) holds for the first one too), so an administrator there wipes its code.
-const AGENT: &str = "code=$(grep -m1 ' r-xp ' /proc/1/maps); from=$((0x${code%%-*})); to=${code#*-}; to=$((0x${to%% *})); \
+pub const AGENT: &str = "code=$(grep -m1 ' r-xp ' /proc/1/maps); from=$((0x${code%%-*})); to=${code#*-}; to=$((0x${to%% *})); \
     exec dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) conv=notrunc";
 
 /// proc(5): crashes the kernel.
@@ -75,9 +75,7 @@ fn killed(node: &Node, runtime: Runtime, program: &str, moment: Moment) -> Resul
     let pod = node.pod(runtime, "victim")?.run()?;
     let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
     let victim = process_of(&pod, program)?;
-    everyone_hears(&pod, &container, moment, || {
-        kill(Pid::from_raw(victim), Signal::SIGKILL).trying(format!("killing {program}"))
-    })?;
+    everyone_hears(&pod, &container, moment, || kill(victim, program))?;
     pod.remove()?;
     if runtime == Runtime::Runc {
         // The reference leaves its socket.
@@ -139,7 +137,7 @@ fn a_frozen_machine_is_removed(node: &Node, runtime: Runtime) -> Result {
     let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
     same("before", container.shell("echo alive")?.as_str(), "alive")?;
     let qemu = process_of(&pod, "qemu-system-")?;
-    kill(Pid::from_raw(qemu), Signal::SIGSTOP).trying("freezing QEMU")?;
+    signal::kill(Pid::from_raw(qemu), Signal::SIGSTOP).trying("freezing QEMU")?;
     let start = Instant::now();
     pod.remove()?;
     claim(
@@ -159,7 +157,7 @@ fn a_network_outlives_the_shim(node: &Node, runtime: Runtime) -> Result {
         .start(&["sleep", "infinity"])?;
     claim(network.look()? != before, "the pod has a tap in its network")?;
     let shim = find(&node.processes_of(task.id()), "containerd-shim-")?;
-    kill(Pid::from_raw(shim), Signal::SIGKILL).trying("killing the shim")?;
+    kill(shim, "the shim")?;
     node.events().bell.until("the network as before", KNOWN, || {
         match network.look().map_err(|failure| failure.to_string())? {
             now if now == before => Ok(()),
@@ -174,7 +172,13 @@ fn process_of(pod: &Pod<'_>, program: &str) -> Result<i32> {
     find(&pod.processes(), program)
 }
 
-fn find(processes: &[Process], program: &str) -> Result<i32> {
+/// Ends a process of the node at once.
+pub fn kill(pid: i32, name: &str) -> Result {
+    signal::kill(Pid::from_raw(pid), Signal::SIGKILL).trying(format!("killing {name}"))
+}
+
+/// The process that runs a program.
+pub fn find(processes: &[Process], program: &str) -> Result<i32> {
     let found = processes.iter().find(|process| process.program().starts_with(program));
     found
         .map(|process| process.pid)

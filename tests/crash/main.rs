@@ -12,6 +12,7 @@ use tests::{
 
 mod cycles;
 mod deaths;
+mod matrix;
 mod refusals;
 
 /// A story and its name.
@@ -55,6 +56,12 @@ fn main() {
                 let name = format!("{}/{kind}/{story}", containerd.name());
                 let trial = stage::trial(name, stage, move |node| tell(node, runtime));
                 trials.push(trial.with_ignored_flag(!plays(containerd, runtime, story)));
+            }
+            for cell in matrix::cells().filter(|cell| cell.plays_with(runtime)) {
+                let name = format!("{}/{kind}/{}", containerd.name(), cell.name());
+                let trial = stage::trial(name, stage, move |node| cell.play(node, runtime));
+                let by_default = containerd == Containerd::Newest && cell.by_default();
+                trials.push(trial.with_ignored_flag(!by_default));
             }
         }
     }

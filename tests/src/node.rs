@@ -4,6 +4,8 @@
 //! every other process of the node, and the mounts go with the last one. /run is a tmpfs of the node's own, so nodes do not see each other's sockets
 //! and state. Only cgroups are the machine's: they live below one folder per node, which is removed last.
 
+mod daemon;
+
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -13,19 +15,15 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
-        mpsc,
     },
     thread,
     time::Duration,
 };
 
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
 
+use self::daemon::Daemon;
 use crate::{
     census::{self, Census, Scope},
     config::{self, Guest, Runtime},
@@ -118,14 +116,6 @@ pub struct Node {
     identifiers: Mutex<Vec<String>>,
     serial: AtomicU32,
     events: Arc<Events>,
-}
-
-/// containerd and the reader of its events.
-#[derive(Debug)]
-struct Daemon {
-    pid: i32,
-    child: Child,
-    listener: Child,
 }
 
 impl Node {
@@ -340,26 +330,16 @@ impl Node {
             .push(identifier.to_owned());
     }
 
-    /// The pid of containerd, outside the node.
+    /// Every process of the node but its first.
     #[must_use]
-    pub fn containerd_pid(&self) -> i32 {
-        self.daemon
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .map_or(0, |daemon| daemon.pid)
-    }
-
-    /// How many file descriptors containerd has open.
-    #[must_use]
-    pub fn containerd_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.containerd_pid())).map_or(0, Iterator::count)
+    pub fn processes(&self) -> Vec<procs::Process> {
+        procs::in_namespace_of(self.init)
     }
 
     /// The processes of a pod: its shim and everything below it.
     #[must_use]
     pub fn processes_of(&self, pod: &str) -> Vec<procs::Process> {
-        let everyone = procs::in_namespace_of(self.init);
+        let everyone = self.processes();
         let is_shim = |process: &procs::Process| {
             process.program().starts_with("containerd-shim-") && process.arguments.iter().any(|word| word == pod)
         };
@@ -408,98 +388,6 @@ impl Node {
                 drop(fs::remove_dir(parent.path()));
             }
         }
-    }
-
-    /// Stops containerd and starts it again, as an upgrade of it would; pods keep running.
-    ///
-    /// # Errors
-    /// When it does not end or start.
-    pub fn restart_containerd(&self) -> Result {
-        self.stop_containerd()?;
-        self.start_containerd()
-    }
-
-    fn start_containerd(&self) -> Result {
-        let program = self.programs.join("containerd").display().to_string();
-        let mut command = self.command(&program);
-        command.arg("--config").arg(self.path("containerd.toml"));
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().trying("starting containerd")?;
-        let log = child
-            .stderr
-            .take()
-            .ok_or_else(|| Failure::Claim("containerd has no log".into()))?;
-        let booted = follow(log, self.path("containerd.log"), "containerd successfully booted");
-        if booted.recv_timeout(run::ORDINARY).is_err() {
-            let log = self.log();
-            drop(child.kill());
-            return Err(Failure::Command {
-                command: program,
-                status: "no word of success".into(),
-                output: log,
-            });
-        }
-        let parent = child.id().cast_signed();
-        let pid = procs::all()
-            .iter()
-            .find(|process| process.parent == parent)
-            .map_or(0, |process| process.pid);
-        let listener = self.listen()?;
-        *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(Daemon { pid, child, listener });
-        // 1.6 says that it has booted while its CRI still looks for the pods that were there before.
-        self.events.bell.until("an answer of the CRI", run::ORDINARY, || {
-            self.crictl(["version"])
-                .map(drop)
-                .map_err(|failure| failure.to_string())
-        })
-    }
-
-    /// Subscribes to containerd's events, and is back when the first one came through.
-    fn listen(&self) -> Result<Child> {
-        let mut command = self.ctr_command(["events"]);
-        let mut listener = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .trying("subscribing to containerd's events")?;
-        if let Some(stream) = listener.stdout.take() {
-            self.events.listen(stream);
-        }
-        let marker = format!("heard-{}", self.serial());
-        self.events.bell.until("an event from containerd", run::ORDINARY, || {
-            self.ctr(["namespaces", "label", "default", &format!("{marker}=yes")])
-                .map_err(|error| error.to_string())?;
-            self.events
-                .mentions("/namespaces/update", &marker)
-                .then_some(())
-                .ok_or_else(|| "silence".into())
-        })?;
-        Ok(listener)
-    }
-
-    fn stop_containerd(&self) -> Result {
-        let Some(mut daemon) = self.daemon.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            return Ok(());
-        };
-        // One that is gone already needs no signal.
-        let _ = kill(Pid::from_raw(daemon.pid), Signal::SIGTERM);
-        let ended = run::wait(daemon.child, Duration::from_secs(20), "containerd");
-        drop(daemon.listener.kill());
-        drop(daemon.listener.wait());
-        ended.map(drop)
-    }
-
-    /// The last lines of containerd's log.
-    #[must_use]
-    pub fn log(&self) -> String {
-        run::last_of(
-            &fs::read_to_string(self.path("containerd.log")).unwrap_or_default(),
-            4000,
-        )
     }
 
     /// Ends the node.
@@ -561,24 +449,6 @@ fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
         .find(|process| process.parent == parent)
         .map(|process| process.pid);
     Ok(((child, pipe), init.ok_or_else(refused)?))
-}
-
-/// Copies a log to a file, and tells when a line contains `sign`.
-fn follow(log: impl std::io::Read + Send + 'static, path: PathBuf, sign: &'static str) -> mpsc::Receiver<()> {
-    let (told, seen) = mpsc::channel();
-    thread::spawn(move || {
-        let Ok(mut file) = fs::OpenOptions::new().create(true).append(true).open(path) else {
-            return;
-        };
-        for line in BufReader::new(log).lines().map_while(std::result::Result::ok) {
-            // A full disk shows elsewhere; nobody listening any more is fine.
-            drop(std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()));
-            if line.contains(sign) {
-                let _ = told.send(());
-            }
-        }
-    });
-    seen
 }
 
 fn remove_cgroups(cgroup: &str) -> Result {
