@@ -16,7 +16,6 @@ pub const STORIES: &[Story] = &[
     ("exit_codes", exit_codes),
     ("signals", signals),
     ("stopping_is_gentle_then_firm", stopping_is_gentle_then_firm),
-    ("twenty_containers", twenty_containers),
     ("a_missing_program_is_named", a_missing_program_is_named),
     ("statistics", statistics),
     ("events", events),
@@ -97,25 +96,6 @@ fn stopping_is_gentle_then_firm(node: &Node, runtime: Runtime) -> Result {
         "the grace period must be kept",
     )?;
     stubborn.stop(1)?;
-    pod.remove()
-}
-
-/// Twenty containers run side by side in one pod.
-fn twenty_containers(node: &Node, runtime: Runtime) -> Result {
-    let pod = node.pod(runtime, "twenty")?.run()?;
-    let script = |number| format!("echo I am {number}; exec sleep infinity");
-    let containers: Vec<_> = (0..20)
-        .map(|number| pod.shell(&format!("number-{number}"), &script(number)).run())
-        .collect::<Result<_>>()?;
-    for (number, container) in containers.iter().enumerate() {
-        container.wait_for_log(&format!("I am {number}"))?;
-        same(
-            "state",
-            container.status()?["state"].as_str(),
-            Some("CONTAINER_RUNNING"),
-        )?;
-    }
-    same("the last one's exec", containers[19].shell("echo hello")?, "hello")?;
     pod.remove()
 }
 

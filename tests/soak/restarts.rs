@@ -66,7 +66,11 @@ fn containerd_restarts_under_load(node: &Node, runtime: Runtime, counts: Counts)
         "soak: beside {} restarts {whole} execs and pods were whole, {cut} cut off",
         counts.restarts
     );
-    claim(whole > cut, format!("{whole} were whole, {cut} were cut off"))?;
+    // While containerd is away its clients fail at once, as often as they try.
+    claim(
+        whole >= STREAMS * counts.restarts,
+        format!("each stream got on between restarts: {whole} were whole, {cut} cut off"),
+    )?;
     same("an exec afterwards", container.shell("echo alive")?.as_str(), "alive")?;
     counted(&counter, counts.restarts)?;
     for left in node.crictl(["pods", "--quiet"])?.text().lines() {
