@@ -53,6 +53,8 @@ pub struct PodResources {
     pub memory: Option<u64>,
     /// CPU limit, thousandths of a CPU; `None` when the pod has none.
     pub milli_cpus: Option<u64>,
+    /// Bytes of huge pages, which the memory limit does not hold. No annotation of the CRI speaks of them.
+    pub huge_pages: u64,
 }
 
 /// Why annotations cannot be understood.
@@ -211,6 +213,7 @@ fn resources(memory: i64, quota: i64, period: i64) -> PodResources {
     PodResources {
         memory: u64::try_from(memory).ok().filter(|bytes| *bytes > 0),
         milli_cpus: milli_cpus(Some(quota), u64::try_from(period).ok()),
+        huge_pages: 0,
     }
 }
 
@@ -286,6 +289,7 @@ mod tests {
         let half_gib = PodResources {
             memory: Some(512 << 20),
             milli_cpus: Some(1500),
+            huge_pages: 0,
         };
         let json = r#"{"cpu_period":100000,"cpu_quota":150000,"cpu_shares":1536,"memory_limit_in_bytes":536870912}"#;
         let containerd = map(&[

@@ -52,6 +52,9 @@ use crate::{
 /// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
 const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
 
+/// A shim that nobody asks for anything stays this long: a caller that lives creates its sandbox at once.
+const FIRST_CREATE: Duration = Duration::from_secs(30);
+
 /// One sandbox and its containers.
 pub struct Sandbox {
     id: String,
@@ -250,6 +253,18 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// Ends the shim if its caller dies between `start` and the first Create, after which nobody knows of it.
+    pub fn expect_create(self: &Arc<Self>) {
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(FIRST_CREATE).await;
+            if lock(&sandbox.containers).is_empty() && sandbox.guest.get().is_none() {
+                tracing::warn!("nothing was created within {FIRST_CREATE:?}: the shim ends");
+                sandbox.end();
+            }
+        });
     }
 
     /// Ends the shim of a sandbox that could not be created, even when nobody calls Shutdown.

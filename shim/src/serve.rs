@@ -78,6 +78,7 @@ async fn run(cli: &Cli, listener: UnixListener, state: State, ready: impl FnOnce
     );
     let sandbox = Sandbox::new(&cli.id, events, state)?;
     let ended = sandbox.ended();
+    sandbox.expect_create();
     let service: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::new(Service::new(sandbox));
     // The two versions of the task API differ in the name of their package only.
     let v3 = create_task(service.clone());

@@ -11,7 +11,7 @@
 pub use crate::annotations::PodResources as Limits;
 use crate::annotations::milli_cpus;
 use crate::config::Config;
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec};
 use std::io;
 use vmm::spec::{Memory, MemoryPlug, Vcpus};
 
@@ -157,7 +157,9 @@ impl Sizing {
     pub fn target<'a>(&self, containers: impl IntoIterator<Item = &'a Limits>) -> Target {
         let (mut bytes, mut milli) = (0u64, 0u64);
         for limits in containers {
-            bytes = bytes.saturating_add(limits.memory.unwrap_or(0));
+            bytes = bytes
+                .saturating_add(limits.memory.unwrap_or(0))
+                .saturating_add(limits.huge_pages);
             milli = milli.saturating_add(limits.milli_cpus.unwrap_or(0));
         }
         let wanted_mib = self.boot_mib.saturating_add(plugged(bytes, self.plug));
@@ -201,7 +203,15 @@ impl Limits {
             None => self.milli_cpus,
             quota => milli_cpus(quota, cpu.and_then(LinuxCpu::period)),
         };
-        Self { memory, milli_cpus }
+        let huge_pages = match resources.hugepage_limits() {
+            None => self.huge_pages,
+            Some(all) => all.iter().map(huge_bytes).fold(0, u64::saturating_add),
+        };
+        Self {
+            memory,
+            milli_cpus,
+            huge_pages,
+        }
     }
 
     /// Whichever is more, of each.
@@ -210,8 +220,13 @@ impl Limits {
         Self {
             memory: self.memory.max(other.memory),
             milli_cpus: self.milli_cpus.max(other.milli_cpus),
+            huge_pages: self.huge_pages.max(other.huge_pages),
         }
     }
+}
+
+fn huge_bytes(limit: &LinuxHugepageLimit) -> u64 {
+    u64::try_from(limit.limit()).unwrap_or(0)
 }
 
 fn step(plug: MemoryPlug) -> u64 {
@@ -254,6 +269,7 @@ mod tests {
         Limits {
             memory: (memory > 0).then_some(memory),
             milli_cpus: (milli > 0).then_some(milli),
+            huge_pages: 0,
         }
     }
 
@@ -539,8 +555,16 @@ mod tests {
     }
 
     fn any_limits() -> impl Strategy<Value = Limits> {
-        (proptest::option::of(0..UNLIMITED), proptest::option::of(0..u64::MAX))
-            .prop_map(|(memory, milli_cpus)| Limits { memory, milli_cpus })
+        (
+            proptest::option::of(0..UNLIMITED),
+            proptest::option::of(0..u64::MAX),
+            0..u64::MAX,
+        )
+            .prop_map(|(memory, milli_cpus, huge_pages)| Limits {
+                memory,
+                milli_cpus,
+                huge_pages,
+            })
     }
 
     fn any_sizing() -> impl Strategy<Value = Sizing> {

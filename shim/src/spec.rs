@@ -263,6 +263,17 @@ fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
             "remove `hostUsers: false`",
         ));
     }
+    let resources = linux.resources().as_ref();
+    let mut huge = resources
+        .and_then(|all| all.hugepage_limits().as_ref())
+        .into_iter()
+        .flatten();
+    if let Some(limit) = huge.find(|limit| limit.limit() != 0 && limit.page_size() != resources::HUGE_PAGE) {
+        return Err(unsupported(
+            format!("`hugepages` of {}", limit.page_size()),
+            "the guest has pages of 2MB",
+        ));
+    }
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         return Err(unsupported(
             "`linux.netDevices`",

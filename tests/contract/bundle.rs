@@ -47,6 +47,8 @@ pub struct Wanted {
     pub stdin: bool,
     /// Its memory limit in bytes.
     pub memory: Option<u64>,
+    /// Its limit of huge pages of 2 MiB, in bytes.
+    pub huge_pages: u64,
     /// Volumes: host path, path in the container, whether read-only.
     pub volumes: Vec<(PathBuf, String, bool)>,
 }
@@ -79,6 +81,14 @@ impl Wanted {
     pub fn with_memory(self, mib: u64) -> Wanted {
         Wanted {
             memory: Some(mib << 20),
+            ..self
+        }
+    }
+
+    /// With huge pages, in MiB.
+    pub fn with_huge_pages(self, mib: u64) -> Wanted {
+        Wanted {
+            huge_pages: mib << 20,
             ..self
         }
     }
@@ -182,6 +192,9 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
     spec["process"]["oomScoreAdj"] = json!(1000);
     spec["linux"]["resources"]["cpu"] = json!({"shares": 102, "quota": 0, "period": 100_000});
     spec["linux"]["resources"]["pids"] = json!({"limit": -1});
+    if wanted.huge_pages > 0 {
+        spec["linux"]["resources"]["hugepageLimits"] = json!([{"pageSize": "2MB", "limit": wanted.huge_pages}]);
+    }
     if let Some(bytes) = wanted.memory {
         spec["linux"]["resources"]["memory"] = json!({"limit": bytes, "swap": bytes});
     }

@@ -21,6 +21,9 @@ use crate::deaths::{AGENT, find, kill};
 /// How soon after a death a verb has answered, and how long the removal of the pod may take then.
 const NO_HANG: Duration = Duration::from_secs(10);
 
+/// How long a shim stays that nobody remembers.
+const FORGOTTEN: Duration = Duration::from_secs(45);
+
 /// Who dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Victim {
@@ -90,11 +93,6 @@ impl Cell {
         format!("{}_dies_during_{verb}", format!("{:?}", self.victim).to_lowercase())
     }
 
-    /// Nothing but containerd dies alike with every runtime.
-    pub fn plays_with(self, runtime: Runtime) -> bool {
-        runtime != Runtime::Runc || self.victim == Containerd
-    }
-
     pub fn by_default(self) -> bool {
         BRIEF.contains(&(self.victim, self.verb))
     }
@@ -117,7 +115,20 @@ impl Cell {
             }
             remove_every_pod(node)?;
         }
-        claim(found, format!("the {:?} was there when it should die", self.victim))
+        claim(found, format!("the {:?} was there when it should die", self.victim))?;
+        // A shim whose containerd died between its start and the first request ends by itself.
+        node.events().bell.until("the end of every shim", FORGOTTEN, || {
+            let processes = node.processes();
+            let shims = processes
+                .iter()
+                .filter(|process| process.program().starts_with("containerd-shim-"));
+            match shims.count() {
+                0 => Ok(()),
+                left => Err(format!("{left} of them")),
+            }
+        })?;
+        // Of a pod that nobody remembers, files may be left; the next pod's start finds and removes them.
+        node.pod(runtime, "next")?.run()?.remove()
     }
 
     /// Prepares what the verb needs, and hands out the verb and the death. The death tells whether there was somebody to die.

@@ -27,17 +27,20 @@ pub(super) struct Container {
     pub(super) init: Arc<Process>,
     /// The mount points of its own storages.
     pub(super) storages: Vec<String>,
+    /// The huge pages that are there for it.
+    pub(super) huge_pages: u64,
     /// Its further processes by exec_id; `None` while one is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
 }
 
 impl Container {
     /// A container with nothing but its init.
-    pub(super) fn new(id: String, init: Arc<Process>, storages: Vec<String>) -> Container {
+    pub(super) fn new(id: String, init: Arc<Process>, storages: Vec<String>, huge_pages: u64) -> Container {
         Container {
             id,
             init,
             storages,
+            huge_pages,
             execs: Mutex::default(),
         }
     }

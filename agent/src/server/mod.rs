@@ -13,6 +13,7 @@ mod disk;
 mod error;
 mod freezer;
 mod guest;
+mod huge;
 mod metrics;
 mod modules;
 mod network;

@@ -22,6 +22,7 @@ use super::{
     container::{self, Container, Pids},
     disk,
     error::{Doing, Error, Result},
+    huge::{self, HugePages},
     modules,
     oom::Oom,
     process::{Process, UNREAD},
@@ -53,6 +54,7 @@ pub(super) struct Sandbox {
     id: OnceLock<String>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     storages: Arc<AsyncMutex<Storages>>,
+    huge_pages: HugePages,
     /// PID 1 of the PID namespace that containers share on demand.
     shared: AsyncMutex<Option<Exit>>,
 }
@@ -67,6 +69,7 @@ impl Sandbox {
             id: OnceLock::new(),
             containers: Mutex::default(),
             storages: Arc::default(),
+            huge_pages: HugePages::default(),
             shared: AsyncMutex::default(),
         }
     }
@@ -133,6 +136,7 @@ impl Sandbox {
         }
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;
+        let huge_pages = huge::wanted(&spec);
         let mounts = spec.mounts().clone().unwrap_or_default();
         let create = Create {
             id: id.clone(),
@@ -141,7 +145,13 @@ impl Sandbox {
         };
         let made = async {
             blocking(move || storage::make_parts(&mounts)).await?;
-            self.make(create, prepared, is_sandbox).await
+            self.huge_pages.add(huge_pages).await?;
+            let made = self.make(create, prepared, is_sandbox).await;
+            if made.is_err() {
+                // As below.
+                let _ = self.huge_pages.remove(huge_pages).await;
+            }
+            made
         };
         let init = match made.await {
             Ok(init) => init,
@@ -151,7 +161,7 @@ impl Sandbox {
                 return Err(error);
             }
         };
-        let container = Container::new(id.clone(), init, storages);
+        let container = Container::new(id.clone(), init, storages, huge_pages);
         self.containers().insert(id, Arc::new(container));
         Ok(())
     }
@@ -239,7 +249,8 @@ impl Sandbox {
         blocking(move || detach(|below| is_of(&id, below))).await?;
         // Nobody waits for this.
         tokio::task::spawn_blocking(forget_files);
-        self.remove_storages(container.storages.clone()).await
+        self.remove_storages(container.storages.clone()).await?;
+        self.huge_pages.remove(container.huge_pages).await
     }
 
     /// Finds a container.

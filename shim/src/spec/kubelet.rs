@@ -11,30 +11,40 @@ use agent::{GUEST_MEMORY, KUBELET_DATA, protocol::agent::Storage};
 
 use crate::mountinfo::{self, Mount};
 
+/// The option of the kubelet's hugetlbfs (`pkg/volume/emptydir` of Kubernetes) and of ours.
+const HUGE_PAGES: &str = "pagesize=2M";
+
 /// A volume that cannot just be shared.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Volume {
     /// The kubelet changes its files while the pod runs: a ConfigMap, a Secret, a projected or downward-API volume.
     Updated(String),
-    /// An emptyDir of `medium: Memory`.
+    /// An emptyDir of `medium: Memory` or `HugePages`.
     Memory(MemoryVolume),
-    /// An emptyDir of `medium: HugePages`.
-    HugePages,
 }
 
-/// An emptyDir of `medium: Memory`: the same file system in the guest's memory for all containers of the pod.
+/// An emptyDir of `medium: Memory` or `HugePages`: the same file system in the guest's memory for all containers of the pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryVolume {
     /// The volume's name in the pod.
     pub name: String,
     /// What of it a container sees (`subPath`); empty for all.
     pub below: PathBuf,
-    /// Bytes that fit in.
-    pub size: u64,
+    /// Of which pages.
+    pub medium: Medium,
     /// Permissions of its root.
     pub mode: u32,
     /// Owning group of its root (`fsGroup`).
     pub gid: u32,
+}
+
+/// The pages of a [`MemoryVolume`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Medium {
+    /// Ordinary ones, up to so many bytes.
+    Memory(u64),
+    /// Huge ones of 2 MiB, as many as the containers' limits allow.
+    HugePages,
 }
 
 impl MemoryVolume {
@@ -52,9 +62,13 @@ impl MemoryVolume {
     pub fn storage(&self) -> Storage {
         let mut storage = Storage::new();
         storage.driver = "ephemeral".into();
-        storage.source = "tmpfs".into();
-        storage.fstype = "tmpfs".into();
-        storage.options = vec![format!("size={}", self.size), format!("mode={:o}", self.mode)];
+        let (fstype, option) = match self.medium {
+            Medium::Memory(size) => ("tmpfs", format!("size={size}")),
+            Medium::HugePages => ("hugetlbfs", HUGE_PAGES.to_owned()),
+        };
+        storage.source = fstype.into();
+        storage.fstype = fstype.into();
+        storage.options = vec![option, format!("mode={:o}", self.mode)];
         if self.gid != 0 {
             storage.options.push(format!("fsgid={}", self.gid));
         }
@@ -84,13 +98,13 @@ pub(super) fn volume(source: &Path) -> io::Result<Option<Volume>> {
         Some("kubernetes.io~empty-dir") | None => {
             let root = root.join("volumes/kubernetes.io~empty-dir").join(name);
             let mounts = mountinfo::mounts()?;
-            match mounted_at(&root, &mounts).map(|mount| mount.kind.as_str()) {
-                Some("tmpfs") => memory(&root, source, &mounts)
-                    .map(|below| look_at(name, &root, below))
-                    .transpose(),
-                Some("hugetlbfs") => Ok(Some(Volume::HugePages)),
-                Some(_) | None => Ok(None),
-            }
+            let Some(medium) = mounted_at(&root, &mounts).map(|mount| medium(mount, &root)) else {
+                return Ok(None);
+            };
+            let Some(medium) = medium? else { return Ok(None) };
+            memory(&root, source, &mounts)
+                .map(|below| look_at(name, &root, below, medium))
+                .transpose()
         }
         Some(_) => Ok(None),
     }
@@ -148,12 +162,23 @@ fn memory(root: &Path, source: &Path, mounts: &[Mount]) -> Option<PathBuf> {
     part.root.strip_prefix(&volume.root).ok().map(Path::to_owned)
 }
 
-fn look_at(name: &str, root: &Path, below: PathBuf) -> io::Result<Volume> {
+fn medium(mount: &Mount, root: &Path) -> io::Result<Option<Medium>> {
+    match mount.kind.as_str() {
+        "tmpfs" => mountinfo::size(root).map(|size| Some(Medium::Memory(size))),
+        "hugetlbfs" if mount.super_options.iter().any(|option| option == HUGE_PAGES) => Ok(Some(Medium::HugePages)),
+        "hugetlbfs" => Err(io::Error::other(
+            "its huge pages are not those of 2 MiB that the guest has",
+        )),
+        _ => Ok(None),
+    }
+}
+
+fn look_at(name: &str, root: &Path, below: PathBuf, medium: Medium) -> io::Result<Volume> {
     let meta = std::fs::metadata(root)?;
     Ok(Volume::Memory(MemoryVolume {
         name: name.into(),
         below,
-        size: mountinfo::size(root)?,
+        medium,
         mode: meta.mode() & 0o7777,
         gid: meta.gid(),
     }))
@@ -218,7 +243,7 @@ mod tests {
         let volume = MemoryVolume {
             name: "scratch".into(),
             below: "a".into(),
-            size: 4096,
+            medium: Medium::Memory(4096),
             mode: 0o2777,
             gid: 7,
         };
@@ -229,5 +254,11 @@ mod tests {
         let storage = volume.storage();
         assert_eq!(storage.mount_point, "/run/kata-containers/sandbox/ephemeral/scratch");
         assert_eq!(storage.options, ["size=4096", "mode=2777", "fsgid=7"]);
+        let huge = MemoryVolume {
+            medium: Medium::HugePages,
+            ..volume
+        };
+        assert_eq!(huge.storage().fstype, "hugetlbfs");
+        assert_eq!(huge.storage().options, ["pagesize=2M", "mode=2777", "fsgid=7"]);
     }
 }

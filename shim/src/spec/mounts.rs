@@ -73,7 +73,15 @@ pub(super) struct Translated {
 
 /// Filesystems without a host behind them.
 const GUEST_TYPES: &[&str] = &[
-    "proc", "sysfs", "tmpfs", "mqueue", "devpts", "cgroup", "cgroup2", "devtmpfs",
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "mqueue",
+    "devpts",
+    "cgroup",
+    "cgroup2",
+    "devtmpfs",
+    "hugetlbfs",
 ];
 /// Device files that are the same in every kernel.
 const GUEST_DEVICES: &[&str] = &[
@@ -143,10 +151,6 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
                 format!("the image volume at {destination}"),
                 "its layers are the host's",
             )),
-            "hugetlbfs" => Err(unsupported(
-                format!("the huge pages at {destination}"),
-                "the guest has none",
-            )),
             _ => Err(unsupported(
                 format!("the mount of type `{typ}` at {destination}"),
                 "the guest cannot mount it",
@@ -167,10 +171,6 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
     match kubelet::volume(&source).map_err(|error| SpecError::Volume(source.clone(), error.to_string()))? {
         Some(Volume::Memory(volume)) => return Ok(Class::Memory(volume)),
         Some(Volume::Updated(name)) => return Ok(Class::Updated(source, name)),
-        Some(Volume::HugePages) => {
-            let what = format!("the volume of `medium: HugePages` at {destination}");
-            return Err(unsupported(what, "the guest has no huge pages"));
-        }
         None => {}
     }
     // What the CRI gives every container of the pod; a volume that somebody mounts there is a volume.

@@ -2,6 +2,9 @@
 
 use oci_spec::runtime::LinuxResources;
 
+/// The huge pages of every x86-64 guest, as a cgroup spells their size.
+pub(super) const HUGE_PAGE: &str = "2MB";
+
 /// Keeps what a cgroup of the guest can hold: memory, CPU time, pids, huge pages and device rules.
 pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>) -> LinuxResources {
     let mut lost = |what: &str, why: &str| warnings.push(format!("`{what}` is left out: {why}."));
@@ -32,6 +35,10 @@ pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>
             lost("cpu.idle and cpu.burst", "the agent's protocol does not carry them");
         }
         cpu.set_idle(None).set_burst(None);
+    }
+    // A limit of nothing for pages that a guest's processor may not know; others are refused.
+    if let Some(limits) = resources.hugepage_limits_mut() {
+        limits.retain(|limit| limit.page_size() == HUGE_PAGE);
     }
     if resources.block_io().is_some() {
         lost("blockIO", "it names devices of the host, whose limits hold for the pod");

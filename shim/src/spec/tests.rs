@@ -294,6 +294,11 @@ fn what_a_guest_cannot_have_is_refused_by_name() {
             "a user namespace",
         ),
         (
+            "/linux/resources/hugepageLimits",
+            json!([{"pageSize": "2MB", "limit": 4_194_304}, {"pageSize": "1GB", "limit": 1_073_741_824}]),
+            "`hugepages` of 1GB cannot be had in a VM: the guest has pages of 2MB",
+        ),
+        (
             "/linux/personality",
             json!({"domain": "LINUX32"}),
             "`linux.personality`",

@@ -7,6 +7,7 @@ use containerd_shim_protos::{
     cgroups_v2::metrics::Metrics as MetricsV2,
     protobuf::{Message, MessageField, well_known_types::any::Any},
 };
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::json;
 use tests::failure::{Result, Trying, claim, same};
 
@@ -14,8 +15,8 @@ use super::{BOTH, OURS, Told};
 use crate::{
     bundle::Wanted,
     crio::{Crio, Runtime},
-    pod::Pod,
-    task::ORDINARY,
+    pod::{GRACE, Pod},
+    task::{ORDINARY, Task},
 };
 
 /// This module's stories.
@@ -24,6 +25,7 @@ pub const TOLD: Told = &[
     (OURS, "statistics_count_what_the_container_uses", usage),
     (BOTH, "an_update_changes_the_limits_of_a_running_container", update),
     (OURS, "the_memory_of_the_virtual_machine_follows_the_limits", memory),
+    (OURS, "huge_pages_come_and_go_with_their_container", huge_pages),
 ];
 
 /// What CRI-O makes of the answer to Stats: version 1 or 2 of the same numbers.
@@ -119,7 +121,7 @@ fn statistics(crio: &Crio<'_>) -> Result {
         running.memory > 0 && running.cpu > 0 && running.pids > 0,
         "a running container uses nothing",
     )?;
-    container.stop(crate::pod::GRACE)?;
+    container.stop(GRACE)?;
     if strict {
         // containerd 2.3 looks for the OOM kill after the exit.
         decode(&container.stats()?, strict)?;
@@ -187,4 +189,33 @@ fn memory(crio: &Crio<'_>) -> Result {
         format!("memory went from {with} to {more} KiB for 256 MiB more"),
     )?;
     pod.end([small, large])
+}
+
+fn huge_pages(crio: &Crio<'_>) -> Result {
+    let pods = crio.node.folder().join(format!("huge-{}/pods", crio.node.serial()));
+    let volume = pods.join("uid/volumes/kubernetes.io~empty-dir/huge");
+    fs::create_dir_all(&volume).trying("making a folder for the volume")?;
+    let hugetlbfs = Some("hugetlbfs");
+    mount(hugetlbfs, &volume, hugetlbfs, MsFlags::empty(), Some("pagesize=2M")).trying("mounting huge pages")?;
+
+    let pod = Pod::run(crio)?;
+    let other = pod.idle()?;
+    let pages = |of: &Task<'_, '_>, field: &str| of.shell(&format!("grep {field} /proc/meminfo | tr -dc 0-9"));
+    same("before", pages(&other, "HugePages_Total")?, "0".to_owned())?;
+    let mut user = pod.start(&Wanted::idle().with_huge_pages(64).with_volume(&volume, "/huge", false))?;
+    user.stdout()?.line("ready", ORDINARY)?;
+    same("all pages", pages(&user, "HugePages_Total")?, "32".to_owned())?;
+    user.shell("fallocate -l 32M /huge/file")?;
+    same("pages that are left", pages(&user, "HugePages_Free")?, "16".to_owned())?;
+    same(
+        "the volume",
+        user.shell("grep -c ' /huge hugetlbfs ' /proc/mounts")?,
+        "1".to_owned(),
+    )?;
+    user.shell("! fallocate -l 80M /huge/more; rm /huge/*")?;
+    user.stop(GRACE)?;
+    user.remove()?;
+    same("afterwards", pages(&other, "HugePages_Total")?, "0".to_owned())?;
+    pod.end([other])?;
+    umount(&volume).trying("unmounting the huge pages")
 }

@@ -12,7 +12,7 @@ use crate::{
     bundle::Wanted,
     crio::{Crio, Runtime},
     pod::{Place, Pod, PodWanted},
-    process,
+    process::{self, Kind},
     task::BOOT,
 };
 
@@ -21,12 +21,16 @@ pub const TOLD: Told = &[
     (OURS, "a_pod_on_the_hosts_network_is_refused", host_network),
     (OURS, "an_unknown_key_of_the_configuration_is_named", unknown_key),
     (OURS, "a_kernel_that_is_not_there_is_named", no_kernel),
+    (OURS, "a_shim_that_is_asked_for_nothing_ends", unused),
     (OURS, "a_container_of_an_unknown_sandbox_is_refused", unknown_sandbox),
     (BOTH, "a_second_create_of_the_same_container_is_refused", second_create),
 ];
 
 /// How soon a shim whose sandbox was refused must be gone: nobody will ask it for anything again.
 const SOON: Duration = Duration::from_secs(5);
+
+/// How soon a shim whose caller died before its first request is gone.
+const UNUSED: Duration = Duration::from_secs(45);
 
 /// Creates a sandbox that must be refused, lets go of it as CRI-O does, and returns the sentence.
 fn refused(crio: &Crio<'_>, wanted: &PodWanted) -> Result<String> {
@@ -92,6 +96,19 @@ fn no_kernel(crio: &Crio<'_>) -> Result {
         &refused(&crio, &PodWanted::default())?,
         "/no/such/vmlinux",
     )
+}
+
+/// CRI-O dies between `start` and Create, and its next life knows nothing of the pod.
+fn unused(crio: &Crio<'_>) -> Result {
+    let before = crio.node.census();
+    let mut place = Place::make(crio, &PodWanted::default())?;
+    let sandbox = place.prepare(crio)?;
+    let shim = process::only(Kind::Shim, crio)?;
+    process::gone("the shim", &[shim], UNUSED)?;
+    place.release()?;
+    place.remove()?;
+    sandbox.discard()?;
+    crio.node.as_before(&before, SOON)
 }
 
 /// CRI-O's memory of a pod whose shim is gone: the container's `start` has nowhere to go, and must not make a machine of its own.
