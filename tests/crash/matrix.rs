@@ -14,6 +14,7 @@ use tests::{
     cri::{Container, Pod},
     failure::{Failure, Result, claim},
     node::Node,
+    procs::Process,
 };
 
 use crate::deaths::{AGENT, find, kill};
@@ -145,15 +146,15 @@ impl Cell {
         };
         if self.verb == RunPod {
             let before: Vec<i32> = node.processes().iter().map(|process| process.pid).collect();
-            let fresh = || {
+            let fresh = || -> Vec<Process> {
                 node.processes()
                     .into_iter()
                     .filter(|process| !before.contains(&process.pid))
                     .collect()
             };
             // The pod is removed with every other one.
-            let work = || spec.clone().run().map(std::mem::forget);
-            return act(&work, &mut || self.kill(node, fresh()));
+            let work = || spec.clone().run().map(Pod::leave);
+            return act(&work, &mut || self.kill(node, &fresh()));
         }
         let pod = spec.run()?;
         let idle = || pod.container("subject", &["sleep", "infinity"]).memory_mib(128);
@@ -176,11 +177,11 @@ impl Cell {
         };
         act(&work, &mut || match &mut culprit {
             Some(culprit) => culprit.enter("").map(|()| true),
-            None => self.kill(node, pod.processes()),
+            None => self.kill(node, &pod.processes()),
         })
     }
 
-    fn kill(self, node: &Node, processes: Vec<tests::procs::Process>) -> Result<bool> {
+    fn kill(self, node: &Node, processes: &[Process]) -> Result<bool> {
         let program = match self.victim {
             Shim => "containerd-shim-",
             Qemu => "qemu-system-",
@@ -189,7 +190,7 @@ impl Cell {
             Agent => return Err(Failure::Claim("the agent has no process on the node".into())),
         };
         // Early in the making of a pod, or late in its removal, it is not there.
-        let Ok(victim) = find(&processes, program) else {
+        let Ok(victim) = find(processes, program) else {
             return Ok(false);
         };
         kill(victim, program).map(|()| true)

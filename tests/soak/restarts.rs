@@ -73,10 +73,10 @@ fn containerd_restarts_under_load(node: &Node, runtime: Runtime, counts: Counts)
     )?;
     same("an exec afterwards", container.shell("echo alive")?.as_str(), "alive")?;
     counted(&counter, counts.restarts)?;
+    pod.leave();
     for left in node.crictl(["pods", "--quiet"])?.text().lines() {
         node.crictl(["rmp", "--force", left])?;
     }
-    std::mem::forget(pod);
     Ok(())
 }
 

@@ -17,6 +17,9 @@ use crate::{
 /// How long an exit may take to be known to the CRI after the process ended.
 pub const EXIT: Duration = Duration::from_secs(30);
 
+/// How long the kubelet waits for a pod: twice its `runtimeRequestTimeout` (`RunPodSandbox` in its `pkg/kubelet/cri/remote`).
+const RUN_POD: Duration = Duration::from_secs(240);
+
 /// The CRI's namespace modes (cri-api, NamespaceMode) that stories use.
 const POD: u32 = 0;
 const CONTAINER: u32 = 1;
@@ -108,8 +111,8 @@ impl<'n> PodSpec<'n> {
         let file = node.path(&format!("pods/{}.json", self.name));
         node.write(&file, &self.configuration.to_string())?;
         node.write(&node.path(&format!("logs/{}/.keep", self.name)), "")?;
-        let output = node.crictl(["runp", "--runtime", &self.runtime, &file.display().to_string()])?;
-        let id = output.text();
+        let mut command = node.crictl_command(["runp", "--runtime", &self.runtime, &file.display().to_string()])?;
+        let id = run::succeed(&mut command, RUN_POD)?.text();
         node.remember(&id);
         Ok(Pod {
             node,
@@ -224,6 +227,11 @@ impl Pod<'_> {
         self.node.crictl(["rmp", "--force", &self.id])?;
         self.removed = true;
         Ok(())
+    }
+
+    /// Leaves its removal to somebody else.
+    pub fn leave(mut self) {
+        self.removed = true;
     }
 }
 

@@ -277,7 +277,8 @@ impl Node {
             "--image-endpoint",
             endpoint,
         ]);
-        command.args(["--timeout", "60s"]).args(arguments);
+        // Each command has a deadline of its own.
+        command.args(["--timeout", "240s"]).args(arguments);
         Ok(command)
     }
 

@@ -234,10 +234,10 @@ impl Kata {
         let connect_timeout = match (self.reconnect_timeout_ms, self.dial_timeout) {
             (Some(ms), _) => Duration::from_millis(ms),
             (None, Some(seconds)) => Duration::from_secs(seconds),
-            // A node under load boots its guests slowly; one that never answers is no better off for an early end.
-            (None, None) => Duration::from_secs(30),
+            // Half of what the kubelet waits for a pod. A node under load boots its guests slowly, and a guest that dies is not waited for.
+            (None, None) => Duration::from_secs(120),
         };
-        let timeout = self.create_container_timeout.or(runtime_timeout).unwrap_or(30);
+        let timeout = self.create_container_timeout.or(runtime_timeout).unwrap_or(60);
         if timeout == 0 {
             return Err(invalid(
                 "agent.kata.create_container_timeout",

@@ -20,7 +20,7 @@ fn without_a_file_our_defaults_hold() {
     assert_eq!(qemu.accelerator, Accelerator::Kvm);
     assert!(!config.runtime.disable_guest_seccomp && !config.runtime.static_sizing);
     assert_eq!(config.runtime.network, NetworkModel::TcFilter);
-    assert_eq!(config.agent.create_container_timeout, Duration::from_secs(30));
+    assert_eq!(config.agent.create_container_timeout, Duration::from_secs(60));
     assert!(config.report.is_empty());
 }
 
