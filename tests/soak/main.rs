@@ -30,8 +30,8 @@ pub struct Counts {
 const BRIEF: Counts = Counts {
     containers: 20,
     pods: 6,
-    execs: 200,
-    cycles: 8,
+    execs: 150,
+    cycles: 6,
     restarts: 3,
 };
 
