@@ -3,29 +3,47 @@
 //! Each request runs in a task of its own and carries no deadline on the wire: ttrpc closes a connection on which a
 //! frame was abandoned halfway, and a guest behind a virtio-serial port never gets a second one. So a caller may drop
 //! any of these futures; only the reply is lost.
+//!
+//! The guest may be anybody's. Its frames pass a guard, its words are cut to a readable length, and of the calls that
+//! nobody waits for any more only so many are left open.
 
 use std::{
     future::Future,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use protobuf::well_known_types::empty::Empty;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+};
 use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
 
-use crate::protocol::{
-    agent::*,
-    agent_ttrpc::AgentServiceClient,
-    health::{CheckRequest, HealthCheckResponse, VersionCheckResponse},
-    health_ttrpc::HealthClient,
-    relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
-    relay_ttrpc::RelayClient,
-    types,
+use crate::{
+    guard::Guard,
+    protocol::{
+        agent::*,
+        agent_ttrpc::AgentServiceClient,
+        health::{CheckRequest, HealthCheckResponse, VersionCheckResponse},
+        health_ttrpc::HealthClient,
+        relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
+        relay_ttrpc::RelayClient,
+        types,
+    },
 };
 
 /// How long the agent may take for a call that has an end in sight.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of data that a call may ask for. As much as this may come back in any answer.
+pub const LONGEST_READ: u32 = 128 << 10;
+/// Bytes of an agent's sentence that are kept.
+const LONGEST_SENTENCE: usize = 4 << 10;
+/// Open calls that nobody waits for any more. Each holds some kilobytes until its answer comes, which may be never.
+const MOST_ABANDONED: i64 = 64;
 
 /// A connection to the agent. Clones share it.
 #[derive(Clone)]
@@ -36,6 +54,25 @@ struct Connection {
     health: HealthClient,
     relay: RelayClient,
     patience: Duration,
+    abandoned: Abandoned,
+}
+
+/// How many calls are open that nobody waits for.
+type Abandoned = watch::Sender<i64>;
+
+/// Whoever waits for the answer to a call.
+struct Caller {
+    /// Or the caller has gone: whichever comes first.
+    answered: Arc<AtomicBool>,
+    abandoned: Abandoned,
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        if !self.answered.swap(true, Ordering::SeqCst) {
+            self.abandoned.send_modify(|open| *open += 1);
+        }
+    }
 }
 
 /// Why a call failed.
@@ -71,15 +108,26 @@ impl ClientError {
             _ => return ClientError::Gone,
         };
         match status.code() {
-            Code::NOT_FOUND => ClientError::NotFound(status.message),
+            Code::NOT_FOUND => ClientError::NotFound(sentence(&status.message)),
             Code::DEADLINE_EXCEEDED => ClientError::Deadline(method),
             code => ClientError::Rpc {
                 method,
                 code,
-                message: status.message,
+                message: sentence(&status.message),
             },
         }
     }
+}
+
+/// A guest's words as they may appear in a log or an event: on one line, and of bounded length.
+fn sentence(words: &str) -> String {
+    let mut words = words.replace(char::is_control, " ");
+    if words.len() > LONGEST_SENTENCE {
+        let end = (0..=LONGEST_SENTENCE).rev().find(|end| words.is_char_boundary(*end));
+        words.truncate(end.unwrap_or(0));
+        words.push('…');
+    }
+    words
 }
 
 /// Turns a reply into what the caller sees of it: an empty message is nothing.
@@ -129,7 +177,7 @@ macro_rules! calls {
             pub async fn $name(&self, request: $request) -> Result<$value, ClientError> {
                 let connection = Arc::clone(&self.0);
                 let deadline = $deadline.then_some(self.0.patience);
-                call(stringify!($name), deadline, async move {
+                call(stringify!($name), &self.0.abandoned, deadline, async move {
                     connection.$service.$name(Context::default(), &request).await
                 })
                 .await
@@ -214,13 +262,14 @@ calls! {
 
 impl Client {
     /// Speaks over one stream, for all services. Must be called in a runtime.
-    pub fn new(stream: impl AsyncRead + AsyncWrite + Send + Sync + 'static) -> Client {
-        let client = ttrpc::r#async::Client::new(Socket::new(stream));
+    pub fn new(stream: impl AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static) -> Client {
+        let client = ttrpc::r#async::Client::new(Socket::new(Guard::new(stream)));
         Client(Arc::new(Connection {
             agent: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client.clone()),
             relay: RelayClient::new(client),
             patience: PATIENCE,
+            abandoned: watch::Sender::new(0),
         }))
     }
 
@@ -231,13 +280,14 @@ impl Client {
             health: self.0.health.clone(),
             relay: self.0.relay.clone(),
             patience: deadline,
+            abandoned: self.0.abandoned.clone(),
         }))
     }
 
     /// Waits until the agent serves; it may be asked before its guest has booted.
     pub async fn check(&self, deadline: Duration) -> Result<(), ClientError> {
         let connection = Arc::clone(&self.0);
-        let reply = call("check", Some(deadline), async move {
+        let reply = call("check", &self.0.abandoned, Some(deadline), async move {
             connection.health.check(Context::default(), &CheckRequest::new()).await
         });
         reply.await.map(drop)
@@ -246,7 +296,7 @@ impl Client {
     /// The agent's version.
     pub async fn version(&self) -> Result<VersionCheckResponse, ClientError> {
         let connection = Arc::clone(&self.0);
-        call("version", Some(self.0.patience), async move {
+        call("version", &self.0.abandoned, Some(self.0.patience), async move {
             connection
                 .health
                 .version(Context::default(), &CheckRequest::new())
@@ -258,19 +308,93 @@ impl Client {
 
 async fn call<R: Reply + Send + 'static>(
     method: &'static str,
+    abandoned: &Abandoned,
     deadline: Option<Duration>,
     request: impl Future<Output = ttrpc::Result<R>> + Send + 'static,
 ) -> Result<R::Value, ClientError> {
     let asked = Instant::now();
-    let reply = tokio::spawn(request);
+    let exchange = async {
+        // The other end lives: it is borrowed.
+        let _room = abandoned
+            .subscribe()
+            .wait_for(|open| *open < MOST_ABANDONED)
+            .await
+            .is_ok();
+        let caller = Caller {
+            answered: Arc::default(),
+            abandoned: abandoned.clone(),
+        };
+        let (answered, abandoned) = (Arc::clone(&caller.answered), abandoned.clone());
+        let reply = tokio::spawn(async move {
+            let reply = request.await;
+            if answered.swap(true, Ordering::SeqCst) {
+                abandoned.send_modify(|open| *open -= 1);
+            }
+            reply
+        });
+        reply.await
+    };
     let reply = match deadline {
-        Some(deadline) => tokio::time::timeout(deadline, reply)
+        Some(deadline) => tokio::time::timeout(deadline, exchange)
             .await
             .map_err(|_| ClientError::Deadline(method))?,
-        None => reply.await,
+        None => exchange.await,
     };
     tracing::debug!(method, took = ?asked.elapsed(), "the agent has answered");
     // A task that did not end is one of a runtime that is ending.
     let reply = reply.map_err(|_| ClientError::Gone)?;
     reply.map(Reply::value).map_err(|error| ClientError::new(method, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A guest that answers nothing, as far as a client knows.
+    fn silent() -> (Client, tokio::io::DuplexStream) {
+        let (ours, theirs) = tokio::io::duplex(1 << 20);
+        (Client::new(ours).with_deadline(Duration::from_millis(5)), theirs)
+    }
+
+    #[test]
+    fn a_guests_words_are_one_short_line() {
+        assert_eq!(sentence("no such\nfile\x1b[2J"), "no such file [2J");
+        let long = sentence(&"ä".repeat(LONGEST_SENTENCE));
+        assert!(
+            long.len() <= LONGEST_SENTENCE + '…'.len_utf8() && long.ends_with("ä…"),
+            "{}",
+            long.len()
+        );
+    }
+
+    #[tokio::test]
+    async fn calls_that_are_never_answered_stay_few() {
+        let (client, _guest) = silent();
+        for _ in 0..MOST_ABANDONED + 10 {
+            let asked = client.stats_container(StatsContainerRequest::new()).await;
+            assert_eq!(asked.unwrap_err(), ClientError::Deadline("stats_container"));
+        }
+        assert_eq!(*client.0.abandoned.borrow(), MOST_ABANDONED);
+        // Also those without a deadline, when their callers go.
+        drop(tokio::time::timeout(Duration::from_secs(1), client.wait_process(WaitProcessRequest::new())).await);
+        assert_eq!(*client.0.abandoned.borrow(), MOST_ABANDONED);
+    }
+
+    #[tokio::test]
+    async fn a_late_answer_makes_room() {
+        let (client, mut guest) = silent();
+        let asked = client.pause_container(PauseContainerRequest::new()).await;
+        assert_eq!(asked.unwrap_err(), ClientError::Deadline("pause_container"));
+        let mut abandoned = client.0.abandoned.subscribe();
+        assert_eq!(*abandoned.borrow_and_update(), 1);
+        // The header of the question has the number for the answer's.
+        let mut header = [0; 10];
+        guest.read_exact(&mut header).await.unwrap();
+        header[..4].fill(0);
+        header[8] = ttrpc::proto::MESSAGE_TYPE_RESPONSE;
+        guest.write_all(&header).await.unwrap();
+        abandoned.wait_for(|open| *open == 0).await.unwrap();
+    }
 }

@@ -5,13 +5,20 @@
 //!                   network ────┴─▶ QEMU ─▶ agent ─▶ guest network ─▶ CreateSandbox
 //! ```
 
-use std::{fs::File, os::fd::OwnedFd, path::Path, sync::Arc, time::SystemTime};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use agent::{
     GUEST_SHARE,
-    client::Client,
+    client::{Client, ClientError},
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
+use tokio::sync::watch;
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
     spec::{Channel, FsDevice, VmSpec},
@@ -40,6 +47,9 @@ use crate::{
 const QEMU_USER: u32 = 64620;
 /// Tag of the virtiofs device; a foreign agent expects this one.
 const SHARE_TAG: &str = "kataShared";
+
+/// How long an agent may take for all that comes before the first container, together.
+const CONFIGURE: Duration = Duration::from_secs(60);
 
 /// Bytes that CRI-O and containerd give a pod's `/dev/shm` by default.
 const DEFAULT_SHM: u64 = 64 << 20;
@@ -76,6 +86,8 @@ pub struct Plan<'a> {
     pub config: Config,
     /// Its pod.
     pub pod: Pod,
+    /// Why nobody waits for it any more.
+    pub given_up: watch::Receiver<Option<String>>,
 }
 
 /// Boots the guest of a sandbox.
@@ -111,14 +123,15 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     trace.set(Mark::QemuSpawned, vm.spawned_at());
     trace.set(Mark::QmpReady, vm.qmp_ready_at());
 
-    let connected = tokio::select! {
-        connected = connect(&vm, &plan.config) => connected,
-        reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent answered: QEMU {reason}"))),
+    let mut given_up = plan.given_up.clone();
+    let ready = tokio::select! {
+        ready = prepare(&vm, &plan, network.as_ref(), trace) => ready,
+        reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"))),
         reason = virtiofsd.child().exited() => Err(Error::VmGone(format!("could not start: virtiofsd {reason}"))),
+        // The sandbox, which tells, is there: it waits for this.
+        Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
-    let agent = connected.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
-    trace.set(Mark::AgentConnected, SystemTime::now());
-    configure(&agent, &plan, network.as_ref(), trace).await?;
+    let agent = ready.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
     if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
         forward::serve(loopback, agent.clone(), vm.clone());
     }
@@ -151,7 +164,11 @@ fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgro
 }
 
 fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
-    for path in [Share::path_of(sandbox), Share::staging_of(sandbox)] {
+    for path in [
+        Share::path_of(sandbox),
+        Share::export_of(sandbox),
+        Share::staging_of(sandbox),
+    ] {
         state.push(Undo::Dir(path.clone()))?;
         state.push(Undo::Mount(path))?;
     }
@@ -161,7 +178,7 @@ fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
 fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<(Virtiofsd, OwnedFd)> {
     let spec = VirtiofsdSpec {
         program: plan.config.hypervisor.virtio_fs_daemon.clone(),
-        shared_dir: share.root().to_owned(),
+        shared_dir: share.export().to_owned(),
         cache: plan.config.hypervisor.virtio_fs_cache.as_str().into(),
         extra_args: plan.config.hypervisor.virtio_fs_extra_args.clone(),
     };
@@ -241,14 +258,20 @@ fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
     (0..cards).map(open).collect()
 }
 
-async fn connect(vm: &Vm, config: &Config) -> Result<Client> {
-    let deadline = config.agent.connect_timeout;
+/// Waits for the agent and tells it what a sandbox begins with.
+async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<Client> {
+    let deadline = plan.config.agent.connect_timeout;
     let agent = Client::new(vm.agent_stream(deadline).await?);
     agent.check(deadline).await?;
+    trace.set(Mark::AgentConnected, SystemTime::now());
+    tokio::time::timeout(CONFIGURE, configure(&agent, plan, network, trace))
+        .await
+        .map_err(|_| ClientError::Deadline("what a sandbox begins with"))??;
     Ok(agent)
 }
 
-/// What those who may know why a VM ended said last: the guest's console, QEMU, virtiofsd.
+/// What those who may know why a VM ended said last: the guest's console, QEMU, virtiofsd. Each line is marked as theirs: a guest could
+/// write what looks like a line of ours.
 pub fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
     let tails = [
         ("the guest's console", vm.console_tail()),
@@ -256,7 +279,14 @@ pub fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
         ("virtiofsd", virtiofsd.log_tail()),
     ];
     let said = tails.iter().filter(|(_, tail)| !tail.trim().is_empty());
-    said.map(|(who, tail)| format!("the last words of {who}:\n{tail}\n"))
+    said.map(|(who, tail)| format!("the last words of {who}:\n{}", quoted(tail)))
+        .collect()
+}
+
+fn quoted(words: &str) -> String {
+    let lines = words.trim_end().split(['\n', '\r']);
+    lines
+        .map(|line| format!("| {}\n", line.replace(char::is_control, " ")))
         .collect()
 }
 

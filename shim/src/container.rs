@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     io::ProcessName,
     process::Process,
+    stats,
 };
 
 /// What a task of the CRI is for us.
@@ -125,9 +126,11 @@ impl Container {
             .collect()
     }
 
-    /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there).
-    pub fn keep_stats(&self, stats: StatsContainerResponse) {
-        *self.last_stats.lock().unwrap_or_else(PoisonError::into_inner) = Some(stats);
+    /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there). Refuses those that no cgroup has.
+    pub fn keep_stats(&self, told: StatsContainerResponse) -> Result<()> {
+        stats::check(&told)?;
+        *self.last_stats.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
+        Ok(())
     }
 
     /// The last statistics that were kept.

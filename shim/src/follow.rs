@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use agent::{client::ClientError, protocol::agent as wire};
@@ -25,6 +25,15 @@ const CRIO_EXITS: &str = "/var/run/crio/exits";
 
 /// The exit of what died with its VM: 128 + SIGKILL.
 pub const KILLED: u32 = 137;
+/// The exit that nobody knows.
+const UNKNOWN: u32 = 255;
+
+/// How long the statistics of a container that has ended may delay its exit.
+const LAST_LOOK: Duration = Duration::from_secs(5);
+/// The same for its removal from the guest, where its last processes may still be dying.
+const REMOVAL: Duration = Duration::from_secs(10);
+/// QEMU hangs up a moment before it has ended.
+const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
 pub fn process(
@@ -46,9 +55,10 @@ pub fn process(
     request.exec_id = name.exec.clone();
     tokio::spawn(async move {
         let status = match agent.wait_process(request).await {
-            Ok(reply) => reply.status as u32,
-            // The agent has no record of the process: its outcome is unknown.
-            Err(ClientError::NotFound(_)) => 255,
+            // What no process of Linux can end with is no answer.
+            Ok(reply) => u8::try_from(reply.status).map_or(UNKNOWN, u32::from),
+            // The agent has no record of the process.
+            Err(ClientError::NotFound(_)) => UNKNOWN,
             // The VM died under it, which kills it.
             Err(error) => {
                 tracing::info!(%error, ?name, "the process ended with its VM");
@@ -108,7 +118,8 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
     let mut request = wire::RemoveContainerRequest::new();
     request.container_id = container.id.clone();
     request.timeout = 10;
-    if let Err(error) = guest.agent.remove_container(request).await {
+    let removed = guest.agent.with_deadline(REMOVAL).remove_container(request).await;
+    if let Err(error) = removed {
         tracing::warn!(%error, container = container.id, "the guest did not remove the container");
     }
     sandbox.let_go(&container.id);
@@ -119,7 +130,7 @@ async fn last_look(sandbox: &Sandbox, guest: &Guest, container: &Container, exit
     let mut request = wire::StatsContainerRequest::new();
     request.container_id = container.id.clone();
     // An exit by SIGKILL may be the OOM killer's; the event may still be on its way, the counter is not.
-    match guest.agent.stats_container(request).await {
+    match guest.agent.with_deadline(LAST_LOOK).stats_container(request).await {
         Ok(stats) => {
             let kills = stats
                 .cgroup_stats
@@ -128,7 +139,9 @@ async fn last_look(sandbox: &Sandbox, guest: &Guest, container: &Container, exit
                 .get("oom_kill")
                 .copied()
                 .unwrap_or(0);
-            container.keep_stats(stats);
+            if let Err(error) = container.keep_stats(stats) {
+                tracing::warn!(%error, container = container.id, "no last statistics");
+            }
             if exit.status == 137 && kills > 0 {
                 oom(sandbox, container);
             }
@@ -180,6 +193,12 @@ async fn watch_oom(sandbox: Arc<Sandbox>) {
                 if let Ok(container) = sandbox.container(&event.container_id) {
                     oom(&sandbox, &container);
                 }
+            }
+            // This call is open as long as the agent is there. The agent hangs up with its VM, or has broken the protocol: nobody can
+            // speak to that guest again.
+            Err(error @ ClientError::Gone) => {
+                drop(tokio::time::timeout(LAST_BREATH, guest.vm.child().exited()).await);
+                return sandbox.bring_down(&format!("was ended: {error}"), KILLED).await;
             }
             Err(error) => {
                 tracing::debug!(%error, "no more OOM events");

@@ -12,6 +12,7 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    sync::Semaphore,
 };
 use vmm::Vm;
 
@@ -19,6 +20,8 @@ use crate::net::Loopback;
 
 /// Bytes per request.
 const CHUNK: usize = 64 << 10;
+/// Connections at a time; a guest that answers nothing keeps each for ever. Further ones wait to be accepted.
+const MOST_CONNECTIONS: usize = 64;
 
 /// Serves the loopback until the VM ends. Must be called in the runtime.
 pub fn serve(loopback: Loopback, agent: Client, vm: Arc<Vm>) {
@@ -34,10 +37,13 @@ pub fn serve(loopback: Loopback, agent: Client, vm: Arc<Vm>) {
 
 async fn accept(listener: std::net::TcpListener, agent: Client) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
+        let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
         let (mut stream, _) = listener.accept().await?;
         let agent = agent.clone();
         tokio::spawn(async move {
+            let _place = place;
             if let Err(error) = carry(&mut stream, &agent).await {
                 tracing::debug!(%error, "a forwarded connection ended early");
                 // The client is to see that, and not an orderly end.

@@ -8,7 +8,7 @@
 use std::{os::fd::AsFd, path::Path, time::Duration};
 
 use agent::{
-    client::{Client, ClientError},
+    client::{Client, ClientError, LONGEST_READ},
     protocol::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest},
 };
 use tokio::{
@@ -16,14 +16,13 @@ use tokio::{
     net::unix::pipe::{OpenOptions, Receiver, Sender},
     sync::watch,
     task::JoinHandle,
+    time::Instant,
 };
 
 use crate::error::{Context, Error, Result};
 
-/// Bytes per request. Well below ttrpc's limit of 4 MiB, and a multiple of what a pipe holds.
-const CHUNK: u32 = 1 << 20;
-/// How long a reader may take to make room before its output is given up, counted from the process's end.
-const STALLED_READER: Duration = Duration::from_secs(10);
+/// How long a process's output may take to end after the process: for its reader to make room, and for the guest to come to an end.
+const STALLED_OUTPUT: Duration = Duration::from_secs(10);
 
 /// Where a process's streams go, as the caller said it. `State` must echo it to the letter.
 #[derive(Debug, Clone, Default)]
@@ -167,18 +166,21 @@ impl Streams {
 impl Copies {
     /// Called when the process has ended: waits until its output is delivered and closes the fifos.
     ///
-    /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, and
-    /// it is given up after 10 s.
+    /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, or a guest
+    /// that has no end, and it is given up after 10 s.
     pub async fn finish(self, wait_for_reader: bool) {
         if let Some(input) = self.input {
             input.abort();
         }
+        let end = Instant::now() + STALLED_OUTPUT;
         for mut copy in self.output {
-            match tokio::time::timeout(STALLED_READER, &mut copy).await {
+            match tokio::time::timeout_at(end, &mut copy).await {
                 Ok(Ok(Some(output))) if wait_for_reader => output.emptied().await,
                 Ok(_) => {}
                 Err(_) => {
-                    tracing::warn!("output is lost: nobody read it for 10 s after the process ended");
+                    tracing::warn!(
+                        "output is lost: it did not end, or nobody read it, within 10 s of the process's end"
+                    );
                     copy.abort();
                 }
             }
@@ -191,7 +193,7 @@ async fn copy_output(client: Client, name: ProcessName, mut output: Output, stdo
         let mut request = ReadStreamRequest::new();
         request.container_id = name.container.clone();
         request.exec_id = name.exec.clone();
-        request.len = CHUNK;
+        request.len = LONGEST_READ;
         let reply = if stdout {
             client.read_stdout(request).await
         } else {

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A guest's watchers hear only of what its own kernel does: a volume that is merely shared changes without waking anybody. So the
-//! share holds a copy. Its first contents are put there from here; each update is made by the agent, whose kernel then tells.
+//! share holds a copy. Its first contents are put there from here, before the guest sees it; each update is made by the agent, whose kernel
+//! then tells. From then on nothing of the host's touches the copy, where the guest may have put links.
 
 use std::{
     collections::HashSet,
@@ -29,11 +30,12 @@ use inotify::{EventStream, Inotify, WatchMask};
 
 use crate::{
     error::{Context, Error, Result},
-    spec::ShareMount,
+    rootfs::Share,
+    spec::{Propagation, ShareMount},
 };
 
-/// Bytes per request, as upstream's shim sends them; ttrpc takes up to 4 MiB.
-const PART: usize = 1 << 20;
+/// Bytes per request: as much as the shim may have to hold for each request that the guest leaves unanswered.
+const PART: usize = 128 << 10;
 /// Room for the events of one swap; when it does not suffice, the next read gets the rest.
 const EVENTS: usize = 4096;
 
@@ -42,9 +44,9 @@ const EVENTS: usize = 4096;
 pub struct Mirrors(tokio::sync::Mutex<HashSet<PathBuf>>);
 
 impl Mirrors {
-    /// Puts a copy at the volume's place below `share`, and keeps it as the volume is until the guest is gone. The second container that
+    /// Puts a copy at the volume's place in the share, and keeps it as the volume is until the guest is gone. The second container that
     /// asks finds it there.
-    pub async fn add(&self, volume: &ShareMount, share: &Path, agent: &Client) -> Result<()> {
+    pub async fn add(&self, volume: &ShareMount, share: &Share, agent: &Client) -> Result<()> {
         let mut made = self.0.lock().await;
         if made.contains(&volume.share_path) {
             return Ok(());
@@ -52,14 +54,25 @@ impl Mirrors {
         let source = volume.source.clone();
         // First the watch, then the copy: what changes in between is an event.
         let changes = watch(&source).at("watch", &source)?;
-        let target = share.join(&volume.share_path);
-        let copied = tokio::task::spawn_blocking(move || copy(&source, &target)).await;
-        let seen = copied.map_err(io::Error::other).and_then(|seen| seen);
+        let copied = ShareMount {
+            source: share.copy_of(volume),
+            readonly: false, // the agent writes to it
+            recursive: false,
+            propagation: Propagation::Private,
+            ..volume.clone()
+        };
+        let share = share.clone();
+        let seen = tokio::task::spawn_blocking(move || {
+            let parent = copied.source.parent().unwrap_or(&copied.source);
+            fs::create_dir_all(parent).at("create", parent)?;
+            let seen = copy(&source, &copied.source).at("copy", &source)?;
+            share.add_volume(&copied).map(|()| seen)
+        });
         let mirror = Mirror {
             source: volume.source.clone(),
             guest: Path::new(GUEST_SHARE).join(&volume.share_path),
             agent: agent.clone(),
-            seen: seen.at("copy", &volume.source)?,
+            seen: seen.await.map_err(io::Error::other).action("copy a volume")??,
         };
         tokio::spawn(mirror.follow(changes));
         made.insert(volume.share_path.clone());

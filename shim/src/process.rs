@@ -132,6 +132,14 @@ impl Process {
         }
     }
 
+    /// Waits until it has ended in the guest, whoever knows of it.
+    pub async fn ended(&self) {
+        let mut status = self.status.subscribe();
+        let ended = |status: &Status| matches!(status, Status::Ending | Status::Stopped(_));
+        // The sender lives as long as `self`.
+        status.wait_for(ended).await.map(drop).unwrap_or_default();
+    }
+
     /// Waits for its end, from any status.
     pub async fn wait(&self) -> Exit {
         let mut status = self.status.subscribe();

@@ -1,6 +1,12 @@
 //! The sandbox's share: one tmpfs in the shim's own mount namespace, onto which root file systems and volumes are mounted.
 //!
-//! virtiofsd exports the share. Because it is a tmpfs that only the shim's mount namespace holds, everything in it
+//! ```text
+//! staging ──made ready, then moved──▶ share ──propagates──▶ export ──virtiofsd──▶ guest
+//! (private)                           (ours to write)        (read-only, but for what is mounted on it)
+//! ```
+//!
+//! The guest is root in what it is shown: could it write there, it would put a symbolic link where the shim is about to make a file.
+//! So it sees the share's own folders read-only. Because the share is a tmpfs that only the shim's mount namespace holds, everything in it
 //! vanishes with the shim, and nothing on the host is ever removed through it.
 
 use std::{
@@ -24,6 +30,7 @@ const NONE: Option<&str> = None;
 #[derive(Debug, Clone)]
 pub struct Share {
     root: PathBuf,
+    export: PathBuf,
     staging: PathBuf,
 }
 
@@ -31,6 +38,11 @@ impl Share {
     /// Where a sandbox's share is mounted on the host.
     pub fn path_of(sandbox: &str) -> PathBuf {
         dir_of(sandbox).join("shared")
+    }
+
+    /// Where virtiofsd finds it, read-only.
+    pub fn export_of(sandbox: &str) -> PathBuf {
+        dir_of(sandbox).join("exported")
     }
 
     /// Where a sandbox's volumes are made ready.
@@ -43,20 +55,30 @@ impl Share {
     pub fn mount(sandbox: &str) -> Result<Share> {
         let share = Share {
             root: Self::path_of(sandbox),
+            export: Self::export_of(sandbox),
             staging: Self::staging_of(sandbox),
         };
         for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
             fs::create_dir_all(path).at("create", path)?;
-            let options = Some("mode=0755,size=64m");
+            let options = Some("mode=0755,size=64m,nr_inodes=64k");
             mount(Some("sandpod"), path, Some("tmpfs"), MsFlags::MS_NODEV, options).at("mount", path)?;
             mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
         }
+        fs::create_dir_all(&share.export).at("create", &share.export)?;
+        bind(&share.root, &share.export, false)?;
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+        mount(NONE, &share.export, NONE, flags, NONE).at("make read-only", &share.export)?;
         Ok(share)
     }
 
-    /// Its path on the host.
-    pub fn root(&self) -> &Path {
-        &self.root
+    /// What the guest is to see, on the host.
+    pub fn export(&self) -> &Path {
+        &self.export
+    }
+
+    /// Where the copy of a volume is made, out of the guest's sight.
+    pub fn copy_of(&self, volume: &ShareMount) -> PathBuf {
+        self.staging.join("copies").join(&volume.share_path)
     }
 
     /// Mounts a container's root file system at `<cid>/rootfs`: what containerd's snapshotter asks for, or the directory

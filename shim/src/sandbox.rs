@@ -51,6 +51,8 @@ use crate::{
 
 /// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
 const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
+/// How soon a boot is over that was given up; what is left of it then is for the next start's sweep.
+const BOOT_ENDS: Duration = Duration::from_secs(5);
 
 /// A shim that nobody asks for anything stays this long: a caller that lives creates its sandbox at once.
 const FIRST_CREATE: Duration = Duration::from_secs(30);
@@ -65,6 +67,8 @@ pub struct Sandbox {
     /// `None` once everything is undone.
     state: Mutex<Option<State>>,
     trace: Mutex<Trace>,
+    /// Whether Create has the state.
+    booting: watch::Sender<bool>,
     /// Why the VM has ended.
     down: watch::Sender<Option<String>>,
     ended: watch::Sender<bool>,
@@ -81,6 +85,7 @@ impl Sandbox {
             containers: Mutex::default(),
             state: Mutex::new(Some(state)),
             trace: Mutex::default(),
+            booting: watch::Sender::new(false),
             down: watch::Sender::new(None),
             ended: watch::Sender::new(false),
         }))
@@ -209,6 +214,7 @@ impl Sandbox {
                 self.id
             )));
         };
+        self.booting.send_replace(true);
         let mut trace = Trace::load(&self.id).unwrap_or_default();
         let mark = state.mark();
         let result = async {
@@ -224,10 +230,18 @@ impl Sandbox {
                 sandbox: &self.id,
                 config,
                 pod,
+                given_up: self.down.subscribe(),
             };
             boot::boot(plan, &self.spawner, &mut state, &mut trace).await
         }
         .await;
+        let booted = self.booted(result, state, mark, trace);
+        self.booting.send_replace(false);
+        booted
+    }
+
+    /// Keeps the guest, or takes back what was made for it.
+    fn booted(self: &Arc<Self>, result: Result<Guest>, mut state: State, mark: usize, trace: Trace) -> Result<()> {
         match result {
             Ok(guest) => {
                 // Whoever gave up on the sandbox while it booted found no VM to end.
@@ -315,7 +329,7 @@ impl Sandbox {
                 .action("mount the container's files")??;
             resize?;
             for volume in &mirrored {
-                guest.mirrors.add(volume, guest.share.root(), &guest.agent).await?;
+                guest.mirrors.add(volume, &guest.share, &guest.agent).await?;
             }
             let mut create = wire::CreateContainerRequest::new();
             create.container_id = container.id.clone();
@@ -414,6 +428,9 @@ impl Sandbox {
             return Ok(());
         }
         self.bring_down("is not needed any more", KILLED).await;
+        // A boot that has just been given up takes back what it has made.
+        let mut booting = self.booting.subscribe();
+        drop(tokio::time::timeout(BOOT_ENDS, booting.wait_for(|booting| !booting)).await);
         self.end();
         Ok(())
     }

@@ -9,13 +9,26 @@ use agent::protocol::agent::{BlkioStatsEntry, CgroupStats, MemoryData, NetworkSt
 use containerd_shim_protos::{
     cgroups::metrics as v1,
     cgroups_v2::metrics as v2,
-    protobuf::{MessageFull, well_known_types::any::Any},
+    protobuf::{Message, MessageFull, well_known_types::any::Any},
 };
 
 use crate::{
     cgroup::{SandboxCgroup, is_v2},
-    error::{Result, decode},
+    error::{Error, Result, decode},
 };
+
+/// The longest answer about a container that is kept, in bytes on the wire. A true one has some 4 KiB.
+const LONGEST: u64 = 16 << 10;
+
+/// Whether a guest's statistics are such as a cgroup has. They are kept, and in memory they are many times as large as on the wire.
+pub fn check(stats: &StatsContainerResponse) -> Result<()> {
+    match stats.compute_size() {
+        0..=LONGEST => Ok(()),
+        size => Err(Error::Precondition(format!(
+            "the guest sent {size} bytes of statistics for one container, of which no more than {LONGEST} are taken"
+        ))),
+    }
+}
 
 /// A container's statistics, from its cgroup in the guest. `oom_killed` outlives the cgroup's own counter.
 pub fn of_guest(stats: &StatsContainerResponse, oom_killed: bool) -> Result<Any> {
@@ -215,10 +228,10 @@ impl<'a> Usage<'a> {
             let device = devices.entry((entry.major, entry.minor)).or_default();
             (device.major, device.minor) = (entry.major, entry.minor);
             match (entry.op.to_ascii_lowercase().as_str(), is_bytes) {
-                ("read", true) => device.rbytes += entry.value,
-                ("write", true) => device.wbytes += entry.value,
-                ("read", false) => device.rios += entry.value,
-                ("write", false) => device.wios += entry.value,
+                ("read", true) => add(&mut device.rbytes, entry.value),
+                ("write", true) => add(&mut device.wbytes, entry.value),
+                ("read", false) => add(&mut device.rios, entry.value),
+                ("write", false) => add(&mut device.wios, entry.value),
                 _ => {}
             }
         }
@@ -238,6 +251,10 @@ impl<'a> Usage<'a> {
             })
             .collect()
     }
+}
+
+fn add(sum: &mut u64, value: u64) {
+    *sum = sum.saturating_add(value);
 }
 
 fn memory_entry(from: &MemoryData) -> v1::MemoryEntry {
@@ -291,8 +308,6 @@ fn pack<M: MessageFull>(metrics: &M) -> Result<Any> {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::protobuf::Message;
-
     use super::*;
 
     fn usage_of(names: &[(&str, u64)]) -> CgroupStats {
@@ -342,6 +357,32 @@ mod tests {
         }
         assert_eq!(Usage::new(&guest, &[], false).v2().memory_events.oom_kill, 2);
         assert_eq!(Usage::new(&host, &[], true).v1().memory_oom_control.oom_kill, 1);
+    }
+
+    #[test]
+    fn no_number_of_a_guests_is_too_large_and_no_list_too_long() {
+        let mut stats = StatsContainerResponse::new();
+        let blkio = stats
+            .cgroup_stats
+            .mut_or_insert_default()
+            .blkio_stats
+            .mut_or_insert_default();
+        let mut entry = BlkioStatsEntry::new();
+        (entry.op, entry.value) = ("Read".into(), u64::MAX);
+        blkio.io_service_bytes_recursive = vec![entry.clone(); 3];
+        check(&stats).unwrap();
+        let usage = Usage::new(&stats.cgroup_stats, &[], true);
+        assert_eq!(usage.v2().io.usage[0].rbytes, u64::MAX);
+        usage.encode(false).unwrap();
+
+        let blkio = stats
+            .cgroup_stats
+            .mut_or_insert_default()
+            .blkio_stats
+            .mut_or_insert_default();
+        blkio.io_service_bytes_recursive = vec![entry; 10_000];
+        let refused = check(&stats).unwrap_err().to_string();
+        assert!(refused.contains("bytes of statistics"), "{refused}");
     }
 
     #[test]

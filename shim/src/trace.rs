@@ -74,10 +74,17 @@ impl Trace {
     }
 
     /// Sets the two guest marks from the guest's own clock: `pid1` and `now` are microseconds of its boot clock, and
-    /// `answered` is when the host held the answer.
+    /// `answered` is when the host held the answer. A clock that began before its VM is none.
     pub fn set_guest(&mut self, pid1: u64, now: u64, answered: SystemTime) {
-        self.set(Mark::KernelEntered, answered - Duration::from_micros(now));
-        self.set(Mark::Pid1, answered - Duration::from_micros(now.saturating_sub(pid1)));
+        let before = |micros| answered.checked_sub(Duration::from_micros(micros));
+        let (Some(kernel), Some(agent)) = (before(now), before(now.saturating_sub(pid1))) else {
+            return;
+        };
+        let spawned = self.0.get(&Mark::QemuSpawned).copied().unwrap_or(0);
+        if kernel >= UNIX_EPOCH + Duration::from_micros(spawned) {
+            self.set(Mark::KernelEntered, kernel);
+            self.set(Mark::Pid1, agent);
+        }
     }
 
     /// Whether a mark is set.

@@ -62,6 +62,19 @@ pub fn only(kind: Kind, crio: &Crio<'_>) -> Result<i32> {
     }
 }
 
+/// Waits until one of this kind runs.
+///
+/// # Errors
+/// When none does in time.
+pub fn appears(kind: Kind, crio: &Crio<'_>, deadline: Duration) -> Result {
+    Bell::default().until(&format!("a process ({kind:?})"), deadline, || {
+        match running(kind, crio)[..] {
+            [] => Err("none".into()),
+            _ => Ok(()),
+        }
+    })
+}
+
 /// Everything of the runtime that is a virtual machine's.
 pub fn of_the_vm(crio: &Crio<'_>) -> Vec<i32> {
     match crio.runtime {

@@ -231,14 +231,23 @@ impl<'c, 'n> Task<'c, 'n> {
     /// # Errors
     /// When Start is refused.
     pub fn start(&mut self) -> Result {
-        let request = StartRequest {
-            id: self.id.clone(),
-            ..StartRequest::default()
-        };
-        let answer: Pending<StartResponse> = self.connection()?.ask("Start", &request)?;
-        answer.granted(BOOT)?;
+        self.begin_start()?.granted(BOOT)?;
         self.exit = Some(self.begin_wait("")?);
         Ok(())
+    }
+
+    /// Sends Start.
+    ///
+    /// # Errors
+    /// When it cannot be encoded.
+    pub fn begin_start(&self) -> Result<Pending<StartResponse>> {
+        self.connection()?.ask(
+            "Start",
+            &StartRequest {
+                id: self.id.clone(),
+                ..StartRequest::default()
+            },
+        )
     }
 
     /// Sends a Wait for the container, or for one of its execs.

@@ -25,6 +25,8 @@ use crate::{
 
 /// How long a guest may do nothing visible before it is taken at its word.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a guest may go on to take and give back. A true one needs a second for some 8 GiB.
+const LONGEST: Duration = Duration::from_secs(60);
 /// How often to look at a virtio-mem device. It tells of changes by itself, but QEMU holds back all that follow the first
 /// within a second, and guests need less than a tenth of that.
 const LOOK: Duration = Duration::from_millis(5);
@@ -80,15 +82,15 @@ impl Vm {
     /// # Errors
     /// When QEMU does not answer.
     pub async fn memory(&self) -> Result<MemoryState, VmError> {
-        let (mut requested, mut plugged) = (0, 0);
+        let (mut requested, mut plugged) = (0u64, 0u64);
         for device in self.qmp.memory_devices().await? {
             let (offered, taken) = match device {
                 MemoryDevice::VirtioMem { size, requested_size } => (requested_size, size),
                 MemoryDevice::Dimm { size, .. } => (size, size),
                 MemoryDevice::Other => (0, 0),
             };
-            requested += offered;
-            plugged += taken;
+            requested = requested.saturating_add(offered);
+            plugged = plugged.saturating_add(taken);
         }
         let boot_mib = self.spec.memory.boot_mib;
         Ok(MemoryState {
@@ -144,8 +146,9 @@ impl Vm {
             .set_property(&format!("{PERIPHERAL}{VIRTIO_MEM_ID}"), "requested-size", bytes)
             .await?;
         let mut state = self.memory().await?;
+        let end = Instant::now() + LONGEST;
         let mut give_up = Instant::now() + PATIENCE;
-        while !state.settled(&before) && Instant::now() < give_up {
+        while !state.settled(&before) && Instant::now() < give_up.min(end) {
             sleep(LOOK).await;
             let now = self.memory().await?;
             if now != state {
@@ -158,11 +161,12 @@ impl Vm {
 
     async fn resize_dimms(&self, wanted_mib: u64, slots: u32) -> Result<MemoryState, VmError> {
         let mut dimms = self.dimms().await?;
-        let plugged: u64 = dimms.iter().map(|(_, mib)| mib).sum();
+        let plugged = dimms.iter().fold(0u64, |sum, (_, mib)| sum.saturating_add(*mib));
         let wanted = wanted_mib.next_multiple_of(DIMM_STEP_MIB);
         if wanted > plugged {
             // Rounding up may not lead past the end.
-            let room = self.spec.memory.max_mib - self.spec.memory.boot_mib - plugged;
+            let most = self.spec.memory.max_mib - self.spec.memory.boot_mib;
+            let room = most.saturating_sub(plugged);
             let missing = (wanted - plugged).min(room / DIMM_STEP_MIB * DIMM_STEP_MIB);
             let free = (0..slots)
                 .map(dimm_id)

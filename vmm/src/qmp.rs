@@ -23,8 +23,13 @@ use tokio::{
     time::timeout,
 };
 
-/// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand.
-const LONGEST_LINE: usize = 1 << 20;
+/// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand; in memory a line of small objects
+/// becomes a hundred times as long.
+const LONGEST_LINE: usize = 128 << 10;
+/// Characters of QEMU's reason for a refusal that are kept.
+const LONGEST_REASON: usize = 1024;
+/// Bytes of a device's id. Ours are shorter, and events wait in a queue.
+const LONGEST_ID: usize = 128;
 /// QEMU answers within milliseconds, unless its host is starved.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 20 });
 
@@ -67,6 +72,14 @@ pub(crate) enum Event {
         /// Whether it did what was asked.
         done: bool,
     },
+}
+
+impl Event {
+    fn device(&self) -> &str {
+        match self {
+            Event::DeviceDeleted(device) | Event::DeviceKept(device) | Event::GuestReport { device, .. } => device,
+        }
+    }
 }
 
 /// A vCPU, present or possible: an entry of `query-hotpluggable-cpus`.
@@ -386,7 +399,7 @@ impl Conversation {
             (Some(value), _) => Ok(value),
             (None, Some(refusal)) => Err(QmpError::Refused {
                 command: question.command,
-                reason: refusal.desc,
+                reason: refusal.desc.chars().take(LONGEST_REASON).collect(),
             }),
             (None, None) => Err(QmpError::Garbled(format!("neither yes nor no to {}", question.command))),
         };
@@ -408,7 +421,7 @@ fn parse_event(name: &str, data: &Value) -> Option<Event> {
                 .to_owned(),
         )
     };
-    match name {
+    let event = match name {
         "DEVICE_DELETED" => device().or_else(vcpu).map(Event::DeviceDeleted),
         "DEVICE_UNPLUG_GUEST_ERROR" => device().map(Event::DeviceKept),
         "ACPI_DEVICE_OST" => {
@@ -422,7 +435,8 @@ fn parse_event(name: &str, data: &Value) -> Option<Event> {
             })
         }
         _ => None,
-    }
+    };
+    event.filter(|event| event.device().len() <= LONGEST_ID)
 }
 
 /// Lines of bounded length. [`Lines::next`] may be cancelled without loss.

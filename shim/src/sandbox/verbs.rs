@@ -30,6 +30,8 @@ use crate::{
 
 /// After a killing signal the guest has this long before the whole VM is killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// A terminal of the wrong size is no reason to hold up the answer to Start.
+const RESIZE: Duration = Duration::from_secs(5);
 
 impl Sandbox {
     /// Starts a container's init (empty exec id) or an exec; returns the pid.
@@ -107,7 +109,11 @@ impl Sandbox {
     async fn apply_size(&self, guest: &Guest, process: &Process, name: &ProcessName) {
         let size = *process.size.borrow();
         if let Some((rows, columns)) = size
-            && let Err(error) = guest.agent.tty_win_resize(resize_request(name, rows, columns)).await
+            && let resized = guest
+                .agent
+                .with_deadline(RESIZE)
+                .tty_win_resize(resize_request(name, rows, columns))
+            && let Err(error) = resized.await
         {
             tracing::debug!(%error, ?name, "the terminal was not resized");
         }
@@ -210,7 +216,13 @@ impl Sandbox {
                 }
                 Ok(())
             }
-            (Err(ClientError::NotFound(_) | ClientError::Gone), _) => Ok(()),
+            (Err(ClientError::NotFound(_) | ClientError::Gone), _) => {
+                // Its end is on its way; a guest that only says so must not keep it from coming.
+                if killing {
+                    self.kill_for_sure(process, container.id.clone());
+                }
+                Ok(())
+            }
             // It ended meanwhile, and with it what the guest knew of it.
             (Err(_), _) if process.has_ended() => Ok(()),
             (Err(error), _) if killing => {
@@ -235,7 +247,7 @@ impl Sandbox {
     fn kill_for_sure(self: &Arc<Self>, process: Arc<Process>, id: String) {
         let sandbox = self.clone();
         tokio::spawn(async move {
-            if tokio::time::timeout(KILL_DEADLINE, process.wait()).await.is_err() {
+            if tokio::time::timeout(KILL_DEADLINE, process.ended()).await.is_err() {
                 let reason = format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL");
                 sandbox.bring_down(&reason, KILLED).await;
             }
@@ -337,7 +349,7 @@ impl Sandbox {
             let mut request = wire::StatsContainerRequest::new();
             request.container_id = id.into();
             match guest.agent.stats_container(request).await {
-                Ok(stats) => container.keep_stats(stats),
+                Ok(stats) => container.keep_stats(stats)?,
                 Err(ClientError::Gone) => {}
                 Err(_) if container.init.has_ended() => {}
                 // containerd asks for every task each second, also while it is being made: the guest may not have it yet.

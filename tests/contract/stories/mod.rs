@@ -3,6 +3,7 @@
 mod death;
 mod exec;
 mod exits;
+mod hostile;
 mod lifecycle;
 mod numbers;
 mod refusals;
@@ -39,7 +40,7 @@ type Told = &'static [(&'static [Runtime], &'static str, fn(&Crio<'_>) -> Result
 
 /// Every story.
 pub fn all() -> impl Iterator<Item = Story> {
-    let told: [Told; 8] = [
+    let told: [Told; 9] = [
         lifecycle::TOLD,
         exec::TOLD,
         exits::TOLD,
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = Story> {
         restart::TOLD,
         death::TOLD,
         refusals::TOLD,
+        hostile::TOLD,
     ];
     told.into_iter().flatten().flat_map(|(runtimes, name, play)| {
         runtimes.iter().map(|runtime| Story {

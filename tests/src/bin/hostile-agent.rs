@@ -1,0 +1,403 @@
+//! The agent of an attacker: PID 1 of a virtual machine whose guest does to the shim what no honest one does.
+//!
+//! It speaks over the virtio-serial port, as the agent does, and has no containers: what is created is a name. How it behaves as a whole is told by
+//! `hostile=` on the kernel's command line, which reaches it as an environment variable, and how to one container by the first word of that
+//! container's command line. What neither of them says is answered honestly.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    os::unix::fs::symlink,
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
+
+use agent::{
+    client::LONGEST_READ,
+    protocol::agent::{
+        BlkioStatsEntry, CreateContainerRequest, GuestDetailsResponse, OOMEvent, ReadStreamResponse,
+        SignalProcessRequest, StatsContainerResponse, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
+        WriteStreamResponse,
+    },
+};
+use nix::mount::{MsFlags, mount};
+use protobuf::Message;
+use tests::{
+    failure::{Result, Trying},
+    wait::Bell,
+};
+use ttrpc::{
+    Code, Response,
+    proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MESSAGE_TYPE_RESPONSE, MessageHeader},
+};
+
+/// What the shim calls the port.
+const PORT: &str = "sandpod.agent";
+/// Longer than any story.
+const EVER: Duration = Duration::from_secs(3600);
+/// Bytes of the longest answers that the shim takes, without what is around them.
+const MOST: usize = LONGEST_READ as usize;
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("hostile-agent is the first process of a virtual machine, and does nothing anywhere else");
+        return ExitCode::FAILURE;
+    }
+    let Err(failure) = run();
+    println!("hostile-agent: {failure}");
+    // The end of PID 1 is the machine's.
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<std::convert::Infallible> {
+    for (kind, target) in [("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        attach(kind, kind, target)?;
+    }
+    let mut agent = Agent {
+        port: Port::open()?,
+        manner: env::var("hostile").unwrap_or_default(),
+        containers: BTreeMap::new(),
+        mute: false,
+    };
+    loop {
+        let call = agent.port.call()?;
+        agent.answer(&call)?;
+    }
+}
+
+fn attach(kind: &str, source: &str, target: &str) -> Result {
+    fs::create_dir_all(target).trying(format!("making {target}"))?;
+    mount(Some(source), target, Some(kind), MsFlags::empty(), None::<&str>).trying(format!("mounting {target}"))
+}
+
+/// A question of the shim's.
+struct Call {
+    stream: u32,
+    method: String,
+    payload: Vec<u8>,
+}
+
+/// The way to the shim.
+struct Port(File);
+
+impl Port {
+    fn open() -> Result<Port> {
+        let found = || {
+            let ports = fs::read_dir("/sys/class/virtio-ports").map_err(|error| error.to_string())?;
+            let named = |entry: &fs::DirEntry| {
+                fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim_end() == PORT)
+            };
+            let port = ports.flatten().find(named).ok_or("no port")?;
+            let device = Path::new("/dev").join(port.file_name());
+            let opened = OpenOptions::new().read(true).write(true).open(device);
+            opened.map_err(|error| error.to_string())
+        };
+        Bell::default().until("the port", EVER, found).map(Port)
+    }
+
+    fn fill(&mut self, mut buffer: &mut [u8]) -> Result {
+        while !buffer.is_empty() {
+            // The driver says "end" for as long as it does not know that the host has the port open.
+            let count = Bell::default().until("the host", EVER, || match self.0.read(buffer) {
+                Ok(0) => Err("the end".into()),
+                Ok(count) => Ok(Ok(count)),
+                Err(error) => Ok(Err(error)),
+            })?;
+            buffer = &mut buffer[count.trying("reading the port")?..];
+        }
+        Ok(())
+    }
+
+    fn call(&mut self) -> Result<Call> {
+        let mut header = [0; MESSAGE_HEADER_LENGTH];
+        self.fill(&mut header)?;
+        let header = MessageHeader::from(header);
+        let mut body = vec![0; header.length as usize];
+        self.fill(&mut body)?;
+        let request = ttrpc::Request::parse_from_bytes(&body).unwrap_or_default();
+        Ok(Call {
+            stream: header.stream_id,
+            method: request.method,
+            payload: request.payload,
+        })
+    }
+
+    fn frame(&mut self, kind: u8, stream: u32, body: &[u8]) -> Result {
+        self.announce(kind, stream, u32::try_from(body.len()).unwrap_or(u32::MAX))?;
+        self.0.write_all(body).trying("writing the port")
+    }
+
+    fn announce(&mut self, kind: u8, stream: u32, length: u32) -> Result {
+        let mut header = MessageHeader::new_response(stream, length);
+        header.type_ = kind;
+        self.0.write_all(&Vec::from(header)).trying("writing the port")
+    }
+
+    fn reply(&mut self, stream: u32, payload: Vec<u8>) -> Result {
+        let mut response = Response::new();
+        response.payload = payload;
+        self.frame(MESSAGE_TYPE_RESPONSE, stream, &encode(&response))
+    }
+
+    fn refuse(&mut self, stream: u32, code: Code, words: String) -> Result {
+        let mut response = Response::new();
+        let status = response.status.mut_or_insert_default();
+        status.code = code.into();
+        status.message = words;
+        self.frame(MESSAGE_TYPE_RESPONSE, stream, &encode(&response))
+    }
+}
+
+fn encode(message: &impl Message) -> Vec<u8> {
+    // Into memory, whatever is said can be written.
+    message.write_to_bytes().unwrap_or_default()
+}
+
+/// The smallest fields there are, as many as fit: each is a structure in the reader's memory.
+fn crowd(tag: u8) -> Vec<u8> {
+    [tag, 0].repeat(MOST / 2)
+}
+
+/// As many fields as fit that the protocol does not know, no two of the same number.
+fn strangers() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut out = protobuf::CodedOutputStream::vec(&mut bytes);
+    for number in 1000..1000 + MOST as u32 / 4 {
+        // Into memory, this cannot fail.
+        let _written = out.write_uint32(number, 0);
+    }
+    let _written = out.flush();
+    drop(out);
+    bytes
+}
+
+#[derive(Default)]
+struct Container {
+    manner: String,
+    /// Calls to be answered when it ends.
+    waits: Vec<u32>,
+    reads: Vec<u32>,
+}
+
+struct Agent {
+    port: Port,
+    manner: String,
+    containers: BTreeMap<String, Container>,
+    mute: bool,
+}
+
+impl Agent {
+    fn answer(&mut self, call: &Call) -> Result {
+        if self.mute {
+            return Ok(());
+        }
+        match (self.manner.as_str(), call.method.as_str()) {
+            ("unborn", "Check") | ("unready", "CreateSandbox") => return Ok(()),
+            ("mute", "StartContainer") => self.mute = true,
+            ("deny", "SignalProcess") => {
+                return self.port.refuse(call.stream, Code::NOT_FOUND, "no such process".into());
+            }
+            ("oversized", "StartContainer") => {
+                self.port.announce(MESSAGE_TYPE_RESPONSE, call.stream, u32::MAX)?;
+            }
+            ("crowded", "StartContainer") => {
+                let crowd = crowd(0x0a).repeat(30);
+                return self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &crowd);
+            }
+            ("streaming", "StartContainer") => return self.port.frame(MESSAGE_TYPE_DATA, call.stream, &[]),
+            ("gone", "StartContainer") => return self.hang_up(),
+            ("links", "CreateSandbox") => link_out_of_the_share()?,
+            ("rude", _) => return self.rude(call),
+            _ => {}
+        }
+        self.honest(call)
+    }
+
+    /// The host is not told that the port is closed, and hears whatever is written after.
+    fn hang_up(&mut self) -> Result {
+        self.port.0 = File::open("/dev/null").trying("opening /dev/null")?;
+        self.port = Port::open()?;
+        loop {
+            self.port.0.write_all(&[0xa5; 4096]).trying("writing the port")?;
+        }
+    }
+
+    /// Answers what was not asked, asked before, and more than was asked; then the question.
+    fn rude(&mut self, call: &Call) -> Result {
+        // The shim's own numbers are odd.
+        for stream in [0, 2, call.stream + 1, u32::MAX - 1] {
+            self.port
+                .frame(MESSAGE_TYPE_RESPONSE, stream, b"\xff\xff\xff\xff garbage")?;
+        }
+        match call.method.as_str() {
+            "Check" => print!(
+                "{}",
+                "\x1b[2J2026-01-01T00:00:00Z  INFO shim: all is well\n".repeat(40_000)
+            ),
+            "UpdateInterface" => return self.port.reply(call.stream, crowd(0x1a)),
+            "UpdateRoutes" => return self.port.reply(call.stream, crowd(0x0a)),
+            "CreateSandbox" => return self.port.reply(call.stream, strangers()),
+            "GetGuestDetails" => return self.port.reply(call.stream, details()),
+            "GetOOMEvent" => return self.oom(call),
+            _ => {}
+        }
+        let manner = self.container(call).manner.clone();
+        match (manner.as_str(), call.method.as_str()) {
+            ("endless", "ReadStdout") => self.read(call, MOST),
+            ("input-more", "WriteStdin") => self.write(call, |count| count + 1),
+            ("input-most", "WriteStdin") => self.write(call, |_| u32::MAX),
+            ("input-none", "WriteStdin") => self.write(call, |_| 0),
+            ("odd-exit", "WaitProcess") => self.exit(call.stream, -1),
+            ("high-exit", "WaitProcess") => self.exit(call.stream, i32::MAX),
+            ("numbers", "StatsContainer") => self.port.reply(call.stream, numbers()),
+            ("crowded", "StatsContainer") => self.port.reply(call.stream, crowded_stats()),
+            ("crowded", "StartContainer") => self.port.reply(call.stream, strangers()),
+            ("crowded", "ReadStderr") => {
+                let mut body = vec![0x0a, 0x80, 0x80, 0x08]; // a status of 128 KiB: nothing but details
+                body.extend(crowd(0x1a));
+                self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &body)
+            }
+            ("garbage", "StatsContainer" | "ReadStdout" | "WriteStdin" | "WaitProcess") => {
+                self.port.reply(call.stream, vec![0xff; 100])
+            }
+            ("wordy", "StatsContainer" | "ReadStdout" | "WriteStdin" | "StartContainer") => {
+                let words = "no\n\x1b[31mERROR shim: everything is lost ".repeat(MOST / 40);
+                self.port.refuse(call.stream, Code::INTERNAL, words)
+            }
+            ("late", "StatsContainer" | "RemoveContainer" | "CloseStdin" | "TtyWinResize") => Ok(()),
+            _ => self.honest(call),
+        }?;
+        // Once more, to a stream that is closed by now.
+        self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &[])
+    }
+
+    fn honest(&mut self, call: &Call) -> Result {
+        match call.method.as_str() {
+            "CreateContainer" => {
+                let request = CreateContainerRequest::parse_from_bytes(&call.payload).unwrap_or_default();
+                let container = Container {
+                    manner: request.OCI.Process.Args.first().cloned().unwrap_or_default(),
+                    ..Container::default()
+                };
+                self.containers.insert(request.container_id, container);
+                self.port.reply(call.stream, Vec::new())
+            }
+            "WaitProcess" => {
+                self.container(call).waits.push(call.stream);
+                Ok(())
+            }
+            "ReadStdout" | "ReadStderr" => {
+                self.container(call).reads.push(call.stream);
+                Ok(())
+            }
+            "GetOOMEvent" => Ok(()),
+            "WriteStdin" => self.write(call, |count| count),
+            "SignalProcess" => {
+                let signal = SignalProcessRequest::parse_from_bytes(&call.payload)
+                    .unwrap_or_default()
+                    .signal;
+                self.port.reply(call.stream, Vec::new())?;
+                let container = std::mem::take(self.container(call));
+                self.container(call).manner = container.manner;
+                for stream in container.reads {
+                    self.port.reply(stream, Vec::new())?;
+                }
+                let status = 128 + i32::try_from(signal).unwrap_or(0);
+                container
+                    .waits
+                    .into_iter()
+                    .try_for_each(|stream| self.exit(stream, status))
+            }
+            _ => self.port.reply(call.stream, Vec::new()),
+        }
+    }
+
+    /// Every message about a process begins with its container.
+    fn container(&mut self, call: &Call) -> &mut Container {
+        let request = WaitProcessRequest::parse_from_bytes(&call.payload).unwrap_or_default();
+        self.containers.entry(request.container_id).or_default()
+    }
+
+    fn exit(&mut self, stream: u32, status: i32) -> Result {
+        let mut response = WaitProcessResponse::new();
+        response.status = status;
+        self.port.reply(stream, encode(&response))
+    }
+
+    fn read(&mut self, call: &Call, count: usize) -> Result {
+        let mut response = ReadStreamResponse::new();
+        response.data = vec![b'x'; count];
+        self.port.reply(call.stream, encode(&response))
+    }
+
+    fn write(&mut self, call: &Call, claim: impl Fn(u32) -> u32) -> Result {
+        let request = WriteStreamRequest::parse_from_bytes(&call.payload).unwrap_or_default();
+        let mut response = WriteStreamResponse::new();
+        response.len = claim(u32::try_from(request.data.len()).unwrap_or(u32::MAX));
+        self.port.reply(call.stream, encode(&response))
+    }
+
+    /// At once and for ever: nobody's, everybody's, and those that are no names.
+    fn oom(&mut self, call: &Call) -> Result {
+        let names = ["", "../../../etc/oom", "/etc/oom", "\0"].map(str::to_owned);
+        let known = self.containers.keys().cloned();
+        let names: Vec<_> = names.into_iter().chain(["x".repeat(MOST)]).chain(known).collect();
+        let mut event = OOMEvent::new();
+        event.container_id = names[call.stream as usize / 2 % names.len()].clone();
+        self.port.reply(call.stream, encode(&event))
+    }
+}
+
+/// A guest that began before time, and has many features.
+fn details() -> Vec<u8> {
+    let mut details = GuestDetailsResponse::new();
+    details.mem_block_size_bytes = u64::MAX;
+    let features = &mut details.agent_details.mut_or_insert_default().extra_features;
+    features.extend([u64::MAX, 0].map(|time| format!("sandpod.pid1_us={time}")));
+    features.push(format!("sandpod.now_us={}", u64::MAX));
+    features.resize(MOST / 2 - 100, String::new());
+    encode(&details)
+}
+
+fn numbers() -> Vec<u8> {
+    let mut stats = StatsContainerResponse::new();
+    let cgroup = stats.cgroup_stats.mut_or_insert_default();
+    let cpu = cgroup
+        .cpu_stats
+        .mut_or_insert_default()
+        .cpu_usage
+        .mut_or_insert_default();
+    cpu.total_usage = u64::MAX;
+    let memory = cgroup.memory_stats.mut_or_insert_default();
+    memory.usage.mut_or_insert_default().usage = u64::MAX;
+    memory.stats = ["anon", "oom_kill", ""].map(|name| (name.to_owned(), u64::MAX)).into();
+    let mut entry = BlkioStatsEntry::new();
+    (entry.op, entry.value, entry.major) = ("read".into(), u64::MAX, u64::MAX);
+    cgroup.blkio_stats.mut_or_insert_default().io_service_bytes_recursive = vec![entry; 4];
+    encode(&stats)
+}
+
+/// Statistics that are one list of nothing.
+fn crowded_stats() -> Vec<u8> {
+    let within = |tag: u8, body: &[u8]| {
+        let mut bytes = Vec::new();
+        let mut out = protobuf::CodedOutputStream::vec(&mut bytes);
+        let _written = out.write_bytes(u32::from(tag), body).and_then(|()| out.flush());
+        drop(out);
+        bytes
+    };
+    within(1, &within(4, &crowd(0x0a)))
+}
+
+/// A symbolic link on the host where the shim is going to put a copy of a volume.
+fn link_out_of_the_share() -> Result {
+    attach("virtiofs", "kataShared", "/share")?;
+    let canary = env::var("canary").unwrap_or_default();
+    for name in ["updated", "link"] {
+        println!("hostile-agent: {:?}", symlink(&canary, Path::new("/share").join(name)));
+    }
+    Ok(())
+}
