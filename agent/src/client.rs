@@ -348,6 +348,7 @@ async fn call<R: Reply + Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -396,5 +397,33 @@ mod tests {
         header[8] = ttrpc::proto::MESSAGE_TYPE_RESPONSE;
         guest.write_all(&header).await.unwrap();
         abandoned.wait_for(|open| *open == 0).await.unwrap();
+    }
+
+    /// Answers the next question with these bytes, as a response or as they are, and hangs up.
+    async fn answer(mut guest: tokio::io::DuplexStream, said: &[u8], raw: bool) {
+        let mut header = [0; 10];
+        guest.read_exact(&mut header).await.unwrap();
+        if !raw {
+            header[..4].copy_from_slice(&(said.len() as u32).to_be_bytes());
+            header[8] = ttrpc::proto::MESSAGE_TYPE_RESPONSE;
+            guest.write_all(&header).await.unwrap();
+        }
+        guest.write_all(said).await.unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn no_answer_makes_a_caller_panic_or_wait(said in prop::collection::vec(any::<u8>(), 0..200), raw: bool) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let answered = runtime.block_on(async {
+                let (client, guest) = silent();
+                let client = client.with_deadline(Duration::from_secs(10));
+                let question = client.stats_container(StatsContainerRequest::new());
+                tokio::join!(question, answer(guest, &said, raw)).0
+            });
+            prop_assert!(!matches!(answered, Err(ClientError::Deadline(_))));
+        }
     }
 }

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! ttrpc takes frames of up to 4 MiB, and a message of two bytes in one becomes a structure of a hundred in memory; it keeps the books of a
-//! call for ever when the answer is a frame of a streaming call. A guest could use either to fill the memory of whoever talks to it.
+//! call for ever when the answer is a frame of a streaming call. A guest could use either to fill the memory of whoever talks to it. And whoever
+//! waits for a frame gets to run before the next is read, so that large answers do not add up.
 
 use std::{
     io,
@@ -25,6 +26,8 @@ const LONGEST_FRAME: u32 = LONGEST_READ + (4 << 10);
 pub(crate) struct Guard<S> {
     stream: S,
     place: Place,
+    /// A frame has just ended.
+    pause: bool,
 }
 
 /// Where in a frame the reader is.
@@ -39,7 +42,11 @@ const BEGIN: Place = Place::Header([0; MESSAGE_HEADER_LENGTH], 0);
 
 impl<S> Guard<S> {
     pub(crate) fn new(stream: S) -> Guard<S> {
-        Guard { stream, place: BEGIN }
+        Guard {
+            stream,
+            place: BEGIN,
+            pause: false,
+        }
     }
 
     /// Follows the frames through what has just been read.
@@ -63,6 +70,7 @@ impl<S> Guard<S> {
             }
             if let Place::Body(0) = self.place {
                 self.place = BEGIN;
+                self.pause = true;
             }
         }
         Ok(())
@@ -90,6 +98,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if std::mem::take(&mut self.pause) {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
         Poll::Ready(self.check(&buffer.filled()[before..]).inspect_err(|error| {

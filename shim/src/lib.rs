@@ -12,6 +12,8 @@ pub mod error;
 pub mod events;
 pub mod follow;
 pub mod forward;
+#[cfg(test)]
+mod fuzz;
 pub mod io;
 pub mod log;
 pub mod mirror;

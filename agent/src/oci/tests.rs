@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use proptest::{collection, option, prelude::*, sample::select};
+use proptest::{collection, option, prelude::*, sample, sample::select};
 use protobuf::Message;
 use serde_json::{Map, Value, json};
 
@@ -285,6 +285,24 @@ proptest! {
         let resources: LinuxResources = serde_json::from_value(json).unwrap();
         let arrived = resources_from_wire(&sent(&resources_to_wire(&resources))).unwrap();
         prop_assert_eq!(ordered(&arrived), ordered(&resources));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Messages of others, right but for some bytes.
+    #[test]
+    fn any_message_is_taken_or_refused(json in spec(), changes in collection::vec((any::<sample::Index>(), any::<u8>()), 0..8)) {
+        let spec: Spec = serde_json::from_value(json).unwrap();
+        let mut bytes = spec_to_wire(&spec).write_to_bytes().unwrap();
+        for (place, byte) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+        }
+        if let Ok(message) = protocol::oci::Spec::parse_from_bytes(&bytes) {
+            let _taken_or_refused = spec_from_wire(&message).is_ok();
+        }
     }
 }
 

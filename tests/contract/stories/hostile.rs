@@ -118,6 +118,7 @@ fn rude(crio: &Crio<'_>) -> Result {
             containers.push(container);
         }
         refused_in_a_sentence(&pod)?;
+        forwarded(&pod)?;
         shim_is_small(crio)?;
         for container in &containers {
             // The answer does not matter, as to CRI-O; that it comes does.
@@ -147,6 +148,30 @@ fn refused_in_a_sentence(pod: &Pod<'_, '_>) -> Result {
         format!("a guest's refusal has {} bytes: {words:?}", words.len()),
     )?;
     container.remove()
+}
+
+/// A forwarded connection gets what comes, and ends when its client has had enough.
+fn forwarded(pod: &Pod<'_, '_>) -> Result {
+    let namespaces = &pod.facts.namespaces;
+    let network = namespaces
+        .iter()
+        .find(|(kind, _)| *kind == "network")
+        .map(|(_, path)| path);
+    let mut command = Command::new("nsenter");
+    command.arg(format!(
+        "--net={}",
+        network.map_or(String::new(), |path| path.display().to_string())
+    ));
+    command.args([
+        "bash",
+        "-c",
+        "exec 3<>/dev/tcp/127.0.0.1/8080; head -c 8000000 <&3 | wc -c",
+    ]);
+    same(
+        "forwarded bytes",
+        succeed(&mut command, PROGRAM)?.text().trim(),
+        "8000000",
+    )
 }
 
 /// A container runs; then the guest is silent.
@@ -184,7 +209,7 @@ fn ended_by_kill<'c, 'n>(crio: &'c Crio<'n>, pod: Pod<'c, 'n>, container: Task<'
 
 /// Frames that are no answers end the connection, and the machine with it.
 fn broken(crio: &Crio<'_>) -> Result {
-    for manner in ["oversized", "crowded", "streaming", "gone"] {
+    for manner in ["oversized", "streaming", "gone"] {
         against(crio, manner, "", |crio| {
             let pod = Pod::run(crio)?;
             let container = pod.create(&wanted("sleeper"))?;
@@ -202,7 +227,7 @@ fn broken(crio: &Crio<'_>) -> Result {
 /// Create fails when the agent's time is up.
 fn unborn(crio: &Crio<'_>) -> Result {
     let before = crio.node.census();
-    against(crio, "unborn", "[agent.kata]\ndial_timeout = 6\n", |crio| {
+    against(crio, "unborn", "[agent.kata]\ndial_timeout = 2\n", |crio| {
         let mut place = Place::make(crio, &PodWanted::default())?;
         let sandbox = place.prepare(crio)?;
         sandbox.begin_create()?.refused(ORDINARY)?;

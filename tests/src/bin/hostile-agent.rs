@@ -17,10 +17,13 @@ use std::{
 
 use agent::{
     client::LONGEST_READ,
-    protocol::agent::{
-        BlkioStatsEntry, CreateContainerRequest, GuestDetailsResponse, OOMEvent, ReadStreamResponse,
-        SignalProcessRequest, StatsContainerResponse, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
-        WriteStreamResponse,
+    protocol::{
+        agent::{
+            BlkioStatsEntry, CreateContainerRequest, GuestDetailsResponse, OOMEvent, ReadStreamResponse,
+            SignalProcessRequest, StatsContainerResponse, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
+            WriteStreamResponse,
+        },
+        relay::ReceiveResponse,
     },
 };
 use nix::mount::{MsFlags, mount};
@@ -203,10 +206,6 @@ impl Agent {
             ("oversized", "StartContainer") => {
                 self.port.announce(MESSAGE_TYPE_RESPONSE, call.stream, u32::MAX)?;
             }
-            ("crowded", "StartContainer") => {
-                let crowd = crowd(0x0a).repeat(30);
-                return self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &crowd);
-            }
             ("streaming", "StartContainer") => return self.port.frame(MESSAGE_TYPE_DATA, call.stream, &[]),
             ("gone", "StartContainer") => return self.hang_up(),
             ("links", "CreateSandbox") => link_out_of_the_share()?,
@@ -250,8 +249,9 @@ impl Agent {
             ("input-more", "WriteStdin") => self.write(call, |count| count + 1),
             ("input-most", "WriteStdin") => self.write(call, |_| u32::MAX),
             ("input-none", "WriteStdin") => self.write(call, |_| 0),
-            ("odd-exit", "WaitProcess") => self.exit(call.stream, -1),
+            ("odd-exit", "WaitProcess") => self.exit(call.stream, -1).and_then(|()| self.exit(call.stream, 0)),
             ("high-exit", "WaitProcess") => self.exit(call.stream, i32::MAX),
+            (_, "Receive") => self.port.reply(call.stream, relayed()),
             ("numbers", "StatsContainer") => self.port.reply(call.stream, numbers()),
             ("crowded", "StatsContainer") => self.port.reply(call.stream, crowded_stats()),
             ("crowded", "StartContainer") => self.port.reply(call.stream, strangers()),
@@ -270,8 +270,13 @@ impl Agent {
             ("late", "StatsContainer" | "RemoveContainer" | "CloseStdin" | "TtyWinResize") => Ok(()),
             _ => self.honest(call),
         }?;
-        // Once more, to a stream that is closed by now.
-        self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &[])
+        match call.method.as_str() {
+            // Once more, to a stream that is closed by now.
+            "CreateContainer" | "StartContainer" | "SignalProcess" | "WriteStdin" | "Dial" => {
+                self.port.frame(MESSAGE_TYPE_RESPONSE, call.stream, &[])
+            }
+            _ => Ok(()),
+        }
     }
 
     fn honest(&mut self, call: &Call) -> Result {
@@ -349,6 +354,13 @@ impl Agent {
         event.container_id = names[call.stream as usize / 2 % names.len()].clone();
         self.port.reply(call.stream, encode(&event))
     }
+}
+
+/// Data of a forwarded connection, of which there is always more.
+fn relayed() -> Vec<u8> {
+    let mut response = ReceiveResponse::new();
+    response.data = vec![b'x'; MOST];
+    encode(&response)
 }
 
 /// A guest that began before time, and has many features.
