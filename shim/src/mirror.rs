@@ -41,42 +41,55 @@ const EVENTS: usize = 4096;
 
 /// The mirrored volumes of a pod: all containers of the pod see the same copy.
 #[derive(Debug, Default)]
-pub struct Mirrors(tokio::sync::Mutex<HashSet<PathBuf>>);
+pub struct Mirrors(tokio::sync::Mutex<Made>);
+
+#[derive(Debug, Default)]
+struct Made {
+    /// Their places in the share.
+    volumes: HashSet<PathBuf>,
+    /// Copies that were begun: each is made at a place that no guest has seen.
+    copies: u32,
+}
 
 impl Mirrors {
     /// Puts a copy at the volume's place in the share, and keeps it as the volume is until the guest is gone. The second container that
     /// asks finds it there.
     pub async fn add(&self, volume: &ShareMount, share: &Share, agent: &Client) -> Result<()> {
         let mut made = self.0.lock().await;
-        if made.contains(&volume.share_path) {
+        if made.volumes.contains(&volume.share_path) {
             return Ok(());
         }
+        made.copies += 1;
         let source = volume.source.clone();
         // First the watch, then the copy: what changes in between is an event.
         let changes = watch(&source).at("watch", &source)?;
         let copied = ShareMount {
-            source: share.copy_of(volume),
+            source: share.place_of_copy(made.copies),
             readonly: false, // the agent writes to it
             recursive: false,
             propagation: Propagation::Private,
             ..volume.clone()
         };
         let share = share.clone();
-        let seen = tokio::task::spawn_blocking(move || {
-            let parent = copied.source.parent().unwrap_or(&copied.source);
-            fs::create_dir_all(parent).at("create", parent)?;
+        let published = tokio::task::spawn_blocking(move || {
+            fs::create_dir_all(&copied.source).at("create", &copied.source)?;
             let seen = copy(&source, &copied.source).at("copy", &source)?;
-            share.add_volume(&copied).map(|()| seen)
+            let folder = Item::of(&copied.source, Path::new(&seen.data)).at("look at the copy of", &source)?;
+            share.add_volume(&copied).map(|()| (seen, folder))
         });
+        let (seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
+        made.volumes.insert(volume.share_path.clone());
+        let guest = Path::new(GUEST_SHARE).join(&volume.share_path);
         let mirror = Mirror {
             source: volume.source.clone(),
-            guest: Path::new(GUEST_SHARE).join(&volume.share_path),
+            guest: guest.clone(),
             agent: agent.clone(),
-            seen: seen.await.map_err(io::Error::other).action("copy a volume")??,
+            seen,
         };
         tokio::spawn(mirror.follow(changes));
-        made.insert(volume.share_path.clone());
-        Ok(())
+        // Changes nothing, but the agent looks: the guest mounts a part of the share where somebody first looks at it, and only who looks at
+        // the agent's own mount hears of what the agent does.
+        Ok(folder.send(&guest, agent).await?)
     }
 }
 

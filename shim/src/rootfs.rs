@@ -76,9 +76,9 @@ impl Share {
         &self.export
     }
 
-    /// Where the copy of a volume is made, out of the guest's sight.
-    pub fn copy_of(&self, volume: &ShareMount) -> PathBuf {
-        self.staging.join("copies").join(&volume.share_path)
+    /// Where the copy of this number is made of a volume, out of the guest's sight.
+    pub fn place_of_copy(&self, number: u32) -> PathBuf {
+        self.staging.join("copies").join(number.to_string())
     }
 
     /// Mounts a container's root file system at `<cid>/rootfs`: what containerd's snapshotter asks for, or the directory
