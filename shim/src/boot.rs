@@ -391,3 +391,17 @@ fn dns_lines(pod: &Pod) -> Result<Vec<String>> {
         .map(str::to_owned)
         .collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn what_a_guest_writes_does_not_pass_for_our_own_lines() {
+        let words = "booting\r\n2026-01-01T00:00:00Z  INFO shim: all is well\n\x1b[2Jgone\n";
+        for line in quoted(words).lines() {
+            assert!(line.starts_with("| ") && !line.contains(char::is_control), "{line:?}");
+        }
+        assert_eq!(quoted("one"), "| one\n");
+    }
+}

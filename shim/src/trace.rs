@@ -146,4 +146,25 @@ mod tests {
         );
         assert!(trace.render().contains("751.0 ms"), "{}", trace.render());
     }
+
+    #[test]
+    fn a_guests_clock_that_began_before_its_machine_is_not_believed() {
+        let mut trace = Trace::default();
+        trace.set(Mark::QemuSpawned, UNIX_EPOCH + Duration::from_secs(1_000));
+        let answered = UNIX_EPOCH + Duration::from_secs(1_002);
+        for (pid1, now) in [
+            (0, 2_000_001),
+            (u64::MAX, u64::MAX),
+            (0, u64::MAX),
+            (u64::MAX, 3_000_000),
+        ] {
+            trace.set_guest(pid1, now, answered);
+            assert!(
+                !trace.has(Mark::KernelEntered) && !trace.has(Mark::Pid1),
+                "{pid1} {now}"
+            );
+        }
+        trace.set_guest(u64::MAX, 2_000_000, answered);
+        assert!(trace.has(Mark::KernelEntered));
+    }
 }

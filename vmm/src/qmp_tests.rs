@@ -163,6 +163,12 @@ fn what_qemu_reports_unasked_reaches_every_listener() {
                 r#"{{{stamp}, "event": "DEVICE_DELETED", "data": {{"path": "/machine/peripheral/cpu-0-2-0/lapic"}}}}"#
             ),
             format!(r#"{{{stamp}, "event": "RESUME"}}"#),
+            // No device of ours.
+            format!(
+                r#"{{{stamp}, "event": "DEVICE_DELETED", "data": {{"device": "{}"}}}}"#,
+                "d".repeat(LONGEST_ID + 1)
+            ),
+            format!(r#"{{{stamp}, "event": "DEVICE_DELETED", "data": {{"device": "last"}}}}"#),
         ] {
             peer.say(line).await;
         }
@@ -176,6 +182,7 @@ fn what_qemu_reports_unasked_reaches_every_listener() {
             assert_eq!(next(listener).await, Event::DeviceDeleted("dimm0".into()));
             assert_eq!(next(listener).await, Event::DeviceKept("d".into()));
             assert_eq!(next(listener).await, Event::DeviceDeleted("cpu-0-2-0".into()));
+            assert_eq!(next(listener).await, Event::DeviceDeleted("last".into()));
         }
     });
 }
