@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod engine;
+pub mod exposition;
 mod guard;
 pub mod oci;
 pub mod server;
