@@ -2,6 +2,7 @@
 //!
 //! Sources: `pkg/cri/annotations/annotations.go` of containerd, `pkg/annotations` of CRI-O (1.34 and before, and after).
 
+use crate::undo::PodName;
 use serde::Deserialize;
 use std::collections::HashMap;
 
@@ -43,6 +44,16 @@ pub struct Identity {
     pub pod_namespace: Option<String>,
     /// Name of the container in its pod; `None` for the sandbox.
     pub container_name: Option<String>,
+}
+
+impl Identity {
+    /// The pod's full name; `None` without a CRI.
+    pub fn name(&self) -> Option<PodName> {
+        Some(PodName {
+            namespace: self.pod_namespace.clone()?,
+            name: self.pod_name.clone()?,
+        })
+    }
 }
 
 /// What kubelet told the CRI about the whole pod: the sum of its containers' resources. A hint: containers that run one after the other

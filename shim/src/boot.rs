@@ -54,6 +54,9 @@ const CONFIGURE: Duration = Duration::from_secs(60);
 /// Bytes that CRI-O and containerd give a pod's `/dev/shm` by default.
 const DEFAULT_SHM: u64 = 64 << 20;
 
+/// The most letters of the guest's console in an error.
+const LONGEST_LINE: usize = 200;
+
 /// A running guest.
 pub struct Guest {
     /// The VM.
@@ -115,11 +118,13 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     };
     let serve = async { start_virtiofsd(&plan, spawner, &share) };
     let (mut network, (virtiofsd, fs)) = tokio::try_join!(attach, serve)?;
-    record(state, virtiofsd.child().pid())?;
+    state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
+    record(state, state.virtiofsd)?;
 
     let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs)?;
     let vm = Arc::new(Vm::start(spawner, &spec, fds, &placement).await?);
-    record(state, vm.child().pid())?;
+    state.qemu = ProcessId::of(vm.child().pid());
+    record(state, state.qemu)?;
     trace.set(Mark::QemuSpawned, vm.spawned_at());
     trace.set(Mark::QmpReady, vm.qmp_ready_at());
 
@@ -131,7 +136,10 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         // The sandbox, which tells, is there: it waits for this.
         Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
-    let agent = ready.inspect_err(|_| tracing::error!("{}", last_words(&vm, &virtiofsd)))?;
+    let agent = match ready {
+        Ok(agent) => agent,
+        Err(error) => return Err(explained(error, &vm, &virtiofsd).await),
+    };
     if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
         forward::serve(loopback, agent.clone(), vm.clone());
     }
@@ -270,11 +278,26 @@ async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mu
     Ok(agent)
 }
 
-/// What those who may know why a VM ended said last: the guest's console, QEMU, virtiofsd. Each line is marked as theirs: a guest could
-/// write what looks like a line of ours.
-pub fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
+/// Ends the VM of a failed start, logs what everybody in it said last, and adds to the error what the guest said of it.
+async fn explained(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
+    virtiofsd.child().kill();
+    vm.stop().await;
+    let words = last_words(vm, virtiofsd).await;
+    tracing::error!("{words}");
+    match telling(&vm.console_tail()) {
+        Some(line) => Error::Boot {
+            error: Box::new(error),
+            line,
+        },
+        None => error,
+    }
+}
+
+/// What those who may know why a VM ended said last, 64 KiB of each at most: the guest's console, which has the agent's log,
+/// QEMU, virtiofsd. Each line is marked as theirs: a guest could write what looks like a line of ours.
+pub async fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
     let tails = [
-        ("the guest's console", vm.console_tail()),
+        ("the guest's console", vm.console_last_words().await),
         ("QEMU", vm.log_tail()),
         ("virtiofsd", virtiofsd.log_tail()),
     ];
@@ -288,6 +311,16 @@ fn quoted(words: &str) -> String {
     lines
         .map(|line| format!("| {}\n", line.replace(char::is_control, " ")))
         .collect()
+}
+
+/// The line of a console that tells most: that of a panic, else the last. Made fit for a sentence that people read: the guest
+/// is not to be trusted with control characters, nor with its length.
+fn telling(console: &str) -> Option<String> {
+    let lines = || console.lines().map(str::trim).filter(|line| !line.is_empty());
+    let panic = lines().find(|line| line.contains("Kernel panic - not syncing"));
+    let line = panic.or_else(|| lines().next_back())?;
+    let plain = line.chars().filter(|letter| !letter.is_control());
+    Some(plain.take(LONGEST_LINE).collect())
 }
 
 async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {
@@ -361,12 +394,9 @@ fn shm_storage(pod: &Pod) -> Result<Storage> {
     Ok(storage)
 }
 
-fn record(state: &mut State, pid: u32) -> Result<()> {
+fn record(state: &mut State, child: Option<ProcessId>) -> Result<()> {
     // A child that is dead already needs no undoing.
-    match ProcessId::of(pid) {
-        Some(process) => state.push(Undo::Process(process)),
-        None => Ok(()),
-    }
+    child.map_or(Ok(()), |process| state.push(Undo::Process(process)))
 }
 
 /// Runs blocking set-up work beside the rest.
@@ -394,7 +424,7 @@ fn dns_lines(pod: &Pod) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::quoted;
+    use super::*;
 
     #[test]
     fn what_a_guest_writes_does_not_pass_for_our_own_lines() {
@@ -403,5 +433,18 @@ mod tests {
             assert!(line.starts_with("| ") && !line.contains(char::is_control), "{line:?}");
         }
         assert_eq!(quoted("one"), "| one\n");
+    }
+
+    #[test]
+    fn a_console_is_told_by_its_panic_or_its_last_line() {
+        let panic = "[    0.9] VFS: Cannot open root device\r\n[    1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n\
+                     [    1.1] Rebooting in 1 seconds..\r\n";
+        assert_eq!(
+            telling(panic).as_deref(),
+            Some("[    1.0] Kernel panic - not syncing: VFS: Unable to mount root fs")
+        );
+        assert_eq!(telling("one\ntwo \u{1b}[31mred\n\n").as_deref(), Some("two [31mred"));
+        assert_eq!(telling(&"x".repeat(70_000)).map(|line| line.len()), Some(LONGEST_LINE));
+        assert_eq!(telling(" \n"), None);
     }
 }

@@ -24,8 +24,16 @@ pub enum Error {
     #[error("{0} is not supported by this runtime")]
     Unsupported(&'static str),
     /// The virtual machine has ended; the sentence says why.
-    #[error("the virtual machine of sandbox {0}")]
+    #[error("the virtual machine {0}")]
     VmGone(String),
+    /// The guest did not come up; its console may say why.
+    #[error("{error}; its console says: {line}")]
+    Boot {
+        /// What went wrong.
+        error: Box<Error>,
+        /// The line of the console that tells most.
+        line: String,
+    },
     /// A system call on a path failed.
     #[error("cannot {action} {path}: {source}")]
     Path {
@@ -111,11 +119,11 @@ pub fn decode<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static 
     move |e| Error::Decode { what, source: e.into() }
 }
 
-impl From<Error> for ttrpc::Error {
+impl Error {
     /// containerd maps these to gRPC codes; `UNIMPLEMENTED` on Create would make it retry with an older API, and
     /// "gone" must be `NOT_FOUND` or a pod can never be removed.
-    fn from(error: Error) -> Self {
-        let code = match &error {
+    fn code(&self) -> Code {
+        match self {
             Error::NotFound(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Error::Precondition(_) | Error::VmGone(_) => Code::FAILED_PRECONDITION,
@@ -124,8 +132,14 @@ impl From<Error> for ttrpc::Error {
             }
             Error::Unsupported(_) => Code::UNIMPLEMENTED,
             Error::Agent(agent::client::ClientError::NotFound(_)) => Code::NOT_FOUND,
+            Error::Boot { error, .. } => error.code(),
             _ => Code::INTERNAL,
-        };
-        ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.to_string()))
+        }
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> Self {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.to_string()))
     }
 }

@@ -8,6 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
+use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::{
     Registry,
     filter::LevelFilter,
@@ -18,20 +19,36 @@ use tracing_subscriber::{
 
 static LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 
-/// The fifo; a line that does not fit while nobody reads is dropped: the log must never hold up a pod.
-struct Fifo(File);
+/// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together.
+const ROOM: i32 = 256 << 10;
+/// Letters of the sandbox's id before each line, as `crictl` shows them: the CRI's log has the lines of all pods.
+const SHORT: usize = 13;
+
+/// The fifo; a record that does not fit while nobody reads is cut off: the log must never hold up a pod.
+struct Fifo {
+    file: File,
+    prefix: String,
+}
 
 impl Write for &Fifo {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        match (&self.0).write(line) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(line.len()),
-            other => other,
+    /// Takes one record, which may have several lines.
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let marked = marked(&self.prefix, record);
+        match (&self.file).write_all(&marked) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(record.len()),
+            other => other.map(|()| record.len()),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// The lines of a record, each with the prefix.
+fn marked(prefix: &str, record: &[u8]) -> Vec<u8> {
+    let lines = record.split_inclusive(|byte| *byte == b'\n');
+    lines.flat_map(|line| [prefix.as_bytes(), line].concat()).collect()
 }
 
 impl<'a> MakeWriter<'a> for Fifo {
@@ -44,17 +61,24 @@ impl<'a> MakeWriter<'a> for Fifo {
 
 /// Logs to `log` in the working directory, the bundle of the sandbox. Without it (a caller other than a CRI) nothing
 /// is logged.
-pub fn init(debug: bool) {
+pub fn init(sandbox: &str, debug: bool) {
     // Open for reading too: a daemon that restarts leaves the fifo without a reader for a while.
     let fifo = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(nix::libc::O_NONBLOCK)
         .open("log");
-    let Ok(fifo) = fifo else { return };
+    let Ok(file) = fifo else { return };
+    // With less room a long record may be cut off, and nothing else.
+    let _room = fcntl(&file, FcntlArg::F_SETPIPE_SZ(ROOM));
+    let short: String = sandbox.chars().take(SHORT).collect();
+    let fifo = Fifo {
+        file,
+        prefix: format!("kata[{short}] "),
+    };
     let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
     let (filter, handle) = reload::Layer::new(level);
-    let lines = fmt::layer().with_ansi(false).with_writer(Fifo(fifo));
+    let lines = fmt::layer().with_ansi(false).with_writer(fifo);
     // Set once, in a process that has just begun: there is no other subscriber to refuse it.
     tracing::subscriber::set_global_default(Registry::default().with(filter).with(lines)).unwrap_or_default();
     LEVEL.set(handle).unwrap_or_default();
@@ -65,5 +89,17 @@ pub fn init(debug: bool) {
 pub fn verbose() {
     if let Some(level) = LEVEL.get() {
         level.modify(|level| *level = LevelFilter::DEBUG).unwrap_or_default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_tells_its_sandbox() {
+        let record = b"ERROR the last words of QEMU:\nno such device\n";
+        let lines = "kata[0123] ERROR the last words of QEMU:\nkata[0123] no such device\n";
+        assert_eq!(marked("kata[0123] ", record), lines.as_bytes());
     }
 }

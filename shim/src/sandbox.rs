@@ -12,14 +12,14 @@
 mod verbs;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     future::Future,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
-use agent::protocol::agent as wire;
+use agent::{exposition::Histogram, protocol::agent as wire};
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
@@ -69,6 +69,8 @@ pub struct Sandbox {
     trace: Mutex<Trace>,
     /// Whether Create has the state.
     booting: watch::Sender<bool>,
+    /// How long the calls of the task API took, by their names.
+    durations: Mutex<BTreeMap<&'static str, Histogram>>,
     /// Why the VM has ended.
     down: watch::Sender<Option<String>>,
     ended: watch::Sender<bool>,
@@ -86,6 +88,7 @@ impl Sandbox {
             state: Mutex::new(Some(state)),
             trace: Mutex::default(),
             booting: watch::Sender::new(false),
+            durations: Mutex::default(),
             down: watch::Sender::new(None),
             ended: watch::Sender::new(false),
         }))
@@ -108,6 +111,16 @@ impl Sandbox {
     /// The process that stands for every task: QEMU, which lives in the pod's network namespace. 0 without a VM.
     pub fn pid(&self) -> u32 {
         self.guest.get().map_or(0, |guest| guest.vm.child().pid())
+    }
+
+    /// Notes how long a call took.
+    pub fn took(&self, call: &'static str, duration: Duration) {
+        lock(&self.durations).entry(call).or_default().observe(duration);
+    }
+
+    /// How long calls took, by their names.
+    pub fn durations(&self) -> BTreeMap<&'static str, Histogram> {
+        lock(&self.durations).clone()
     }
 
     /// Finds a container.
@@ -219,6 +232,7 @@ impl Sandbox {
         let mark = state.mark();
         let result = async {
             let pod = Pod::of(spec)?;
+            state.pod = pod.identity.name();
             let config = Config::load(options::config_path(options)?.as_deref())?.with_annotations(&pod.annotations)?;
             if config.hypervisor.debug || config.agent.debug || config.runtime.debug {
                 log::verbose();
@@ -401,7 +415,9 @@ impl Sandbox {
         guest.vm.stop().await;
         guest.virtiofsd.child().exited().await;
         tracing::info!("the virtual machine has ended");
-        tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd));
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd).await);
+        }
         for container in self.all() {
             if let Err(error) = guest.share.remove(&container.id) {
                 tracing::warn!(%error, container = container.id, "the container's files stay mounted");

@@ -44,7 +44,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
         .open("/dev/null")
         .at("open", "/dev/null")?;
     dup2_stdin(&null).action("detach standard input")?;
-    log::init(cli.debug);
+    log::init(&cli.id, cli.debug);
     private_mounts()?;
     let mut state = State::create(&cli.id)?;
     if let Some(socket) = listener.local_addr().action("name the socket")?.as_pathname() {

@@ -5,7 +5,7 @@
 //! clean up and it needs nothing but the state file.
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -74,7 +74,31 @@ pub struct State {
     sandbox: String,
     /// The shim that serves the sandbox.
     pub shim: ProcessId,
+    /// The pod, where a CRI has named it.
+    #[serde(default)]
+    pub pod: Option<PodName>,
+    /// The share's server, from its start on.
+    #[serde(default)]
+    pub virtiofsd: Option<ProcessId>,
+    /// The VM, from its start on.
+    #[serde(default)]
+    pub qemu: Option<ProcessId>,
     undo: Vec<Undo>,
+}
+
+/// A pod as Kubernetes names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+}
+
+impl fmt::Display for PodName {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}/{}", self.namespace, self.name)
+    }
 }
 
 impl State {
@@ -90,6 +114,9 @@ impl State {
             version: VERSION,
             sandbox: sandbox.into(),
             shim,
+            pod: None,
+            virtiofsd: None,
+            qemu: None,
             undo: Vec::new(),
         };
         state.save()?;
@@ -166,13 +193,27 @@ pub fn dir_of(sandbox: &str) -> PathBuf {
     Path::new(RUN_DIR).join(sandbox)
 }
 
+/// The names of all sandboxes of this node, in their order; `kata-ctl` and the sweep look at each.
+pub fn names() -> Result<Vec<String>> {
+    let entries = match fs::read_dir(RUN_DIR) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).at("read", RUN_DIR),
+    };
+    let names = entries.flatten().map(|entry| entry.file_name().into_string());
+    // What is no text is no sandbox: ids are plain names.
+    let mut names: Vec<String> = names.flatten().collect();
+    names.sort();
+    Ok(names)
+}
+
 /// Removes what shims that no longer live have left on this node. Under CRI-O nobody else does.
 pub fn sweep() {
-    let Ok(entries) = fs::read_dir(RUN_DIR) else { return };
-    for name in entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-    {
+    let names = match names() {
+        Ok(names) => names,
+        Err(error) => return tracing::warn!(%error, "cannot sweep"),
+    };
+    for name in names {
         if let Err(error) = remove_if_dead(&name) {
             tracing::warn!(%error, sandbox = name, "cannot sweep");
         }

@@ -34,9 +34,7 @@ pub const OF_A_VM: &[Story] = &[
         refused(node, "kata-bad-key", &["defualt_memory", "default_memory"])
     }),
     ("a_kernel_that_is_none", |node, _| refused(node, "kata-bad-kernel", &[])),
-    ("an_initrd_that_is_none", |node, _| {
-        refused(node, "kata-bad-initrd", &[])
-    }),
+    ("an_initrd_that_is_none", an_initrd_that_is_none),
     ("the_hosts_network", the_hosts_network),
 ];
 
@@ -79,6 +77,29 @@ fn refused(node: &Node, handler: &str, words: &[&str]) -> Result {
         return Err(Failure::Claim(format!("a pod with {handler} should have been refused")));
     };
     one_sentence(&failure.to_string(), words)
+}
+
+/// A guest's kernel that panics has its last words in the caller's sentence, and its console in the log, marked as the pod's.
+fn an_initrd_that_is_none(node: &Node, _: Runtime) -> Result {
+    refused(
+        node,
+        "kata-bad-initrd",
+        &["its console says", "Kernel panic - not syncing"],
+    )?;
+    let said = |log: &str| {
+        let of_pods = log.lines().filter(|line| line.starts_with("kata["));
+        let lines: Vec<&str> = of_pods.filter_map(|line| Some(line.split_once("] ")?.1)).collect();
+        let begin = lines
+            .iter()
+            .position(|line| line.contains("the last words of the guest's console"));
+        let rest = begin.map(|begin| &lines[begin..]).unwrap_or_default();
+        rest.iter().any(|line| line.contains("Kernel panic - not syncing"))
+    };
+    let log = node.path("containerd.log");
+    node.events().bell.until("the console in the log", SOON, || {
+        let text = fs::read_to_string(&log).map_err(|error| error.to_string())?;
+        said(&text).then_some(()).ok_or(text)
+    })
 }
 
 fn one_sentence(said: &str, words: &[&str]) -> Result {

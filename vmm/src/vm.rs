@@ -171,6 +171,11 @@ impl Vm {
         self.console.text()
     }
 
+    /// The same of a VM that has ended: what is on its way is waited for, a second at most.
+    pub async fn console_last_words(&self) -> String {
+        self.console.last_words().await
+    }
+
     /// The last 64 KiB of what QEMU wrote to its standard error.
     pub fn log_tail(&self) -> String {
         self.log.text()
