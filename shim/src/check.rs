@@ -3,6 +3,7 @@
 use std::{
     fmt,
     fs::{self, File},
+    io,
     path::Path,
     process::Command,
 };
@@ -93,7 +94,8 @@ fn finding(part: &'static str, verdict: Verdict, detail: impl Into<String>) -> F
     }
 }
 
-fn text(path: &str) -> String {
+/// A small file of the kernel's; empty when there is none.
+pub fn text(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
@@ -122,10 +124,20 @@ fn accelerator(accelerator: Accelerator) -> Finding {
     }
 }
 
+/// The first line of what a program says of its version.
+///
+/// # Errors
+/// It cannot be started.
+pub fn version_line(program: &Path) -> io::Result<String> {
+    let output = Command::new(program).arg("--version").output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+}
+
 /// A program of the configuration: it has to start, and to be new enough.
 fn program(part: &'static str, path: &Path, oldest: (u32, u32), key: &str) -> Finding {
-    let output = match Command::new(path).arg("--version").output() {
-        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+    let first = match version_line(path) {
+        Ok(first) => first,
         Err(error) => {
             let detail = format!(
                 "{} cannot be started: {error}; install it, or set `{key}`",
@@ -134,8 +146,7 @@ fn program(part: &'static str, path: &Path, oldest: (u32, u32), key: &str) -> Fi
             return finding(part, Verdict::Missing, detail);
         }
     };
-    let first = output.lines().next().unwrap_or_default().trim();
-    match version(first) {
+    match version(&first) {
         Some(found) if found >= oldest => finding(part, Verdict::Ok, format!("{first} ({})", path.display())),
         _ => {
             let (major, minor) = oldest;

@@ -286,6 +286,18 @@ impl Config {
         Self::from_tables(tables, self.origin.clone())
     }
 
+    /// The files that this came from: the one named, and its drop-ins in their order.
+    ///
+    /// # Errors
+    /// The folder of drop-ins cannot be read.
+    pub fn files(&self) -> Result<Vec<PathBuf>, ConfigError> {
+        let Some(origin) = &self.origin else {
+            return Ok(Vec::new());
+        };
+        let drop_ins = drop_ins(origin)?.into_iter().map(|(path, _)| path);
+        Ok([origin.clone()].into_iter().chain(drop_ins).collect())
+    }
+
     /// What a file changes: its own path, a line for each key that differs from Sandpod's default, and one for each without effect.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.origin.as_ref().map_or_else(

@@ -21,7 +21,7 @@ use crate::{
     cli::Cli,
     error::{Context, Result},
     events::Events,
-    log,
+    log, metrics,
     sandbox::Sandbox,
     service::Service,
     undo::{State, Undo},
@@ -66,7 +66,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
     }))
 }
 
-async fn run(cli: &Cli, listener: UnixListener, state: State, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl FnOnce() -> Result<()>) -> Result<()> {
     // A node's shutdown sends TERM to every process; the pod ends when the CRI says so, not before.
     let _ignored = signal(SignalKind::terminate()).action("ignore SIGTERM")?;
     listener.set_nonblocking(true).action("prepare the socket")?;
@@ -76,7 +76,14 @@ async fn run(cli: &Cli, listener: UnixListener, state: State, ready: impl FnOnce
             .ok()
             .filter(|address| !address.is_empty()),
     );
+    // A pod runs without metrics too, such as one whose id makes the socket's path too long.
+    let monitor = metrics::listen(&cli.id, &mut state)
+        .inspect_err(|error| tracing::warn!(%error, "this sandbox has no metrics"))
+        .ok();
     let sandbox = Sandbox::new(&cli.id, events, state)?;
+    if let Some(monitor) = monitor {
+        metrics::serve(monitor, sandbox.clone())?;
+    }
     let ended = sandbox.ended();
     sandbox.expect_create();
     let service: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::new(Service::new(sandbox));

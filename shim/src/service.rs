@@ -5,7 +5,7 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, resume_unwind},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
@@ -52,33 +52,14 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
     }
 }
 
-/// Answers one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
-async fn answer<T>(verb: &'static str, request: impl Future<Output = Result<T>>) -> ttrpc::Result<T> {
-    match AssertUnwindSafe(request).catch_unwind().await {
-        Ok(Ok(reply)) => Ok(reply),
-        Ok(Err(error)) => {
-            tracing::info!(verb, %error, "refused");
-            Err(error.into())
-        }
-        Err(_) => {
-            tracing::error!(verb, "panicked");
-            let sentence = format!("the shim failed in {verb}; its log says where");
-            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
-                ttrpc::Code::INTERNAL,
-                sentence,
-            )))
-        }
-    }
-}
-
 #[async_trait]
 impl Task for Service {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        answer("State", async { self.state_of(&request) }).await
+        self.answer("state", async { self.state_of(&request) }).await
     }
 
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        self.carry_out("Create", async move |sandbox| {
+        self.carry_out("create", async move |sandbox| {
             let pid = sandbox.create(request).await?;
             Ok(CreateTaskResponse {
                 pid,
@@ -89,7 +70,7 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        self.carry_out("Start", async move |sandbox| {
+        self.carry_out("start", async move |sandbox| {
             let pid = sandbox.start(&request.id, &request.exec_id).await?;
             Ok(StartResponse {
                 pid,
@@ -100,7 +81,7 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        self.carry_out("Delete", async move |sandbox| {
+        self.carry_out("delete", async move |sandbox| {
             let (pid, exit) = sandbox.delete(&request.id, &request.exec_id).await?;
             Ok(DeleteResponse {
                 pid,
@@ -113,7 +94,7 @@ impl Task for Service {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        answer("Pids", async {
+        self.answer("pids", async {
             self.sandbox.container(&request.id)?;
             let process = ProcessInfo {
                 pid: self.sandbox.pid(),
@@ -128,32 +109,33 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("Pause", async move |sandbox| {
+        self.carry_out("pause", async move |sandbox| {
             empty(sandbox.pause(&request.id, true).await)
         })
         .await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("Resume", async move |sandbox| {
+        self.carry_out("resume", async move |sandbox| {
             empty(sandbox.pause(&request.id, false).await)
         })
         .await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        answer("Checkpoint", async { Err(Error::Unsupported("checkpoint")) }).await
+        self.answer("checkpoint", async { Err(Error::Unsupported("checkpoint")) })
+            .await
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("Kill", async move |sandbox| {
+        self.carry_out("kill", async move |sandbox| {
             empty(sandbox.kill(&request.id, &request.exec_id, request.signal).await)
         })
         .await
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        answer("Exec", async {
+        self.answer("exec", async {
             self.sandbox.exec(request)?;
             Ok(Empty::default())
         })
@@ -161,7 +143,7 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("ResizePty", async move |sandbox| {
+        self.carry_out("resize_pty", async move |sandbox| {
             let (rows, columns) = (request.height, request.width);
             empty(sandbox.resize(&request.id, &request.exec_id, rows, columns).await)
         })
@@ -169,7 +151,7 @@ impl Task for Service {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        answer("CloseIO", async {
+        self.answer("close_io", async {
             let process = self.sandbox.container(&request.id)?.process(&request.exec_id)?;
             if request.stdin {
                 process.close_stdin.send_replace(true);
@@ -180,14 +162,14 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("Update", async move |sandbox| {
+        self.carry_out("update", async move |sandbox| {
             empty(sandbox.update(&request.id, request.resources.as_ref()).await)
         })
         .await
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        answer("Wait", async {
+        self.answer("wait", async {
             let process = self.sandbox.container(&request.id)?.process(&request.exec_id)?;
             let exit = process.wait().await;
             Ok(WaitResponse {
@@ -200,7 +182,7 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        answer("Stats", async {
+        self.answer("stats", async {
             let stats = self.sandbox.stats(&request.id).await?;
             Ok(StatsResponse {
                 stats: Some(stats).into(),
@@ -211,7 +193,7 @@ impl Task for Service {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        answer("Connect", async {
+        self.answer("connect", async {
             self.sandbox.container(&request.id)?;
             Ok(ConnectResponse {
                 shim_pid: std::process::id(),
@@ -224,7 +206,7 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.carry_out("Shutdown", async move |sandbox| {
+        self.carry_out("shutdown", async move |sandbox| {
             empty(sandbox.shutdown(request.now).await)
         })
         .await
@@ -248,7 +230,29 @@ impl Service {
                 Err(Err(_)) => std::future::pending().await,
             }
         };
-        answer(verb, end).await
+        self.answer(verb, end).await
+    }
+
+    /// Answers one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
+    async fn answer<T>(&self, verb: &'static str, request: impl Future<Output = Result<T>>) -> ttrpc::Result<T> {
+        let began = Instant::now();
+        let outcome = AssertUnwindSafe(request).catch_unwind().await;
+        self.sandbox.took(verb, began.elapsed());
+        match outcome {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(error)) => {
+                tracing::info!(verb, %error, "refused");
+                Err(error.into())
+            }
+            Err(_) => {
+                tracing::error!(verb, "panicked");
+                let sentence = format!("the shim failed in {verb}; its log says where");
+                Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
+                    ttrpc::Code::INTERNAL,
+                    sentence,
+                )))
+            }
+        }
     }
 
     fn state_of(&self, request: &StateRequest) -> Result<StateResponse> {

@@ -11,6 +11,7 @@ use tests::{
 };
 
 mod disks;
+mod insight;
 mod isolation;
 mod lifecycle;
 mod memory;
@@ -33,7 +34,7 @@ const COMMON: &[&[Story]] = &[
 ];
 
 /// Stories about the virtual machine.
-const OF_A_VM: &[&[Story]] = &[isolation::OF_A_VM, volumes::OF_A_VM, memory::OF_A_VM];
+const OF_A_VM: &[&[Story]] = &[isolation::OF_A_VM, volumes::OF_A_VM, memory::OF_A_VM, insight::OF_A_VM];
 
 /// What could differ with another containerd or another kernel: each call of the CRI and of ctr, each device of the machine.
 const SELECTION: &[&str] = &[

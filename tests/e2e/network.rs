@@ -38,7 +38,7 @@ const SERVER: &[&str] = &["httpd", "-f", "-p", "8080", "-h", "/www"];
 fn a_web_server_on_the_pods_address(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "web")?.run()?;
     pod.container("server", SERVER).run()?;
-    same("page", node.get(&pod.ip()?, 8080)?.as_str(), images::PAGE)?;
+    same("page", node.get(&pod.ip()?, 8080, "/")?.as_str(), images::PAGE)?;
     pod.remove()
 }
 
@@ -48,7 +48,7 @@ fn two_pods_talk(node: &Node, runtime: Runtime) -> Result {
     server.container("server", SERVER).run()?;
     let neighbour = server.container("neighbour", &["sleep", "infinity"]).run()?;
     let ip = server.ip()?;
-    node.get(&ip, 8080)?;
+    node.get(&ip, 8080, "/")?;
     same(
         "over loopback",
         neighbour.shell("wget -qO- http://127.0.0.1:8080/")?.as_str(),
@@ -75,7 +75,7 @@ fn a_network_that_was_there_before(node: &Node, runtime: Runtime) -> Result {
         .flag("--with-ns")
         .flag(&format!("network:{}", network.path()))
         .start(SERVER)?;
-    same("page", node.get(&network.ip(), 8080)?.as_str(), images::PAGE)?;
+    same("page", node.get(&network.ip(), 8080, "/")?.as_str(), images::PAGE)?;
     task.remove()?;
     same("devices and filters afterwards", network.look()?, before)?;
     network.remove()
@@ -104,7 +104,7 @@ fn a_port_is_forwarded(node: &Node, runtime: Runtime) -> Result {
     let client = client.process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
     let client = Background(client.spawn().trying("starting crictl")?);
     for _ in 0..3 {
-        same("page", node.get("127.0.0.1", 18080)?.as_str(), images::PAGE)?;
+        same("page", node.get("127.0.0.1", 18080, "/")?.as_str(), images::PAGE)?;
     }
     drop(client);
     pod.remove()

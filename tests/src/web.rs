@@ -12,15 +12,15 @@ use crate::{
     run,
 };
 
-/// How long a server may take to say something.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a server may take to say something: more than a monitor waits for a guest that does not answer.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 impl Node {
-    /// The body of the answer to `GET /` on an address of a pod, asked from the node; a server that does not listen yet is asked again.
+    /// The body of the answer to a GET on an address that the node reaches; a server that does not listen yet is asked again.
     ///
     /// # Errors
     /// [`Failure::Deadline`] with the last refusal.
-    pub fn get(&self, ip: &str, port: u16) -> Result<String> {
+    pub fn get(&self, ip: &str, port: u16, target: &str) -> Result<String> {
         let address: SocketAddr = format!("{ip}:{port}")
             .parse()
             .map_err(|error| Failure::Claim(format!("{ip}:{port}: {error}")))?;
@@ -28,16 +28,17 @@ impl Node {
             self.events()
                 .bell
                 .until(&format!("an answer from {address}"), run::ORDINARY, || {
-                    ask(address).map_err(|failure| failure.to_string())
+                    ask(address, target).map_err(|failure| failure.to_string())
                 })
         })
     }
 }
 
-fn ask(address: SocketAddr) -> Result<String> {
+fn ask(address: SocketAddr, target: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE).trying("connecting")?;
     stream.set_read_timeout(Some(PATIENCE)).trying("setting a deadline")?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").trying("asking")?;
+    let request = format!("GET {target} HTTP/1.0\r\n\r\n");
+    stream.write_all(request.as_bytes()).trying("asking")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).trying("reading the answer")?;
     match answer.split_once("\r\n\r\n") {

@@ -1,19 +1,28 @@
 //! What an administrator asks a node about its sandboxes.
 
-use std::{path::Path, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use shim::{
     check::{self, Verdict},
     config::Config,
-    error::{Error, Result},
+    ctl::{self, env::Env, gather, monitor, top},
+    error::{Context, Error, Result},
     trace::Trace,
-    undo::{RUN_DIR, State},
 };
 
 const USAGE: &str = "usage: kata-ctl check [--json]   whether this node can run pods, and what is missing
        kata-ctl config [FILE]    what a configuration changes against Sandpod's defaults, and what of it has no effect
+       kata-ctl env [--json]     versions, sums and paths of everything that pods run with, and the host
        kata-ctl list             the sandboxes of this node
+       kata-ctl top [--json]     what each sandbox holds of the node's memory, each page counted once, and its processor time
        kata-ctl trace SANDBOX    the start-up waterfall of a sandbox
+       kata-ctl gather [--output FILE]      what a bug report needs, as a gzipped tar
+       kata-ctl monitor [--listen ADDRESS]  serves the metrics of all sandboxes to Prometheus, on 127.0.0.1:8090
        kata-ctl --version";
 
 fn main() -> ExitCode {
@@ -24,8 +33,16 @@ fn main() -> ExitCode {
         ["check", "--json"] => return check(true),
         ["config"] => explain(None),
         ["config", file] => explain(Some(Path::new(file))),
-        ["list"] => list(),
+        ["env"] => environment().and_then(|env| env.toml()),
+        ["env", "--json"] => environment().map(|env| line(&serde_json::json!(env))),
+        ["list"] => ctl::list(),
+        ["top"] => in_runtime(top::measure()).map(|usages| top::render(&usages)),
+        ["top", "--json"] => in_runtime(top::measure()).map(|usages| line(&serde_json::json!(usages))),
         ["trace", sandbox] => Trace::load(sandbox).map(|trace| trace.render()),
+        ["gather"] => archive(None),
+        ["gather", "--output", file] => archive(Some(Path::new(file))),
+        ["monitor"] => watch(monitor::ADDRESS),
+        ["monitor", "--listen", address] => watch(address),
         ["--version"] => Ok(format!("kata-ctl {}\n", env!("CARGO_PKG_VERSION"))),
         _ => {
             eprintln!("{USAGE}");
@@ -44,8 +61,44 @@ fn main() -> ExitCode {
     }
 }
 
+fn line(json: &serde_json::Value) -> String {
+    format!("{json}\n")
+}
+
 fn explain(file: Option<&Path>) -> Result<String> {
     Ok(Config::load(file)?.explain())
+}
+
+fn environment() -> Result<Env> {
+    Env::of(&Config::load(None)?)
+}
+
+fn archive(file: Option<&Path>) -> Result<String> {
+    let seconds = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let file = file.map_or_else(
+        || PathBuf::from(format!("kata-gather-{seconds}.tar.gz")),
+        Path::to_owned,
+    );
+    let names = in_runtime(gather::gather(&file))?;
+    Ok(format!("{names}are in {}\n", file.display()))
+}
+
+fn watch(address: &str) -> Result<String> {
+    let address: SocketAddr = address
+        .parse()
+        .map_err(|_| Error::Invalid(format!("{address:?} is no address: 127.0.0.1:8090 is one")))?;
+    in_runtime(monitor::serve(address)).map(|()| String::new())
+}
+
+fn in_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .action("start the runtime")?
+        .block_on(work)
 }
 
 /// Fails when something is missing without which no pod runs.
@@ -68,35 +121,4 @@ fn check(json: bool) -> ExitCode {
     } else {
         ExitCode::SUCCESS
     }
-}
-
-/// One line a sandbox: its id, its shim's pid, and whether that shim lives.
-fn list() -> Result<String> {
-    let entries = match std::fs::read_dir(RUN_DIR) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
-        Err(source) => {
-            return Err(Error::Path {
-                action: "read",
-                path: RUN_DIR.into(),
-                source,
-            });
-        }
-    };
-    let mut lines = Vec::new();
-    for name in entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-    {
-        if let Some(state) = State::load(&name)? {
-            let word = if state.shim.alive() {
-                "running"
-            } else {
-                "dead, to be swept"
-            };
-            lines.push(format!("{name}  shim {}  {word}\n", state.shim.pid));
-        }
-    }
-    lines.sort();
-    Ok(lines.concat())
 }

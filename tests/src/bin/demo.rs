@@ -123,7 +123,7 @@ fn kernels(server: &Container<'_>) -> Result {
 fn network(pod: &Pod<'_>) -> Result {
     title("A request from outside the virtual machine, to the pod's address");
     let ip = pod.ip()?;
-    let page = pod.node().get(&ip, 8080)?;
+    let page = pod.node().get(&ip, 8080, "/")?;
     shown(&format!("GET http://{ip}:8080/"), page.trim_end());
     same("the page", page.as_str(), images::PAGE)
 }

@@ -1,0 +1,217 @@
+//! As much of HTTP/1 (RFC 9112) as a scrape takes: one GET per connection, over any stream. The shim serves it on a unix socket,
+//! `kata-ctl monitor` on TCP, and what asks a shim is its client.
+
+use std::{io, path::Path, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::UnixStream,
+    time::timeout,
+};
+
+/// The longest head of a request or an answer.
+const HEAD: usize = 8 << 10;
+/// Fields in a head: more than any scraper sends.
+const FIELDS: usize = 64;
+/// The longest answer that a client takes.
+const ANSWER: u64 = 16 << 20;
+/// How long a client may take to say what it wants, and to take its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The type of Prometheus' text.
+pub const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// The type of any other text.
+pub const TEXT: &str = "text/plain; charset=utf-8";
+/// The type of JSON.
+pub const JSON: &str = "application/json";
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    status: &'static str,
+    kind: &'static str,
+    body: String,
+}
+
+impl Answer {
+    /// What was asked for, with its media type.
+    pub fn ok(kind: &'static str, body: String) -> Answer {
+        Answer {
+            status: "200 OK",
+            kind,
+            body,
+        }
+    }
+
+    /// Nothing of that name.
+    pub fn not_found(sentence: impl Into<String>) -> Answer {
+        Answer::refusal("404 Not Found", sentence)
+    }
+
+    /// It exists and cannot be had now.
+    pub fn unavailable(sentence: impl Into<String>) -> Answer {
+        Answer::refusal("503 Service Unavailable", sentence)
+    }
+
+    fn refusal(status: &'static str, sentence: impl Into<String>) -> Answer {
+        Answer {
+            status,
+            kind: TEXT,
+            body: sentence.into() + "\n",
+        }
+    }
+
+    fn head(&self) -> String {
+        let length = self.body.len();
+        format!(
+            "HTTP/1.1 {}\r\nContent-Type: {}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n",
+            self.status, self.kind
+        )
+    }
+}
+
+/// Reads one request and answers it by `respond`, which gets the request's target: a path, perhaps with a query.
+///
+/// # Errors
+/// The client's: it says or takes nothing in time, or hangs up.
+pub async fn serve<F: Future<Output = Answer>>(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    respond: impl FnOnce(String) -> F,
+) -> io::Result<()> {
+    let answer = match timeout(PATIENCE, request(&mut stream)).await?? {
+        Ok(target) => respond(target).await,
+        Err(refusal) => refusal,
+    };
+    let write = async {
+        stream.write_all(answer.head().as_bytes()).await?;
+        stream.write_all(answer.body.as_bytes()).await?;
+        stream.shutdown().await
+    };
+    timeout(PATIENCE, write).await?
+}
+
+/// The target of a GET, or the answer to what is none.
+async fn request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
+    let mut head = Vec::with_capacity(1024);
+    loop {
+        let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+        let mut request = httparse::Request::new(&mut fields);
+        match request.parse(&head) {
+            Ok(httparse::Status::Complete(_)) => {
+                return Ok(match (request.method, request.path) {
+                    (Some("GET"), Some(target)) => Ok(target.to_owned()),
+                    _ => Err(Answer::refusal("405 Method Not Allowed", "only GET is served here")),
+                });
+            }
+            Ok(httparse::Status::Partial) if head.len() < HEAD => {}
+            Ok(httparse::Status::Partial) => {
+                return Ok(Err(Answer::refusal(
+                    "431 Request Header Fields Too Large",
+                    "the request is too long",
+                )));
+            }
+            Err(error) => return Ok(Err(Answer::refusal("400 Bad Request", error.to_string()))),
+        }
+        if stream.take(HEAD as u64).read_buf(&mut head).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+/// The body of the answer to `GET target` on a unix socket.
+///
+/// # Errors
+/// Nobody listens, no answer within `deadline`, or one other than 200; then with its sentence.
+pub async fn get(socket: &Path, target: &str, deadline: Duration) -> io::Result<String> {
+    timeout(deadline, ask(socket, target)).await?
+}
+
+async fn ask(socket: &Path, target: &str) -> io::Result<String> {
+    let mut stream = UnixStream::connect(socket).await?;
+    let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    if stream.take(ANSWER).read_to_end(&mut answer).await? as u64 == ANSWER {
+        return Err(io::Error::other("the answer is too long"));
+    }
+    let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+    let mut head = httparse::Response::new(&mut fields);
+    let parsed = head.parse(&answer).map_err(io::Error::other)?;
+    let (httparse::Status::Complete(length), Some(code)) = (parsed, head.code) else {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    };
+    let body = String::from_utf8(answer.split_off(length)).map_err(io::Error::other)?;
+    match code {
+        200 => Ok(body),
+        _ => Err(io::Error::other(body.trim().to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn exchange(request: &str) -> String {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        client.write_all(request.as_bytes()).await.unwrap();
+        let respond = |target: String| async move { Answer::ok(TEXT, format!("you asked for {target}")) };
+        serve(server, respond).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_get_is_answered_and_the_connection_closed() {
+        let answer = exchange("GET /metrics?sandbox=a HTTP/1.1\r\nHost: x\r\nAccept: */*\r\n\r\n").await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(
+            head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("Content-Length: 32"),
+            "{head}"
+        );
+        assert_eq!(body, "you asked for /metrics?sandbox=a");
+    }
+
+    #[tokio::test]
+    async fn anything_else_is_refused_with_a_sentence() {
+        assert!(
+            exchange("POST /metrics HTTP/1.1\r\n\r\n")
+                .await
+                .starts_with("HTTP/1.1 405 ")
+        );
+        assert!(exchange("nonsense\r\n\r\n").await.starts_with("HTTP/1.1 400 "));
+        let endless = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(HEAD));
+        assert!(exchange(&endless).await.starts_with("HTTP/1.1 431 "));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_hangs_up_is_an_error() {
+        let (client, server) = tokio::io::duplex(1 << 10);
+        drop(client);
+        let respond = |_| async { Answer::not_found("nothing") };
+        assert!(serve(server, respond).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_client_reads_what_the_server_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let respond = |target: String| async move {
+                    match target.as_str() {
+                        "/there" => Answer::ok(TEXT, "yes".into()),
+                        _ => Answer::not_found("there is only /there"),
+                    }
+                };
+                serve(stream, respond).await.unwrap();
+            }
+        });
+        let deadline = Duration::from_secs(5);
+        assert_eq!(get(&socket, "/there", deadline).await.unwrap(), "yes");
+        let refused = get(&socket, "/other", deadline).await.unwrap_err();
+        assert_eq!(refused.to_string(), "there is only /there");
+    }
+}

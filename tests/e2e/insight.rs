@@ -1,0 +1,305 @@
+//! What an administrator is told of the pods that run: by `kata-ctl` on the node, and by Prometheus' means.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, ChildStdin, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use tests::{
+    cold_read::at_rest,
+    config::Runtime,
+    cri::Pod,
+    failure::{Failure, Result, Trying, claim, contains, same},
+    node::Node,
+    run::{self, succeed},
+};
+
+use crate::Story;
+
+pub const OF_A_VM: &[Story] = &[
+    ("top_counts_each_page_once", top_counts_each_page_once),
+    (
+        "a_monitor_serves_the_metrics_of_every_pod",
+        a_monitor_serves_the_metrics_of_every_pod,
+    ),
+    (
+        "a_frozen_guest_holds_up_neither_scrapes_nor_verbs",
+        a_frozen_guest_holds_up_neither_scrapes_nor_verbs,
+    ),
+    ("a_report_has_no_secrets", a_report_has_no_secrets),
+];
+
+/// The monitor's own default.
+const PORT: u16 = 8090;
+
+/// What may change between two looks at a pod at rest, in KiB.
+const TOLERANCE: u64 = 2048;
+
+/// `kata-ctl top` and the harness, each by its own means, count the same.
+fn top_counts_each_page_once(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "measured")?.run()?;
+    pod.container("sleeper", &["sleep", "infinity"]).run()?;
+    let counted = at_rest(node, pod.id())?;
+    let told = kata_ctl(node, &["top", "--json"])?;
+    let told: Value = serde_json::from_str(&told).map_err(|error| Failure::Claim(format!("{error}: {told}")))?;
+    let own = told
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|usage| usage["sandbox"] == pod.id());
+    let own = own.ok_or_else(|| Failure::Claim(format!("the pod is not in {told}")))?;
+    let told_kib = |part: &str| own["memory"][part].as_u64().unwrap_or(0) >> 10;
+    for (part, kib) in [
+        ("guest", counted.guest_kib),
+        ("qemu", counted.qemu_kib),
+        ("virtiofsd", counted.virtiofsd_kib),
+        ("shim", counted.shim_kib),
+        ("total", counted.total_kib()),
+    ] {
+        claim(
+            kib > 0 && told_kib(part).abs_diff(kib) <= TOLERANCE,
+            format!("{part}: {kib} KiB are counted, and told are {own}"),
+        )?;
+    }
+    claim(
+        own["cpu_seconds"].as_f64() > Some(0.1),
+        format!("a boot takes time: {own}"),
+    )?;
+    same("containers", own["containers"].as_u64(), Some(1))?;
+    let name = own["pod"]["name"].as_str().unwrap_or_default();
+    contains("the pod's name", name, "measured-")?;
+    contains(
+        "the table",
+        &kata_ctl(node, &["top"])?,
+        &format!("default/{name}  running"),
+    )?;
+    contains(
+        "the list",
+        &kata_ctl(node, &["list"])?,
+        &format!("{}  default/{name}  running", pod.id()),
+    )?;
+    pod.remove()
+}
+
+/// One address has the metrics of the host's and the guest's side of two pods, told apart by their labels.
+fn a_monitor_serves_the_metrics_of_every_pod(node: &Node, runtime: Runtime) -> Result {
+    let first = node.pod(runtime, "scraped")?.run()?;
+    let second = node.pod(runtime, "scraped")?.run()?;
+    let container = first.container("sleeper", &["sleep", "infinity"]).run()?;
+    let monitor = Monitor::start(node)?;
+    let text = node.get("127.0.0.1", PORT, "/metrics")?;
+
+    same("shims", metric(&text, "kata_monitor_running_shim_count", &[])?, 2.0)?;
+    let total = container.shell("grep MemTotal /proc/meminfo")?;
+    let kib = total.split_whitespace().nth(1).and_then(|kib| kib.parse::<f64>().ok());
+    let of_first = format!("sandbox_id=\"{}\"", first.id());
+    let mem_total = ["item=\"mem_total\"", &of_first, "cri_namespace=\"default\""];
+    same(
+        "the first guest's memory",
+        Some(metric(&text, "kata_guest_meminfo", &mem_total)?),
+        kib.map(|kib| kib * 1024.0),
+    )?;
+    for pod in [&first, &second] {
+        let label = format!("sandbox_id=\"{}\"", pod.id());
+        for name in [
+            "kata_hypervisor_threads",
+            "kata_virtiofsd_fds",
+            "kata_shim_process_resident_memory_bytes",
+            "kata_shim_pod_overhead_memory_in_bytes",
+            "kata_agent_scrape_count",
+        ] {
+            claim(metric(&text, name, &[&label])? > 0.0, format!("{name} of {}", pod.id()))?;
+        }
+    }
+    let created = ["action=\"create\"", &of_first];
+    let calls = metric(&text, "kata_shim_rpc_durations_histogram_milliseconds_count", &created)?;
+    same("creates of the first pod", calls, 2.0)?;
+    well_formed(&text)?;
+
+    let one = node.get("127.0.0.1", PORT, &format!("/metrics?sandbox={}", second.id()))?;
+    claim(!one.contains(first.id()), "the second pod's metrics are its own")?;
+    let ids = node.get("127.0.0.1", PORT, "/sandboxes")?;
+    let mut listed: Vec<&str> = ids.lines().collect();
+    let mut both = [first.id(), second.id()];
+    listed.sort_unstable();
+    both.sort_unstable();
+    same("sandboxes", listed.as_slice(), both)?;
+    monitor.stop()?;
+    first.remove()?;
+    second.remove()
+}
+
+/// Prometheus' text format: a family is described once, before its samples, which follow each other.
+fn well_formed(text: &str) -> Result {
+    let mut families = Vec::new();
+    for name in text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+    {
+        claim(!families.contains(&name), format!("{name} is described twice"))?;
+        families.push(name);
+    }
+    for line in text.lines().filter(|line| !line.starts_with("# HELP ")) {
+        let name = line
+            .trim_start_matches("# TYPE ")
+            .split(['{', ' '])
+            .next()
+            .unwrap_or_default();
+        let current = families.first().copied().unwrap_or_default();
+        if line.starts_with("# TYPE ") && name != current {
+            families.remove(0);
+        }
+        claim(
+            name.starts_with(families[0]),
+            format!("{line:?} is among {}", families[0]),
+        )?;
+    }
+    Ok(())
+}
+
+/// A guest that does not answer is left out of its pod's metrics after a while, and meanwhile everything else goes on.
+fn a_frozen_guest_holds_up_neither_scrapes_nor_verbs(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "frozen")?.run()?;
+    let monitor = Monitor::start(node)?;
+    let qemu = pod
+        .processes()
+        .into_iter()
+        .find(|process| process.program().starts_with("qemu-system-"));
+    let qemu = qemu.ok_or_else(|| Failure::Claim("the pod has no QEMU".into()))?;
+    kill(Pid::from_raw(qemu.pid), Signal::SIGSTOP).trying("freezing QEMU")?;
+    let (text, state) = std::thread::scope(|scope| {
+        let scrape = scope.spawn(|| node.get("127.0.0.1", PORT, "/metrics"));
+        let state = during(node, &pod);
+        let text = scrape
+            .join()
+            .unwrap_or_else(|_| Err(Failure::Claim("the scrape panicked".into())));
+        (text, state)
+    });
+    let (text, state) = (text?, state?);
+    same("the pod meanwhile", state.as_str(), "SANDBOX_READY")?;
+    claim(
+        metric(&text, "kata_hypervisor_threads", &[])? > 0.0,
+        "the host's side is measured",
+    )?;
+    claim(!text.contains("kata_guest_"), "the guest said nothing")?;
+    same(
+        "failed scrapes",
+        metric(&text, "kata_monitor_scrape_failed_count", &[])?,
+        0.0,
+    )?;
+    kill(Pid::from_raw(qemu.pid), Signal::SIGCONT).trying("thawing QEMU")?;
+    contains(
+        "a later scrape",
+        &node.get("127.0.0.1", PORT, "/metrics")?,
+        "kata_guest_load",
+    )?;
+    monitor.stop()?;
+    pod.remove()
+}
+
+/// Asks for the pod's state, which has to come before the scrape gives up on its guest.
+fn during(node: &Node, pod: &Pod<'_>) -> Result<String> {
+    let began = Instant::now();
+    let state = pod.state()?;
+    kata_ctl(node, &["top"])?;
+    claim(
+        began.elapsed() < Duration::from_secs(4),
+        format!("{:?} for a state", began.elapsed()),
+    )?;
+    Ok(state)
+}
+
+/// The archive for a bug report tells of the pod, and of nothing that runs in it.
+fn a_report_has_no_secrets(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "reported")?.run()?;
+    let container = pod.shell("secretive", "echo hunter2; exec sleep infinity").run()?;
+    container.wait_for_log("hunter2")?;
+    let file = node.path(&format!("report-{}.tar.gz", node.serial()));
+    let path = file.display().to_string();
+    let said = kata_ctl(node, &["gather", "--output", &path])?;
+    let mut tar = node.command("tar");
+    let names = succeed(tar.args(["-tzf", &path]), run::ORDINARY)?.text();
+    for name in [
+        "env.toml",
+        "check.txt",
+        "config.txt",
+        "list.txt",
+        "top.txt",
+        "journal.txt",
+        "kernel.txt",
+    ] {
+        contains("the archive", &names, &format!("kata-gather/{name}"))?;
+    }
+    for name in ["state.json", "trace.txt", "metrics.txt", "containers.json"] {
+        contains("what was said", &said, &format!("sandboxes/{}/{name}", pod.id()))?;
+    }
+    let mut tar = node.command("tar");
+    let text = succeed(tar.args(["-xzOf", &path]), run::ORDINARY)?.text();
+    for part in [
+        "kata_guest_load",
+        "agent connected",
+        container.id(),
+        "QEMU emulator version",
+        "\"undo\"",
+    ] {
+        contains("the archive", &text, part)?;
+    }
+    claim(
+        !text.contains("hunter2"),
+        "no command line or output of a container is in it",
+    )?;
+    pod.remove()
+}
+
+/// The value of the one sample with this name and these labels.
+fn metric(text: &str, name: &str, labels: &[&str]) -> Result<f64> {
+    let samples: Vec<&str> = text
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
+        .filter(|line| labels.iter().all(|label| line.contains(label)))
+        .collect();
+    let value = match samples[..] {
+        [one] => one.rsplit(' ').next().and_then(|value| value.parse().ok()),
+        _ => None,
+    };
+    value.ok_or_else(|| Failure::Claim(format!("not one {name} with {labels:?}: {samples:?}")))
+}
+
+fn kata_ctl(node: &Node, arguments: &[&str]) -> Result<String> {
+    succeed(node.command("kata-ctl").args(arguments), run::ORDINARY).map(|output| output.text())
+}
+
+/// `kata-ctl monitor` in the node; it ends with its shell's input.
+struct Monitor {
+    shell: Child,
+    input: ChildStdin,
+}
+
+impl Monitor {
+    /// Starts it; it listens when this returns.
+    fn start(node: &Node) -> Result<Monitor> {
+        let mut command = node.command("sh");
+        command.args(["-c", "kata-ctl monitor & cat; kill $!; wait"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut shell = command.spawn().trying("starting kata-ctl monitor")?;
+        let pipes = shell.stdin.take().zip(shell.stdout.take());
+        let (input, output) = pipes.ok_or_else(|| Failure::Claim("the monitor has no pipes".into()))?;
+        let mut line = String::new();
+        BufReader::new(output)
+            .read_line(&mut line)
+            .trying("reading what the monitor says")?;
+        contains("the monitor's first words", &line, "http://127.0.0.1:8090/metrics")?;
+        Ok(Monitor { shell, input })
+    }
+
+    fn stop(self) -> Result {
+        drop(self.input);
+        run::wait(self.shell, run::ORDINARY, "kata-ctl monitor").map(drop)
+    }
+}
