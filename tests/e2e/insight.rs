@@ -16,6 +16,7 @@ use tests::{
     config::Runtime,
     cri::Pod,
     failure::{Failure, Result, Trying, claim, contains, same},
+    footprint::Footprint,
     node::Node,
     run::{self, succeed},
 };
@@ -130,9 +131,27 @@ fn a_monitor_serves_the_metrics_of_every_pod(node: &Node, runtime: Runtime) -> R
     listed.sort_unstable();
     both.sort_unstable();
     same("sandboxes", listed.as_slice(), both)?;
+    lasting(node, &first, &text)?;
     monitor.stop()?;
     first.remove()?;
     second.remove()
+}
+
+/// However often it is scraped, a shim has the threads that it had, and little more memory than after the first time.
+fn lasting(node: &Node, pod: &Pod<'_>, first: &str) -> Result {
+    let small = Footprint::of(&pod.processes()).shim_kib;
+    let mut last = String::new();
+    for _ in 0..20 {
+        last = node.get("127.0.0.1", PORT, "/metrics")?;
+    }
+    let label = format!("sandbox_id=\"{}\"", pod.id());
+    let threads = |text: &str| metric(text, "kata_shim_threads", &[&label]);
+    same("the shim's threads", threads(&last)?, threads(first)?)?;
+    let large = Footprint::of(&pod.processes()).shim_kib;
+    claim(
+        large < small + 512,
+        format!("the shim has {small} KiB after one scrape, {large} KiB after twenty"),
+    )
 }
 
 /// Prometheus' text format: a family is described once, before its samples, which follow each other.
