@@ -94,6 +94,8 @@ pub struct Hypervisor {
 pub struct Agent {
     /// `enable_debug`
     pub debug: bool,
+    /// `debug_console_enabled`: the node's administrator may have a shell in the guest (`kata-ctl exec`).
+    pub debug_console: bool,
     /// `kernel_modules`: what the guest loads before the first container.
     pub kernel_modules: Vec<KernelModule>,
     /// `reconnect_timeout_ms`, or `dial_timeout` (seconds): how long to wait for an agent that has to be dialled.

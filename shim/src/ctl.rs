@@ -1,12 +1,13 @@
 //! The commands of `kata-ctl`: what an administrator asks a node about its sandboxes.
 
 pub mod env;
+pub mod exec;
 pub mod gather;
 pub mod monitor;
 pub mod top;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     undo::{self, PodName, State},
 };
 
@@ -21,6 +22,26 @@ pub fn sandboxes() -> Result<Vec<(String, State)>> {
         .map(load)
         .filter_map(Result::transpose)
         .collect()
+}
+
+/// The full id of the sandbox that this is the beginning of, such as the letters that `top` and `crictl` show.
+///
+/// # Errors
+/// None or several begin so.
+pub fn full_id(beginning: &str) -> Result<String> {
+    the_one(beginning, undo::names()?)
+}
+
+fn the_one(beginning: &str, ids: Vec<String>) -> Result<String> {
+    if ids.iter().any(|id| id == beginning) {
+        return Ok(beginning.to_owned());
+    }
+    let mut found = ids.into_iter().filter(|id| id.starts_with(beginning));
+    match (found.next(), found.next()) {
+        (Some(id), None) => Ok(id),
+        (None, _) => Err(Error::NotFound(format!("sandbox {beginning}"))),
+        (Some(_), Some(_)) => Err(Error::Invalid(format!("more than one sandbox begins with {beginning}"))),
+    }
 }
 
 /// One line a sandbox: its id, its pod, its shim's process, and how it is.
@@ -80,6 +101,16 @@ fn table(rows: &[Vec<String>], texts: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sandbox_is_found_by_the_beginning_of_its_id() {
+        let ids = || ["0a1", "0a2", "0a", "b1"].map(str::to_owned).to_vec();
+        let full = |beginning| the_one(beginning, ids()).map_err(|error| error.to_string());
+        assert_eq!(full("b"), Ok("b1".into()));
+        assert_eq!(full("0a"), Ok("0a".into()));
+        assert_eq!(full("0"), Err("more than one sandbox begins with 0".into()));
+        assert_eq!(full("c"), Err("sandbox c not found".into()));
+    }
 
     #[test]
     fn texts_are_aligned_to_the_left_and_numbers_to_the_right() {

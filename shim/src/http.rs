@@ -18,6 +18,9 @@ const ANSWER: u64 = 16 << 20;
 /// How long a client may take to say what it wants, and to take its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The head of an answer that switches the connection.
+const SWITCH: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: console\r\n\r\n";
+
 /// The type of Prometheus' text.
 pub const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The type of any other text.
@@ -78,10 +81,18 @@ pub async fn serve<F: Future<Output = Answer>>(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     respond: impl FnOnce(String) -> F,
 ) -> io::Result<()> {
-    let answer = match timeout(PATIENCE, request(&mut stream)).await?? {
+    let given = match request(&mut stream).await? {
         Ok(target) => respond(target).await,
         Err(refusal) => refusal,
     };
+    answer(&mut stream, &given).await
+}
+
+/// Writes an answer, and with it ends the connection.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn answer(stream: &mut (impl AsyncWrite + Unpin), answer: &Answer) -> io::Result<()> {
     let write = async {
         stream.write_all(answer.head().as_bytes()).await?;
         stream.write_all(answer.body.as_bytes()).await?;
@@ -90,8 +101,32 @@ pub async fn serve<F: Future<Output = Answer>>(
     timeout(PATIENCE, write).await?
 }
 
+/// Answers that from here on the stream carries the bytes of a console, both ways (RFC 9110, section 7.8).
+///
+/// # Errors
+/// As [`serve`].
+pub async fn switch(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    stream.write_all(SWITCH).await
+}
+
+/// The value of a key in a target's query.
+pub fn query<'a>(target: &'a str, key: &str) -> Option<&'a str> {
+    let (_, query) = target.split_once('?')?;
+    query
+        .split('&')
+        .find_map(|pair| pair.split_once('=').filter(|(name, _)| *name == key))
+        .map(|(_, value)| value)
+}
+
 /// The target of a GET, or the answer to what is none.
-async fn request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
+///
+/// # Errors
+/// As [`serve`].
+pub async fn request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
+    timeout(PATIENCE, read_request(stream)).await?
+}
+
+async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
     let mut head = Vec::with_capacity(1024);
     loop {
         let mut fields = [httparse::EMPTY_HEADER; FIELDS];
@@ -126,11 +161,38 @@ pub async fn get(socket: &Path, target: &str, deadline: Duration) -> io::Result<
     timeout(deadline, ask(socket, target)).await?
 }
 
-async fn ask(socket: &Path, target: &str) -> io::Result<String> {
+/// The stream behind the answer to `GET target`, which switches to the bytes of a console.
+///
+/// # Errors
+/// As [`get`].
+pub async fn upgrade(socket: &Path, target: &str, deadline: Duration) -> io::Result<UnixStream> {
+    let switched = async {
+        let mut stream = connect(socket, target, "Connection: Upgrade\r\nUpgrade: console").await?;
+        let mut head = [0; SWITCH.len()];
+        stream.read_exact(&mut head).await?;
+        if head == *SWITCH {
+            return Ok(stream);
+        }
+        // A refusal, which is longer than that.
+        body(stream, head.to_vec()).await?;
+        Err(io::Error::other("the connection was not switched"))
+    };
+    timeout(deadline, switched).await?
+}
+
+async fn connect(socket: &Path, target: &str, fields: &str) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).await?;
-    let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
-    let mut answer = Vec::new();
+    Ok(stream)
+}
+
+async fn ask(socket: &Path, target: &str) -> io::Result<String> {
+    body(connect(socket, target, "Connection: close").await?, Vec::new()).await
+}
+
+/// The body of an answer, of which the beginning may have been read; an error with its sentence for anything but 200.
+async fn body(stream: UnixStream, mut answer: Vec<u8>) -> io::Result<String> {
     if stream.take(ANSWER).read_to_end(&mut answer).await? as u64 == ANSWER {
         return Err(io::Error::other("the answer is too long"));
     }
@@ -184,6 +246,13 @@ mod tests {
         assert!(exchange(&endless).await.starts_with("HTTP/1.1 431 "));
     }
 
+    #[test]
+    fn a_query_is_searched_by_its_keys() {
+        assert_eq!(query("/exec?rows=24&columns=80", "columns"), Some("80"));
+        assert_eq!(query("/exec?rows=24", "row"), None);
+        assert_eq!(query("/exec", "rows"), None);
+    }
+
     #[tokio::test]
     async fn a_client_that_hangs_up_is_an_error() {
         let (client, server) = tokio::io::duplex(1 << 10);
@@ -200,18 +269,31 @@ mod tests {
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let respond = |target: String| async move {
-                    match target.as_str() {
-                        "/there" => Answer::ok(TEXT, "yes".into()),
-                        _ => Answer::not_found("there is only /there"),
+                let mut stream = stream;
+                match request(&mut stream).await.unwrap().unwrap().as_str() {
+                    "/there" => answer(&mut stream, &Answer::ok(TEXT, "yes".into())).await.unwrap(),
+                    "/echo?rows=24" => {
+                        switch(&mut stream).await.unwrap();
+                        let (mut from, mut to) = stream.split();
+                        tokio::io::copy(&mut from, &mut to).await.unwrap();
                     }
-                };
-                serve(stream, respond).await.unwrap();
+                    _ => answer(&mut stream, &Answer::not_found("there is only /there"))
+                        .await
+                        .unwrap(),
+                }
             }
         });
         let deadline = Duration::from_secs(5);
         assert_eq!(get(&socket, "/there", deadline).await.unwrap(), "yes");
         let refused = get(&socket, "/other", deadline).await.unwrap_err();
         assert_eq!(refused.to_string(), "there is only /there");
+        let refused = upgrade(&socket, "/other", deadline).await.unwrap_err();
+        assert_eq!(refused.to_string(), "there is only /there");
+        let mut echo = upgrade(&socket, "/echo?rows=24", deadline).await.unwrap();
+        echo.write_all(b"hello").await.unwrap();
+        echo.shutdown().await.unwrap();
+        let mut heard = String::new();
+        echo.read_to_string(&mut heard).await.unwrap();
+        assert_eq!(heard, "hello");
     }
 }

@@ -234,7 +234,8 @@ async fn copy_input(client: Client, name: ProcessName, stdin: Receiver, mut clos
     end_input(&client, &name).await;
 }
 
-async fn end_input(client: &Client, name: &ProcessName) {
+/// Lets a process see the end of its input.
+pub(crate) async fn end_input(client: &Client, name: &ProcessName) {
     let mut request = CloseStdinRequest::new();
     request.container_id = name.container.clone();
     request.exec_id = name.exec.clone();
@@ -243,7 +244,15 @@ async fn end_input(client: &Client, name: &ProcessName) {
     }
 }
 
-async fn write_all(client: &Client, name: &ProcessName, mut data: &[u8]) -> std::result::Result<(), ClientError> {
+/// Writes all of it into a process's input.
+///
+/// # Errors
+/// The process takes no more.
+pub(crate) async fn write_all(
+    client: &Client,
+    name: &ProcessName,
+    mut data: &[u8],
+) -> std::result::Result<(), ClientError> {
     while !data.is_empty() {
         let mut request = WriteStreamRequest::new();
         request.container_id = name.container.clone();

@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod console;
 pub mod container;
 pub mod ctl;
 pub mod disks;

@@ -17,9 +17,11 @@ use agent::{
 };
 use futures::future::join_all;
 use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
 
 use crate::{
     boot::Guest,
+    console,
     container::Kind,
     error::{Context, Error, Result},
     families::Families,
@@ -53,7 +55,7 @@ pub fn listen(sandbox: &str, state: &mut State) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves `/metrics` and `/containers` until the runtime ends. Must be called in it.
+/// Serves `/metrics`, `/containers` and `/exec`, the debug console, until the runtime ends. Must be called in it.
 ///
 /// # Errors
 /// The runtime's.
@@ -67,9 +69,8 @@ pub fn serve(listener: UnixListener, sandbox: Arc<Sandbox>) -> Result<()> {
             };
             let sandbox = sandbox.clone();
             tokio::spawn(async move {
-                let respond = |target: String| async move { respond(&sandbox, &target).await };
-                if let Err(error) = http::serve(stream, respond).await {
-                    tracing::debug!(%error, "a scrape ended early");
+                if let Err(error) = converse(stream, &sandbox).await {
+                    tracing::debug!(%error, "a scrape or a console ended early");
                 }
             });
         }
@@ -77,14 +78,28 @@ pub fn serve(listener: UnixListener, sandbox: Arc<Sandbox>) -> Result<()> {
     Ok(())
 }
 
-async fn respond(sandbox: &Sandbox, target: &str) -> Answer {
-    match target.split('?').next() {
-        Some("/metrics") => match text(sandbox).await {
+async fn converse(mut stream: UnixStream, sandbox: &Sandbox) -> io::Result<()> {
+    let answer = match http::request(&mut stream).await? {
+        Ok(target) if path(&target) == "/exec" => return console::serve(stream, sandbox, &target).await,
+        Ok(target) => respond(sandbox, path(&target)).await,
+        Err(refusal) => refusal,
+    };
+    http::answer(&mut stream, &answer).await
+}
+
+/// A target without its query.
+fn path(target: &str) -> &str {
+    target.split_once('?').map_or(target, |(path, _)| path)
+}
+
+async fn respond(sandbox: &Sandbox, path: &str) -> Answer {
+    match path {
+        "/metrics" => match text(sandbox).await {
             Ok(text) => Answer::ok(http::METRICS, text),
             Err(error) => Answer::unavailable(error.to_string()),
         },
-        Some("/containers") => Answer::ok(http::JSON, serde_json::json!(containers(sandbox)).to_string()),
-        _ => Answer::not_found("here are /metrics and /containers"),
+        "/containers" => Answer::ok(http::JSON, serde_json::json!(containers(sandbox)).to_string()),
+        _ => Answer::not_found("here are /metrics, /containers and /exec"),
     }
 }
 

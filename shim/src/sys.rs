@@ -56,6 +56,29 @@ pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
+nix::ioctl_read_bad!(
+    /// Source: ioctl_tty(2).
+    tiocgwinsz,
+    libc::TIOCGWINSZ,
+    libc::winsize
+);
+
+/// Rows and columns of a terminal.
+///
+/// # Errors
+/// Not a terminal.
+pub fn window_size(terminal: BorrowedFd<'_>) -> io::Result<libc::winsize> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the descriptor is open, and the kernel writes one `winsize`, which outlives the call.
+    unsafe { tiocgwinsz(terminal.as_raw_fd(), &raw mut size) }?;
+    Ok(size)
+}
+
 /// A descriptor that means this process for ever; `None` when it is gone. Source: pidfd_open(2).
 ///
 /// # Errors

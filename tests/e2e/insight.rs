@@ -1,7 +1,9 @@
 //! What an administrator is told of the pods that run: by `kata-ctl` on the node, and by Prometheus' means.
 
 use std::{
-    io::{BufRead, BufReader},
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    os::{fd::AsRawFd, unix::net::UnixStream},
     process::{Child, ChildStdin, Stdio},
     time::{Duration, Instant},
 };
@@ -13,12 +15,13 @@ use nix::{
 use serde_json::Value;
 use tests::{
     cold_read::at_rest,
-    config::Runtime,
+    config::{Guest, Runtime},
+    console::Console,
     cri::Pod,
     failure::{Failure, Result, Trying, claim, contains, same},
     footprint::Footprint,
     node::Node,
-    run::{self, succeed},
+    run::{self, finish, succeed},
 };
 
 use crate::Story;
@@ -34,7 +37,21 @@ pub const OF_A_VM: &[Story] = &[
         a_frozen_guest_holds_up_neither_scrapes_nor_verbs,
     ),
     ("a_report_has_no_secrets", a_report_has_no_secrets),
+    ("a_shell_in_the_guest", a_shell_in_the_guest),
 ];
+
+/// The ending of a handler whose configuration allows the debug console.
+const DEBUG: &str = "-debug";
+
+/// Handlers as the ordinary ones, with the debug console. (With a guest that is not built the stories say so.)
+pub fn handlers() -> Vec<(String, String)> {
+    let handler = |guest: Guest| {
+        let text = guest.configuration().unwrap_or_default();
+        let name = Runtime::Kata(guest).handler() + DEBUG;
+        (name, text + "[agent.kata]\ndebug_console_enabled = true\n")
+    };
+    [Guest::Own, Guest::Debian].map(handler).to_vec()
+}
 
 /// The monitor's own default.
 const PORT: u16 = 8090;
@@ -276,6 +293,92 @@ fn a_report_has_no_secrets(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
+/// Where the configuration allows it, an administrator of the node has a shell among the guest's own processes, with and without a terminal; it
+/// goes with its client.
+fn a_shell_in_the_guest(node: &Node, runtime: Runtime) -> Result {
+    let closed = node.pod(runtime, "closed")?.run()?;
+    contains(
+        "a pod without",
+        &run_shell(node, &closed, "true")?,
+        "`debug_console_enabled = true`",
+    )?;
+    closed.remove()?;
+
+    let pod = node.pod_with_handler(&(runtime.handler() + DEBUG), "opened").run()?;
+    contains(
+        "a pod without containers",
+        &run_shell(node, &pod, "true")?,
+        "has a /bin/sh",
+    )?;
+    let lender = pod.container("lender", &["sleep", "infinity"]).run()?;
+    let said = run_shell(
+        node,
+        &pod,
+        "ls /proc/1/root/run/kata-containers; id -u; echo told >&2; cat /proc/self/cgroup",
+    )?;
+    let words: Vec<&str> = said.split_whitespace().collect();
+    for word in ["shared", "0", "told", "0::/kata/debug-console-0"] {
+        claim(words.contains(&word), format!("{word} in {said:?}"))?;
+    }
+
+    let mut command = node.command("kata-ctl");
+    let mut console = Console::start(node, command.args(["exec", pod.id()]))?;
+    console.enter("echo size: $(stty size) term: $TERM")?;
+    console.expect("size: 24 80 term: ")?;
+    console.enter("exit")?;
+    same("kata-ctl's exit code", console.wait(run::ORDINARY)?, 0)?;
+
+    hang_up(node, &pod)?;
+    let listed = || run_shell(node, &pod, "ls /proc/1/root/sys/fs/cgroup/kata").map_err(|failure| failure.to_string());
+    node.events()
+        .bell
+        .until("the end of the shell", run::ORDINARY, || match listed()? {
+            text if text.contains("debug-console-2") => Err(text),
+            _ => Ok(()),
+        })?;
+    same("the lender", lender.shell("echo alive")?.as_str(), "alive")?;
+    pod.remove()
+}
+
+/// A client on a terminal that is cut off while its shell is busy.
+fn hang_up(node: &Node, pod: &Pod<'_>) -> Result {
+    let folder = node.inside(&format!("/run/kata/{}", pod.id()));
+    let folder = File::open(&folder).trying(format!("opening {}", folder.display()))?;
+    // The path of a socket has to be short.
+    let socket = format!("/proc/self/fd/{}/shim-monitor.sock", folder.as_raw_fd());
+    let mut stream = UnixStream::connect(socket).trying("connecting to the shim")?;
+    stream
+        .set_read_timeout(Some(run::ORDINARY))
+        .trying("setting a deadline")?;
+    let mut ask = |text: &str, answer: &str| {
+        stream.write_all(text.as_bytes()).trying("typing")?;
+        let mut shown = String::new();
+        let mut bytes = [0; 4096];
+        while !shown.contains(answer) {
+            let count = stream.read(&mut bytes).trying("reading what is shown")?;
+            claim(count > 0, format!("the shell ended before {answer:?}: {shown}"))?;
+            shown += &String::from_utf8_lossy(&bytes[..count]);
+        }
+        Ok(())
+    };
+    ask(
+        "GET /exec?rows=24&columns=80&term=dumb HTTP/1.1\r\n\r\n",
+        "101 Switching",
+    )?;
+    ask("echo $((6 * 7)); exec sleep infinity\n", "42")
+}
+
+/// What a script says in the guest, or why there is no shell for it.
+fn run_shell(node: &Node, pod: &Pod<'_>, script: &str) -> Result<String> {
+    let input = format!("{script}\n").into_bytes();
+    let output = finish(
+        node.command("kata-ctl").args(["exec", pod.id()]),
+        Some(input),
+        run::ORDINARY,
+    )?;
+    Ok(format!("{}{}", output.text(), output.errors()))
+}
+
 /// The value of the one sample with this name and these labels.
 fn metric(text: &str, name: &str, labels: &[&str]) -> Result<f64> {
     let samples: Vec<&str> = text
@@ -310,9 +413,8 @@ impl Monitor {
         let pipes = shell.stdin.take().zip(shell.stdout.take());
         let (input, output) = pipes.ok_or_else(|| Failure::Claim("the monitor has no pipes".into()))?;
         let mut line = String::new();
-        BufReader::new(output)
-            .read_line(&mut line)
-            .trying("reading what the monitor says")?;
+        let mut output = BufReader::new(output);
+        output.read_line(&mut line).trying("reading what the monitor says")?;
         contains("the monitor's first words", &line, "http://127.0.0.1:8090/metrics")?;
         Ok(Monitor { shell, input })
     }

@@ -76,7 +76,12 @@ fn plays(containerd: Containerd, runtime: Runtime, story: &str) -> bool {
 
 fn main() {
     let containerds = [Containerd::Newest, Containerd::Debian];
-    let stages = containerds.map(|containerd| Stage::new(NodeSpec::new(containerd)));
+    let stages = containerds.map(|containerd| {
+        Stage::new(NodeSpec {
+            handlers: insight::handlers(),
+            ..NodeSpec::new(containerd)
+        })
+    });
     let runtimes = [
         ("own", Runtime::Kata(Guest::Own)),
         ("debian", Runtime::Kata(Guest::Debian)),

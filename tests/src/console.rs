@@ -38,7 +38,10 @@ struct Screen {
 
 impl Console {
     /// Starts a client (a command of the node) with a new 80×24 terminal as its controlling one.
-    pub(crate) fn start(node: &Node, client: &Command) -> Result<Console> {
+    ///
+    /// # Errors
+    /// When the terminal cannot be made, or the client not be started.
+    pub fn start(node: &Node, client: &Command) -> Result<Console> {
         let size = Winsize {
             ws_row: 24,
             ws_col: 80,

@@ -10,7 +10,7 @@ use std::{
 use shim::{
     check::{self, Verdict},
     config::Config,
-    ctl::{self, env::Env, gather, monitor, top},
+    ctl::{self, env::Env, exec, gather, monitor, top},
     error::{Context, Error, Result},
     trace::Trace,
 };
@@ -21,6 +21,7 @@ const USAGE: &str = "usage: kata-ctl check [--json]   whether this node can run 
        kata-ctl list             the sandboxes of this node
        kata-ctl top [--json]     what each sandbox holds of the node's memory, each page counted once, and its processor time
        kata-ctl trace SANDBOX    the start-up waterfall of a sandbox
+       kata-ctl exec SANDBOX     a shell in the guest of a sandbox, where `debug_console_enabled` allows it
        kata-ctl gather [--output FILE]      what a bug report needs, as a gzipped tar
        kata-ctl monitor [--listen ADDRESS]  serves the metrics of all sandboxes to Prometheus, on 127.0.0.1:8090
        kata-ctl --version";
@@ -38,7 +39,8 @@ fn main() -> ExitCode {
         ["list"] => ctl::list(),
         ["top"] => in_runtime(top::measure()).map(|usages| top::render(&usages)),
         ["top", "--json"] => in_runtime(top::measure()).map(|usages| line(&serde_json::json!(usages))),
-        ["trace", sandbox] => Trace::load(sandbox).map(|trace| trace.render()),
+        ["trace", sandbox] => trace(sandbox),
+        ["exec", sandbox] => shell(sandbox),
         ["gather"] => archive(None),
         ["gather", "--output", file] => archive(Some(Path::new(file))),
         ["monitor"] => watch(monitor::ADDRESS),
@@ -67,6 +69,14 @@ fn line(json: &serde_json::Value) -> String {
 
 fn explain(file: Option<&Path>) -> Result<String> {
     Ok(Config::load(file)?.explain())
+}
+
+fn trace(sandbox: &str) -> Result<String> {
+    Ok(Trace::load(&ctl::full_id(sandbox)?)?.render())
+}
+
+fn shell(sandbox: &str) -> Result<String> {
+    in_runtime(exec::exec(&ctl::full_id(sandbox)?)).map(|()| String::new())
 }
 
 fn environment() -> Result<Env> {

@@ -100,6 +100,7 @@ impl Default for Qemu {
 #[serde(default)]
 struct Kata {
     enable_debug: bool,
+    debug_console_enabled: bool,
     kernel_modules: Vec<String>,
     dial_timeout: Option<u64>,
     // Known so that its type is checked; one attempt's timeout means nothing to a guest that dials the host.
@@ -246,6 +247,7 @@ impl Kata {
         }
         Ok(Agent {
             debug: self.enable_debug,
+            debug_console: self.debug_console_enabled,
             kernel_modules,
             connect_timeout,
             create_container_timeout: Duration::from_secs(timeout),

@@ -318,10 +318,7 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     ("agent.kata.dial_timeout_ms", Honoured(Integer)),
     ("agent.kata.reconnect_timeout_ms", Honoured(Integer)),
     ("agent.kata.create_container_timeout", Honoured(Integer)),
-    (
-        "agent.kata.debug_console_enabled",
-        Only(OFF, "the guest has no shell; use `kata-ctl` or `kubectl exec`"),
-    ),
+    ("agent.kata.debug_console_enabled", Honoured(Bool)),
     ("agent.kata.enable_tracing", Only(OFF, NO_TRACING)),
     (
         "agent.kata.container_pipe_size",

@@ -100,7 +100,7 @@ async fn of_sandbox(id: &str) -> [(&'static str, Result<String>); 4] {
     ]
 }
 
-/// What shims said by way of their CRI's log.
+/// What shims said by way of their CRI's log, and nothing else of it: a CRI at its debug level writes whole requests.
 fn journal() -> Result<String> {
     let mut command = Command::new("journalctl");
     command.args([
@@ -110,7 +110,7 @@ fn journal() -> Result<String> {
         "--unit=containerd",
         "--unit=crio",
     ]);
-    lines_of(command, |line| line.contains("kata"))
+    lines_of(command, |line| line.contains("kata["))
 }
 
 fn kernel() -> Result<String> {

@@ -53,8 +53,8 @@ pub async fn serve(address: SocketAddr) -> Result<()> {
 }
 
 async fn respond(work: &Mutex<Work>, target: &str) -> Answer {
-    let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let one = query.split('&').find_map(|pair| pair.strip_prefix("sandbox="));
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    let one = http::query(target, "sandbox");
     let sandboxes = match sandboxes() {
         Ok(all) => live(all),
         Err(error) => return Answer::unavailable(error.to_string()),
