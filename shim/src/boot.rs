@@ -283,7 +283,9 @@ async fn explained(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
     virtiofsd.child().kill();
     vm.stop().await;
     let words = last_words(vm, virtiofsd).await;
-    tracing::error!("{words}");
+    if !words.is_empty() {
+        tracing::error!("{words}");
+    }
     match telling(&vm.console_tail()) {
         Some(line) => Error::Boot {
             error: Box::new(error),

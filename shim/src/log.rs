@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     panic,
+    path::Path,
     sync::OnceLock,
 };
 
@@ -19,8 +20,8 @@ use tracing_subscriber::{
 
 static LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 
-/// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together.
-const ROOM: i32 = 256 << 10;
+/// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together, with the prefixes.
+const ROOM: i32 = 512 << 10;
 /// Letters of the sandbox's id before each line, as `crictl` shows them: the CRI's log has the lines of all pods.
 const SHORT: usize = 13;
 
@@ -28,6 +29,24 @@ const SHORT: usize = 13;
 struct Fifo {
     file: File,
     prefix: String,
+}
+
+impl Fifo {
+    fn open(path: &Path, sandbox: &str) -> io::Result<Fifo> {
+        // Open for reading too: a daemon that restarts leaves the fifo without a reader for a while.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(nix::libc::O_NONBLOCK)
+            .open(path)?;
+        // With less room a long record may be cut off, and nothing else.
+        let _room = fcntl(&file, FcntlArg::F_SETPIPE_SZ(ROOM));
+        let short: String = sandbox.chars().take(SHORT).collect();
+        Ok(Fifo {
+            file,
+            prefix: format!("kata[{short}] "),
+        })
+    }
 }
 
 impl Write for &Fifo {
@@ -62,19 +81,8 @@ impl<'a> MakeWriter<'a> for Fifo {
 /// Logs to `log` in the working directory, the bundle of the sandbox. Without it (a caller other than a CRI) nothing
 /// is logged.
 pub fn init(sandbox: &str, debug: bool) {
-    // Open for reading too: a daemon that restarts leaves the fifo without a reader for a while.
-    let fifo = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open("log");
-    let Ok(file) = fifo else { return };
-    // With less room a long record may be cut off, and nothing else.
-    let _room = fcntl(&file, FcntlArg::F_SETPIPE_SZ(ROOM));
-    let short: String = sandbox.chars().take(SHORT).collect();
-    let fifo = Fifo {
-        file,
-        prefix: format!("kata[{short}] "),
+    let Ok(fifo) = Fifo::open("log".as_ref(), sandbox) else {
+        return;
     };
     let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
     let (filter, handle) = reload::Layer::new(level);
@@ -94,7 +102,26 @@ pub fn verbose() {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
     use super::*;
+
+    #[test]
+    fn the_last_words_of_three_fit_while_nobody_reads_and_what_does_not_fit_holds_nobody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let fifo = Fifo::open(&path, "0123456789abcdef").unwrap();
+        let line = "x".repeat(1023) + "\n";
+        let record = line.repeat(3 * 64);
+        (&fifo).write_all(record.as_bytes()).unwrap();
+        let mut read = vec![0; record.len() + 3 * 64 * "kata[0123456789abc] ".len()];
+        (&fifo.file).read_exact(&mut read).unwrap();
+        assert!(read.starts_with(b"kata[0123456789abc] xxx") && read.ends_with(b"xxx\n"));
+        (&fifo).write_all(line.repeat(1024).as_bytes()).unwrap();
+    }
 
     #[test]
     fn every_line_tells_its_sandbox() {
