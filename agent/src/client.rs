@@ -8,9 +8,10 @@
 //! nobody waits for any more only so many are left open.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -24,6 +25,7 @@ use tokio::{
 use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
 
 use crate::{
+    exposition::Histogram,
     guard::Guard,
     protocol::{
         agent::*,
@@ -55,6 +57,7 @@ struct Connection {
     relay: RelayClient,
     patience: Duration,
     abandoned: Abandoned,
+    durations: Arc<Mutex<Durations>>,
 }
 
 /// How many calls are open that nobody waits for.
@@ -72,6 +75,15 @@ impl Drop for Caller {
         if !self.answered.swap(true, Ordering::SeqCst) {
             self.abandoned.send_modify(|open| *open += 1);
         }
+    }
+}
+
+/// How long calls took, by their names.
+pub type Durations = BTreeMap<&'static str, Histogram>;
+
+impl Connection {
+    fn durations(&self) -> MutexGuard<'_, Durations> {
+        self.durations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -169,25 +181,29 @@ replies!(
     types::Interface
 );
 
-/// Declares a method per call of a service: name, message, reply, whether it has a deadline.
+/// Declares a method per call of a service and its package: name, message, reply, whether it has a deadline.
 macro_rules! calls {
-    ($service:ident: $($(#[$doc:meta])* $name:ident($request:ty) -> $value:ty, $deadline:expr;)*) => {
+    ($service:ident of $package:literal: $($(#[$doc:meta])* $name:ident($request:ty) -> $value:ty, $deadline:expr;)*) => {
         impl Client { $(
             $(#[$doc])*
             pub async fn $name(&self, request: $request) -> Result<$value, ClientError> {
                 let connection = Arc::clone(&self.0);
                 let deadline = $deadline.then_some(self.0.patience);
-                call(stringify!($name), &self.0.abandoned, deadline, async move {
+                let began = Instant::now();
+                let reply = call(stringify!($name), &self.0.abandoned, deadline, async move {
                     connection.$service.$name(Context::default(), &request).await
                 })
-                .await
+                .await;
+                let action = concat!($package, ".", stringify!($request));
+                self.0.durations().entry(action).or_default().observe(began.elapsed());
+                reply
             }
         )* }
     };
 }
 
 calls! {
-    agent:
+    agent of "grpc":
     /// Makes the sandbox: its storages, host name and shared namespaces.
     create_sandbox(CreateSandboxRequest) -> (), true;
     /// Ends everything in the sandbox and writes its data out.
@@ -249,7 +265,7 @@ calls! {
 }
 
 calls! {
-    relay:
+    relay of "sandpod":
     /// Connects to a TCP port of the guest's loopback. Upstream's agent has none of these calls.
     dial(DialRequest) -> DialResponse, true;
     /// Waits for data of a connection; empty data is its end; no deadline.
@@ -270,6 +286,7 @@ impl Client {
             relay: RelayClient::new(client),
             patience: PATIENCE,
             abandoned: watch::Sender::new(0),
+            durations: Arc::default(),
         }))
     }
 
@@ -281,7 +298,13 @@ impl Client {
             relay: self.0.relay.clone(),
             patience: deadline,
             abandoned: self.0.abandoned.clone(),
+            durations: Arc::clone(&self.0.durations),
         }))
+    }
+
+    /// How long the calls of this connection took so far.
+    pub fn durations(&self) -> Durations {
+        self.0.durations().clone()
     }
 
     /// Waits until the agent serves; it may be asked before its guest has booted.

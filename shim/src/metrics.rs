@@ -12,6 +12,7 @@ use std::{
 };
 
 use agent::{
+    client::Durations,
     exposition::{Exposition, NETWORK, open_files, read},
     protocol::agent::{GetMetricsRequest, StatsContainerRequest},
 };
@@ -150,11 +151,19 @@ fn shim(out: &mut Exposition, sandbox: &Sandbox) -> io::Result<()> {
     process(out, "kata_shim", "self")?;
     out.process_totals("kata_shim", "self")?;
     let name = "kata_shim_rpc_durations_histogram_milliseconds";
-    out.family(name, "histogram", "Durations of the task API's calls");
-    for (action, histogram) in sandbox.durations() {
-        out.histogram(name, &[("action", action)], &histogram);
+    durations(out, name, "Durations of the task API's calls", &sandbox.durations());
+    if let Ok(guest) = sandbox.guest() {
+        let name = "kata_shim_agent_rpc_durations_histogram_milliseconds";
+        durations(out, name, "Durations of calls to the agent", &guest.agent.durations());
     }
     Ok(())
+}
+
+fn durations(out: &mut Exposition, name: &str, help: &str, all: &Durations) {
+    out.family(name, "histogram", help);
+    for (action, histogram) in all {
+        out.histogram(name, &[("action", action)], histogram);
+    }
 }
 
 fn hypervisor(out: &mut Exposition, guest: &Guest) -> io::Result<()> {

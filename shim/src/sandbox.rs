@@ -12,14 +12,14 @@
 mod verbs;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     future::Future,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
-use agent::{exposition::Histogram, protocol::agent as wire};
+use agent::{client::Durations, protocol::agent as wire};
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
@@ -70,7 +70,7 @@ pub struct Sandbox {
     /// Whether Create has the state.
     booting: watch::Sender<bool>,
     /// How long the calls of the task API took, by their names.
-    durations: Mutex<BTreeMap<&'static str, Histogram>>,
+    durations: Mutex<Durations>,
     /// Why the VM has ended.
     down: watch::Sender<Option<String>>,
     ended: watch::Sender<bool>,
@@ -119,7 +119,7 @@ impl Sandbox {
     }
 
     /// How long calls took, by their names.
-    pub fn durations(&self) -> BTreeMap<&'static str, Histogram> {
+    pub fn durations(&self) -> Durations {
         lock(&self.durations).clone()
     }
 

@@ -138,6 +138,9 @@ fn a_monitor_serves_the_metrics_of_every_pod(node: &Node, runtime: Runtime) -> R
     let created = ["action=\"create\"", &of_first];
     let calls = metric(&text, "kata_shim_rpc_durations_histogram_milliseconds_count", &created)?;
     same("creates of the first pod", calls, 2.0)?;
+    let name = "kata_shim_agent_rpc_durations_histogram_milliseconds_count";
+    let started = ["action=\"grpc.StartContainerRequest\"", &of_first];
+    same("starts in the first guest", metric(&text, name, &started)?, 1.0)?;
     well_formed(&text)?;
 
     let one = node.get("127.0.0.1", PORT, &format!("/metrics?sandbox={}", second.id()))?;
