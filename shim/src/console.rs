@@ -156,7 +156,7 @@ async fn open(sandbox: &Sandbox, wish: &Wish) -> Result<Console> {
 
 /// The container whose root file system has a shell.
 fn lender(sandbox: &Sandbox, guest: &Guest) -> Result<String> {
-    let shell = |id: &str| guest.share.root().join(id).join("rootfs/bin/sh");
+    let shell = |id: &str| guest.share.export().join(id).join("rootfs/bin/sh");
     let lenders = sandbox.all().into_iter().filter(|container| {
         // A link in there may lead anywhere: that it is there is all that is asked of the host.
         container.kind != Kind::Sandbox && shell(&container.id).symlink_metadata().is_ok()

@@ -12,7 +12,7 @@ use std::{
 };
 
 use agent::{
-    client::Durations,
+    client::{Durations, LONGEST_READ},
     exposition::{Exposition, NETWORK, open_files, read},
     protocol::agent::{GetMetricsRequest, StatsContainerRequest},
 };
@@ -33,8 +33,8 @@ use crate::{
 
 /// How long the guest may take for its part.
 const GUEST: Duration = Duration::from_secs(5);
-/// The most text that a guest may add, in bytes: some seven times what one with two processors says.
-const GUEST_TEXT: usize = 256 << 10;
+/// The most text that a guest may add, in bytes: some three times what one with two processors says.
+const GUEST_TEXT: usize = LONGEST_READ as usize;
 /// What a guest may speak of.
 const OF_A_GUEST: &[&str] = &["kata_agent_", "kata_guest_"];
 

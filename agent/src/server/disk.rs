@@ -63,9 +63,9 @@ pub(super) fn wait_for(kind: &str, address: &str) -> Result<Disk> {
     let mut found = None;
     let deadline = Instant::now() + APPEARS;
     let there = appearing.block_until(deadline, || {
-        found = place.look()?;
+        found = if_there(place.look())?.flatten();
         if found.is_none() {
-            place.scan()?;
+            if_there(place.scan())?;
         }
         Ok(found.is_some())
     });
@@ -190,13 +190,17 @@ fn slot(text: &str) -> Option<(u8, u8)> {
     Some((number(slot, 32)?, number(function, 8)?))
 }
 
+/// A device comes piece by piece, and goes so: what is not there is nothing yet.
+fn if_there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
 /// The entry of a folder with such a name; none where there is no folder.
 fn child(folder: &Path, fits: impl Fn(&str) -> bool) -> io::Result<Option<PathBuf>> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other?,
-    };
-    for entry in entries {
+    for entry in if_there(fs::read_dir(folder))?.into_iter().flatten() {
         let entry = entry?;
         if entry.file_name().to_str().is_some_and(&fits) {
             return Ok(Some(entry.path()));
