@@ -130,25 +130,32 @@ async fn unknown_containers_and_processes_have_their_statuses(pod: Arc<Pod>) {
 async fn what_is_not_there_yet_is_unimplemented_by_name(pod: Arc<Pod>) {
     let mut request = create("c", base("true"));
     let mut device = Device::new();
-    (device.type_, device.container_path) = ("blk".into(), "/dev/xda".into());
+    (device.type_, device.container_path) = ("vfio-pci".into(), "/dev/vfio/7".into());
     request.devices.push(device);
     let error = pod.try_create(request).await.unwrap_err();
     assert_eq!(code(&error), Code::UNIMPLEMENTED);
     assert!(
-        error.to_string().contains("the device \"/dev/xda\" of type \"blk\""),
+        error
+            .to_string()
+            .contains("the device \"/dev/vfio/7\" of type \"vfio-pci\""),
         "{error}"
     );
-    let mut request = create("c", base("true"));
-    request.storages.push(super::pod::storage(
-        "scsi",
-        "0:1",
-        "ext4",
-        &[],
-        "/run/kata-containers/sandbox/x",
-    ));
-    let error = pod.try_create(request).await.unwrap_err();
-    assert_eq!(code(&error), Code::UNIMPLEMENTED);
-    assert!(error.to_string().contains("the storage driver \"scsi\""), "{error}");
+    for (driver, code_of_it, sentence) in [
+        ("nvdimm", Code::UNIMPLEMENTED, "the storage driver \"nvdimm\""),
+        // It is, but nobody has plugged that disk.
+        (
+            "scsi",
+            Code::INVALID_ARGUMENT,
+            "no scsi device \"0:1\" has come within 3s",
+        ),
+    ] {
+        let mut request = create("c", base("true"));
+        let storage = super::pod::storage(driver, "0:1", "ext4", &[], "/run/kata-containers/sandbox/x");
+        request.storages.push(storage);
+        let error = pod.try_create(request).await.unwrap_err();
+        assert_eq!(code(&error), code_of_it, "{error}");
+        assert!(error.to_string().contains(sentence), "{error}");
+    }
 }
 
 async fn a_container_that_cannot_be_made_leaves_nothing(pod: Arc<Pod>) {

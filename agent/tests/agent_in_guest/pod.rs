@@ -8,7 +8,7 @@ use std::{
 };
 
 use agent::{
-    client::{Client, ClientError},
+    client::{Client, ClientError, LONGEST_READ},
     oci,
     protocol::agent::*,
 };
@@ -179,7 +179,7 @@ impl Pod {
     pub async fn output(&self, id: &str, exec: &str) -> Vec<u8> {
         let mut all = Vec::new();
         loop {
-            let data = self.read(id, exec, 1 << 20).await;
+            let data = self.read(id, exec, LONGEST_READ).await;
             if data.is_empty() {
                 return all;
             }

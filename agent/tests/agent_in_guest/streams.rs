@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use agent::{client::ClientError, protocol::agent::*};
+use agent::{
+    client::{ClientError, LONGEST_READ},
+    protocol::agent::*,
+};
 use serde_json::json;
 
 use super::pod::{Pod, base, create, process};
@@ -29,7 +32,7 @@ async fn a_hundred_mebibytes_come_out(pod: Arc<Pod>) {
     let began = std::time::Instant::now();
     let (mut all, mut reads) = (0, 0);
     loop {
-        let data = pod.read("c", "", MEBIBYTE as u32).await;
+        let data = pod.read("c", "", LONGEST_READ).await;
         if data.is_empty() {
             break;
         }
