@@ -287,8 +287,9 @@ impl Sandbox {
     pub fn expect_create(self: &Arc<Self>) {
         let sandbox = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(FIRST_CREATE).await;
-            if lock(&sandbox.containers).is_empty() && sandbox.guest.get().is_none() {
+            let mut booting = sandbox.booting.subscribe();
+            let begun = tokio::time::timeout(FIRST_CREATE, booting.wait_for(|booting| *booting)).await;
+            if begun.is_err() && lock(&sandbox.containers).is_empty() && sandbox.guest.get().is_none() {
                 tracing::warn!("nothing was created within {FIRST_CREATE:?}: the shim ends");
                 sandbox.end();
             }
