@@ -212,11 +212,7 @@ impl Console {
         request.container_id = self.name.container.clone();
         self.agent.start_container(request).await?;
         if let Some((rows, columns)) = wish.terminal {
-            let mut request = wire::TtyWinResizeRequest::new();
-            request.container_id = self.name.container.clone();
-            request.exec_id = self.name.exec.clone();
-            (request.row, request.column) = (rows, columns);
-            self.agent.tty_win_resize(request).await?;
+            self.agent.tty_win_resize(self.name.resize(rows, columns)).await?;
         }
         Ok(())
     }

@@ -109,6 +109,11 @@ pub async fn switch(stream: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     stream.write_all(SWITCH).await
 }
 
+/// A target without its query.
+pub fn path(target: &str) -> &str {
+    target.split_once('?').map_or(target, |(path, _)| path)
+}
+
 /// The value of a key in a target's query.
 pub fn query<'a>(target: &'a str, key: &str) -> Option<&'a str> {
     let (_, query) = target.split_once('?')?;

@@ -9,7 +9,7 @@ use std::{os::fd::AsFd, path::Path, time::Duration};
 
 use agent::{
     client::{Client, ClientError, LONGEST_READ},
-    protocol::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest},
+    protocol::agent::{CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest},
 };
 use tokio::{
     io::AsyncWriteExt,
@@ -136,6 +136,18 @@ pub struct ProcessName {
     pub container: String,
     /// The exec's id, or the container's id for its init.
     pub exec: String,
+}
+
+impl ProcessName {
+    /// Asks for another size of its terminal.
+    pub fn resize(&self, rows: u32, columns: u32) -> TtyWinResizeRequest {
+        let mut request = TtyWinResizeRequest::new();
+        request.container_id = self.container.clone();
+        request.exec_id = self.exec.clone();
+        request.row = rows;
+        request.column = columns;
+        request
+    }
 }
 
 /// The running copies of one process's streams.

@@ -81,16 +81,11 @@ pub fn serve(listener: UnixListener, sandbox: Arc<Sandbox>) -> Result<()> {
 
 async fn converse(mut stream: UnixStream, sandbox: &Sandbox) -> io::Result<()> {
     let answer = match http::request(&mut stream).await? {
-        Ok(target) if path(&target) == "/exec" => return console::serve(stream, sandbox, &target).await,
-        Ok(target) => respond(sandbox, path(&target)).await,
+        Ok(target) if http::path(&target) == "/exec" => return console::serve(stream, sandbox, &target).await,
+        Ok(target) => respond(sandbox, http::path(&target)).await,
         Err(refusal) => refusal,
     };
     http::answer(&mut stream, &answer).await
-}
-
-/// A target without its query.
-fn path(target: &str) -> &str {
-    target.split_once('?').map_or(target, |(path, _)| path)
 }
 
 async fn respond(sandbox: &Sandbox, path: &str) -> Answer {

@@ -53,7 +53,7 @@ pub async fn serve(address: SocketAddr) -> Result<()> {
 }
 
 async fn respond(work: &Mutex<Work>, target: &str) -> Answer {
-    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    let path = http::path(target);
     let one = http::query(target, "sandbox");
     let sandboxes = match sandboxes() {
         Ok(all) => live(all),

@@ -112,7 +112,7 @@ impl Sandbox {
             && let resized = guest
                 .agent
                 .with_deadline(RESIZE)
-                .tty_win_resize(resize_request(name, rows, columns))
+                .tty_win_resize(name.resize(rows, columns))
             && let Err(error) = resized.await
         {
             tracing::debug!(%error, ?name, "the terminal was not resized");
@@ -303,10 +303,7 @@ impl Sandbox {
         } else {
             container.exec_name(exec)
         };
-        self.guest()?
-            .agent
-            .tty_win_resize(resize_request(&name, rows, columns))
-            .await?;
+        self.guest()?.agent.tty_win_resize(name.resize(rows, columns)).await?;
         Ok(())
     }
 
@@ -407,13 +404,4 @@ impl Sandbox {
             Kind::Member | Kind::Single => follow::ended(self, container, "", &container.init, exit).await,
         }
     }
-}
-
-fn resize_request(name: &ProcessName, rows: u32, columns: u32) -> wire::TtyWinResizeRequest {
-    let mut request = wire::TtyWinResizeRequest::new();
-    request.container_id = name.container.clone();
-    request.exec_id = name.exec.clone();
-    request.row = rows;
-    request.column = columns;
-    request
 }
