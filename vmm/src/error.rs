@@ -60,6 +60,9 @@ pub enum VmError {
     /// No place for another disk.
     #[error("the VM has {0} block devices already, the most that its controller takes")]
     TooManyDisks(u8),
+    /// No place for another interface.
+    #[error("the VM has one network interface that came after its start already, and a place for one only")]
+    NoPlaceForInterface,
     /// The controller did not let go of a disk.
     #[error("QEMU keeps the block device {0}")]
     DiskKept(String),

@@ -15,6 +15,7 @@ mod disk;
 mod error;
 mod hotplug;
 mod kvm;
+mod nic;
 mod process;
 mod qmp;
 pub mod spec;

@@ -23,6 +23,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::spec::Nic;
+
 /// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand; in memory a line of small objects
 /// becomes a hundred times as long.
 const LONGEST_LINE: usize = 128 << 10;
@@ -304,6 +306,39 @@ impl Qmp {
             "channel": 0, "scsi-id": target, "lun": 0, "share-rw": true,
         });
         self.order("device_add", disk).await
+    }
+
+    /// `getfd` of the files and `netdev_add` of a tap, with vhost-net if there is a file of it.
+    pub async fn add_tap(&self, id: &str, tap: OwnedFd, vhost_net: Option<OwnedFd>) -> Result<(), QmpError> {
+        let name = |what: &str| format!("{id}-{what}");
+        let mut netdev = json!({"type": "tap", "id": id, "fd": name("tap")});
+        let mut files = vec![(name("tap"), tap)];
+        if let Some(vhost_net) = vhost_net {
+            netdev["vhost"] = true.into();
+            netdev["vhostfd"] = name("vhost").into();
+            files.push((name("vhost"), vhost_net));
+        }
+        for (name, file) in files {
+            let given = self
+                .execute_with::<Value>("getfd", json!({"fdname": name}), Some(file))
+                .await;
+            given.map(drop)?;
+        }
+        self.order("netdev_add", netdev).await
+    }
+
+    /// `netdev_del`.
+    pub async fn delete_tap(&self, id: &str) -> Result<(), QmpError> {
+        self.order("netdev_del", json!({"id": id})).await
+    }
+
+    /// `device_add` of a network card on its tap.
+    pub async fn add_nic(&self, netdev: &str, nic: &Nic, bus: &str) -> Result<(), QmpError> {
+        let card = json!({
+            "driver": "virtio-net-pci", "id": format!("{netdev}-nic"), "netdev": netdev, "bus": bus,
+            "mac": nic.mac, "host_mtu": nic.mtu, "romfile": "",
+        });
+        self.order("device_add", card).await
     }
 
     /// `query-hotpluggable-cpus`.

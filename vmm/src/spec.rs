@@ -238,7 +238,7 @@ impl FsDevice {
 }
 
 impl Nic {
-    fn validate(&self) -> Result<(), SpecError> {
+    pub(crate) fn validate(&self) -> Result<(), SpecError> {
         let octets: Vec<_> = self.mac.split(':').map(parse_octet).collect();
         let unicast = octets.len() == 6 && octets.iter().all(Option::is_some) && octets[0].is_some_and(|o| o & 1 == 0);
         if !unicast {

@@ -64,6 +64,8 @@ pub struct Vm {
     /// Held while the VM is resized: one change at a time.
     pub(crate) resizing: Mutex<()>,
     pub(crate) disks: Mutex<Disks>,
+    /// Whether an interface has come since the start.
+    pub(crate) late_nic: Mutex<bool>,
     link: Link,
     console: Tail,
     log: Tail,
@@ -125,6 +127,7 @@ impl Vm {
             spec: spec.clone(),
             resizing: Mutex::new(()),
             disks: Mutex::default(),
+            late_nic: Mutex::default(),
             link: wiring.link,
             console: wiring.console,
             log,
