@@ -6,6 +6,7 @@ pub mod client;
 pub mod engine;
 pub mod exposition;
 mod guard;
+pub mod idmap;
 pub mod oci;
 pub mod server;
 

@@ -329,9 +329,12 @@ impl Engine {
         .await
     }
 
-    /// Makes a process that does nothing but lead a new PID namespace, for containers that share one; returns its pid.
-    pub async fn pause(&self) -> Result<i32, EngineError> {
-        self.started(Request::Pause, Vec::new()).await.map(|(pid, _)| pid)
+    /// Makes a process that does nothing but lead a new PID namespace, which belongs to the user namespace `user` if there is
+    /// one, for containers that share it; returns its pid.
+    pub async fn pause(&self, user: Option<PathBuf>) -> Result<i32, EngineError> {
+        self.started(Request::Pause { user }, Vec::new())
+            .await
+            .map(|(pid, _)| pid)
     }
 
     /// The folder of a container's cgroup.

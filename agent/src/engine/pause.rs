@@ -1,8 +1,12 @@
 //! A process that leads a PID namespace, for the containers of a pod that share one, and does nothing else.
 
+use std::path::Path;
+
 use nix::{
+    fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
+    sys::stat::Mode,
     unistd::{Gid, Uid, chdir, pivot_root, setgid, setgroups, setuid},
 };
 
@@ -12,8 +16,11 @@ use super::{sys, wire::Answer, worker::Outcome};
 const NOBODY: u32 = 65535;
 
 /// Forks it.
-pub(super) fn start() -> Outcome {
+pub(super) fn start(user: Option<&Path>) -> Outcome {
     let failed = |doing: &str, error: nix::Error| format!("the pod's first process: {doing}: {}", error.desc());
+    if let Some(user) = user {
+        become_root_of(user).map_err(|e| failed("joining the pod's user namespace", e))?;
+    }
     unshare(CloneFlags::CLONE_NEWPID).map_err(|e| failed("making a PID namespace", e))?;
     match sys::fork().map_err(|e| failed("forking", e))? {
         Some(pid) => Ok((Answer::Started { pid: pid.as_raw() }, Vec::new())),
@@ -22,6 +29,14 @@ pub(super) fn start() -> Outcome {
             Err(_) => sys::exit_now(1),
         },
     }
+}
+
+/// Root of a user namespace that this one made: only what is made from then on belongs to it.
+fn become_root_of(namespace: &Path) -> nix::Result<()> {
+    let namespace = open(namespace, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    setns(namespace, CloneFlags::CLONE_NEWUSER)?;
+    setgid(Gid::from_raw(0))?;
+    setuid(Uid::from_raw(0))
 }
 
 /// Containers see this process: through it they must not see the guest.

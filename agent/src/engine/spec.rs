@@ -248,6 +248,8 @@ pub(super) fn for_exec(container: &Spec, mut process: Process, init: i32) -> Res
     let mut linux = Linux::default();
     linux.set_namespaces(Some(joined(from, init)));
     linux.set_cgroups_path(from.cgroups_path().clone());
+    // By which the owner of its streams is told.
+    linux.set_uid_mappings(from.uid_mappings().clone());
     linux.set_seccomp(from.seccomp().clone());
     linux.set_personality(from.personality().clone());
     linux.set_resources(None);

@@ -17,7 +17,7 @@ use nix::{
 };
 
 /// Forks; `None` in the child. The calling process must have a single thread.
-pub(super) fn fork() -> nix::Result<Option<Pid>> {
+pub(crate) fn fork() -> nix::Result<Option<Pid>> {
     // SAFETY: the zygote and its workers are single-threaded (see `Engine::spawn`), so the child may do
     // anything that the parent could.
     match unsafe { nix::unistd::fork() }? {
@@ -27,7 +27,7 @@ pub(super) fn fork() -> nix::Result<Option<Pid>> {
 }
 
 /// Ends a forked process at once, without the exit handlers of the program it was forked from.
-pub(super) fn exit_now(code: c_int) -> ! {
+pub(crate) fn exit_now(code: c_int) -> ! {
     // SAFETY: `_exit` has no preconditions.
     unsafe { libc::_exit(code) }
 }

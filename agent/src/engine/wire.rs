@@ -54,7 +54,10 @@ pub(super) enum Request {
         stage: Stage,
     },
     /// A process that only leads a PID namespace.
-    Pause,
+    Pause {
+        /// Whose the namespace is.
+        user: Option<PathBuf>,
+    },
     /// The container is gone; the answer is empty.
     Forget {
         id: String,

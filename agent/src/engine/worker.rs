@@ -31,7 +31,7 @@ use libcontainer::{
 use nix::{
     fcntl::OFlag,
     sys::resource::{Resource, getrlimit},
-    unistd::{Uid, fchown, pipe2},
+    unistd::{Gid, Uid, fchown, pipe2, setfsgid, setfsuid},
 };
 use oci_spec::runtime::{Box as Size, Linux, LinuxResources, Process, Spec};
 
@@ -50,7 +50,7 @@ pub(super) type Outcome = Result<(Answer, Vec<OwnedFd>), String>;
 pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> Outcome {
     let root = root_of(&spec)?;
     let mut process = spec.process().clone().ok_or("the specification has no process")?;
-    inside::ensure_cwd(&root, &spec, process.cwd());
+    make_cwd(&root, &spec, process.cwd());
     prepare(&mut process, &root)?;
     spec.set_process(Some(process));
     if let Some(linux) = spec.linux_mut() {
@@ -85,6 +85,17 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
             Err(error.text)
         }
     }
+}
+
+/// Makes the working directory as the container's root, for whom files of a pod with a user namespace are: the guest's has no number in them.
+fn make_cwd(root: &Path, spec: &Spec, cwd: &Path) {
+    let linux = spec.linux().as_ref();
+    let user = Uid::from_raw(edit::guest_id(linux.map_or(&None, Linux::uid_mappings), 0));
+    let group = Gid::from_raw(edit::guest_id(linux.map_or(&None, Linux::gid_mappings), 0));
+    let (own_group, own_user) = (setfsgid(group), setfsuid(user));
+    inside::ensure_cwd(root, spec, cwd);
+    setfsuid(own_user);
+    setfsgid(own_group);
 }
 
 /// Starts a further process in the container whose init has the pid `init`.
@@ -195,7 +206,8 @@ impl From<&str> for Failure {
 }
 
 impl Launch<'_> {
-    fn run(self, spec: Spec, stdio: Stdio) -> Result<Launched, Failure> {
+    fn run(self, mut spec: Spec, stdio: Stdio) -> Result<Launched, Failure> {
+        let _held = hold_namespaces(&mut spec)?;
         let process = spec.process().as_ref().ok_or("the specification has no process")?;
         let console_size = process.console_size();
         let linux = spec.linux().as_ref();
@@ -260,6 +272,24 @@ impl Launch<'_> {
         };
         Ok(Launched { pid, status, pty })
     }
+}
+
+/// Opens the namespaces that a process is to join, and names them by their descriptors: libcontainer joins the user namespace first, and from in
+/// there may not look at the processes by which the others are named.
+fn hold_namespaces(spec: &mut Spec) -> Result<Vec<OwnedFd>, String> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(Vec::new());
+    };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    let mut held = Vec::new();
+    for namespace in &mut namespaces {
+        let Some(path) = namespace.path().clone() else { continue };
+        let file = File::open(&path).map_err(|e| format!("the namespace {}: {e}", path.display()))?;
+        namespace.set_path(Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into()));
+        held.push(file.into());
+    }
+    linux.set_namespaces(Some(namespaces));
+    Ok(held)
 }
 
 /// Prefers what the program's last step said, then libcontainer's first complaint, to its generic error.

@@ -160,7 +160,7 @@ fn dispatch(containers: &HashMap<String, Spec>, request: Request, fds: Vec<Owned
         }
         Request::Update { id, resources } => worker::update(&id, container(&id)?, *resources),
         Request::Hooks { id, init, stage } => worker::hooks(&id, container(&id)?, init, stage),
-        Request::Pause => pause::start(),
+        Request::Pause { user } => pause::start(user.as_deref()),
         Request::Forget { .. } => Ok((Answer::Done, Vec::new())),
     }
 }

@@ -17,7 +17,7 @@ use nix::{
 use super::{
     disk,
     error::{Doing, Result},
-    modules, sys,
+    modules, namespaces, sys,
 };
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -38,6 +38,8 @@ pub(super) fn begin() -> Result<modules::Boot> {
     leave_ram_disk()?;
     let (nosuid, strict) = (MsFlags::MS_NOSUID, STRICT);
     attach("proc", Path::new("/proc"), "proc", strict, None)?;
+    // Before there is a view of the network.
+    namespaces::join()?;
     attach("sysfs", Path::new("/sys"), "sysfs", strict, None)?;
     attach("devtmpfs", Path::new("/dev"), "devtmpfs", nosuid, Some("mode=755"))?;
     if boot.load_until_channel()? {

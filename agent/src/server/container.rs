@@ -6,14 +6,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::{
     disk::is_disk,
     error::{Error, Result},
+    namespaces,
     process::Process,
 };
-use crate::protocol::agent::{CreateContainerRequest, ExecProcessRequest};
+use crate::{
+    idmap::IdMaps,
+    protocol::agent::{CreateContainerRequest, ExecProcessRequest},
+};
 
 /// The most bytes of an id: it becomes the name of a folder.
 const LONGEST_ID: usize = 200;
@@ -188,12 +192,16 @@ pub(super) fn wants_guest_pids(spec: &Spec) -> bool {
 
 /// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that
 /// the pod's containers share.
-pub(super) fn join_pod(spec: &mut Spec, pids: &Pids) -> Result<()> {
+pub(super) fn join_pod(spec: &mut Spec, pids: &Pids, of_pod: Option<&IdMaps>) -> Result<()> {
     use LinuxNamespaceType as Type;
     let mut linux = spec.linux().clone().ok_or_else(|| missing("linux"))?;
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     namespaces.retain(|namespace| !matches!(namespace.typ(), Type::Uts | Type::Ipc | Type::Network | Type::Pid));
-    if let Some(namespace) = namespaces.iter().find(|namespace| namespace.path().is_some()) {
+    if let Some(user) = namespaces.iter_mut().find(|namespace| namespace.typ() == Type::User) {
+        user.set_path(Some(user_namespace(&linux, of_pod)?));
+    }
+    let foreign = |namespace: &&LinuxNamespace| namespace.typ() != Type::User && namespace.path().is_some();
+    if let Some(namespace) = namespaces.iter().find(foreign) {
         let (kind, path) = (namespace.typ(), namespace.path().clone().unwrap_or_default());
         return Err(Error::Invalid(format!(
             "the {kind} namespace {} is not the guest's",
@@ -215,6 +223,21 @@ pub(super) fn join_pod(spec: &mut Spec, pids: &Pids) -> Result<()> {
     // The pod's, which CreateSandbox has set.
     spec.set_hostname(None);
     Ok(())
+}
+
+/// Where a container finds its user namespace, which is the pod's: only that has the pod's network.
+fn user_namespace(linux: &Linux, of_pod: Option<&IdMaps>) -> Result<PathBuf> {
+    let wanted = IdMaps::of(linux).map_err(|error| Error::Invalid(error.to_string()))?;
+    match (wanted, of_pod) {
+        (Some(wanted), Some(maps)) if wanted == *maps => Ok(namespaces::USER.into()),
+        (Some(wanted), Some(maps)) => Err(Error::Invalid(format!(
+            "the container's ID mappings, {wanted}, are not those of its pod, {maps}"
+        ))),
+        (None, _) => Err(missing("linux.uidMappings for its user namespace")),
+        (_, None) => Err(Error::Invalid(
+            "a user namespace is the pod's: this guest was started without `sandpod.uid_map`".into(),
+        )),
+    }
 }
 
 /// Whether the container's init has a terminal.
@@ -249,7 +272,7 @@ mod tests {
         let mut spec = spec(
             r#"[{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network","path":"/n"},{"type":"cgroup"}]"#,
         );
-        join_pod(&mut spec, &Pids::New).unwrap();
+        join_pod(&mut spec, &Pids::New, None).unwrap();
         let expected = [("mnt", None), ("cgroup", None), ("pid", None)];
         assert_eq!(kinds(&spec), expected.map(|(kind, path)| (kind.to_owned(), path)));
         assert_eq!(spec.hostname(), &None);
@@ -258,14 +281,35 @@ mod tests {
     #[test]
     fn processes_are_shared_on_demand() {
         let mut spec = spec(r#"[{"type":"mount"},{"type":"pid"}]"#);
-        join_pod(&mut spec, &Pids::At("/proc/7/ns/pid".into())).unwrap();
+        join_pod(&mut spec, &Pids::At("/proc/7/ns/pid".into()), None).unwrap();
         assert_eq!(kinds(&spec)[1], ("pid".into(), Some("/proc/7/ns/pid".into())));
     }
 
     #[test]
     fn a_namespace_of_the_host_is_refused() {
-        let error = join_pod(&mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#), &Pids::New).unwrap_err();
+        let error = join_pod(
+            &mut spec(r#"[{"type":"mount","path":"/proc/1/ns/mnt"}]"#),
+            &Pids::New,
+            None,
+        )
+        .unwrap_err();
         assert_eq!(error.to_string(), "the mnt namespace /proc/1/ns/mnt is not the guest's");
+    }
+
+    #[test]
+    fn a_user_namespace_is_the_pods() {
+        let text = r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"user"},{"type":"mount"}],
+            "uidMappings":[{"containerID":0,"hostID":100000,"size":10}],
+            "gidMappings":[{"containerID":0,"hostID":100000,"size":10}]}}"#;
+        let container = || -> Spec { serde_json::from_str(text).unwrap() };
+        let maps = |text| IdMaps::parse(text, text).unwrap();
+        let mut joined = container();
+        join_pod(&mut joined, &Pids::New, Some(&maps("0:100000:10"))).unwrap();
+        assert_eq!(kinds(&joined)[0], ("user".into(), Some(namespaces::USER.into())));
+        let error = join_pod(&mut container(), &Pids::New, Some(&maps("0:200000:10"))).unwrap_err();
+        assert!(error.to_string().contains("are not those of its pod"), "{error}");
+        let error = join_pod(&mut container(), &Pids::New, None).unwrap_err();
+        assert!(error.to_string().contains("without `sandpod.uid_map`"), "{error}");
     }
 
     #[test]

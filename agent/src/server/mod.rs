@@ -16,6 +16,7 @@ mod guest;
 mod huge;
 mod metrics;
 mod modules;
+mod namespaces;
 mod network;
 mod oom;
 mod process;

@@ -15,6 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::{
     error::{Doing, Error, Result},
+    namespaces,
     uevent::Uevents,
 };
 use crate::protocol::{
@@ -217,7 +218,10 @@ struct Link {
 }
 
 async fn find(wanted: &Wanted) -> Result<Link> {
-    let found = Uevents::until(|| look_for(wanted));
+    let found = Uevents::until(|| match (look_for(wanted)?, namespaces::of_pod(), wanted.mac) {
+        (None, Some(pod), Some(mac)) => pod.adopt(mac).and_then(|()| look_for(wanted)),
+        (found, _, _) => Ok(found),
+    });
     let what = || match wanted.mac {
         Some(mac) => format!(
             "find the interface {:?} with the address {}",

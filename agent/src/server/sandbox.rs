@@ -23,7 +23,7 @@ use super::{
     disk,
     error::{Doing, Error, Result},
     huge::{self, HugePages},
-    modules,
+    modules, namespaces,
     oom::Oom,
     process::{Process, UNREAD},
     reaper::{Exit, Reaper},
@@ -129,7 +129,7 @@ impl Sandbox {
             (false, true) => Pids::At(self.shared_processes().await?),
             (false, false) => Pids::New,
         };
-        container::join_pod(&mut spec, &pids)?;
+        container::join_pod(&mut spec, &pids, namespaces::of_pod().map(|pod| &pod.maps))?;
         let devices = request.devices;
         if !devices.is_empty() {
             spec = blocking(move || disk::give(&devices, &mut spec).map(|()| spec)).await?;
@@ -266,7 +266,11 @@ impl Sandbox {
             Some(leader) => leader.clone(),
             None => {
                 let expected = self.reaper.expect();
-                expected.claim(self.engine.pause().await?)
+                expected.claim(
+                    self.engine
+                        .pause(namespaces::of_pod().map(|_| namespaces::USER.into()))
+                        .await?,
+                )
             }
         };
         let path = PathBuf::from(format!("/proc/{}/ns/pid", leader.pid()));

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs, io,
-    os::unix::fs::{PermissionsExt, chown},
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Component, Path},
 };
 
@@ -73,7 +73,7 @@ impl Storages {
 }
 
 /// Makes the folders that binds ask for in a volume of the guest's memory (`subPath`), as the kubelet does on the host: with the
-/// permissions of the folder above. Blocks.
+/// owners and permissions of the folder above. Blocks.
 pub(super) fn make_parts(mounts: &[Mount]) -> Result<()> {
     let parts = mounts.iter().filter_map(|mount| mount.source().as_deref());
     let parts = parts.filter(|part| part.starts_with(GUEST_MEMORY) && is_plain(part));
@@ -88,7 +88,9 @@ fn make_part(part: &Path) -> io::Result<()> {
         make_part(above)?;
     }
     fs::create_dir(part)?;
-    fs::set_permissions(part, fs::metadata(above)?.permissions())
+    let above = fs::metadata(above)?;
+    chown(part, Some(above.uid()), Some(above.gid()))?;
+    fs::set_permissions(part, above.permissions())
 }
 
 fn attach(storage: &Storage, point: &Path) -> Result<()> {

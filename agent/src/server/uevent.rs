@@ -13,7 +13,7 @@ use nix::{
 };
 use tokio::io::Interest;
 
-use super::sys;
+use super::{namespaces::in_guest_network, sys};
 
 /// The kernel's own group; what comes there is for everyone.
 const KERNEL_GROUP: u32 = 1;
@@ -27,9 +27,11 @@ impl Uevents {
     pub(super) fn listen() -> io::Result<Uevents> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let kind = SockProtocol::NetlinkKObjectUEvent;
-        let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, kind)?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
-        Ok(Uevents(socket))
+        in_guest_network(|| {
+            let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, kind)?;
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+            Ok(Uevents(socket))
+        })
     }
 
     /// Waits for `found` to find something, looking again at each event.
