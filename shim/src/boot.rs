@@ -16,6 +16,7 @@ use std::{
 use agent::{
     GUEST_SHARE,
     client::{Client, ClientError},
+    idmap::IdMaps,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
 use tokio::sync::watch;
@@ -30,6 +31,7 @@ use crate::{
     disks::Disks,
     error::{Context, Error, Result},
     forward,
+    late::Late,
     mirror::Mirrors,
     mountinfo,
     net::{self, Network},
@@ -79,6 +81,21 @@ pub struct Guest {
     pub pod: Pod,
     /// The sandbox's cgroup on the host.
     pub cgroup: Option<SandboxCgroup>,
+    /// The network that comes later.
+    late: Option<Late>,
+}
+
+impl Guest {
+    /// Connects the network that the pod got after its VM was started, once there is one.
+    pub async fn connect_late_network(&self) -> Result<()> {
+        match &self.late {
+            Some(late) if self.config.runtime.network == NetworkModel::TcFilter => {
+                late.connect(&self.vm, &self.agent, self.config.hypervisor.vhost_net)
+                    .await
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a boot needs to know.
@@ -121,7 +138,15 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
     record(state, state.virtiofsd)?;
 
-    let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs)?;
+    let netns = match &plan.pod.netns {
+        NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
+        NetNs::New => net::empty_namespace()?,
+    };
+    let late = match &plan.pod.netns {
+        NetNs::New => Some(Late::new(netns.try_clone().action("keep the network namespace")?)),
+        NetNs::Path(_) => None,
+    };
+    let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns)?;
     let vm = Arc::new(Vm::start(spawner, &spec, fds, &placement).await?);
     state.qemu = ProcessId::of(vm.child().pid());
     record(state, state.qemu)?;
@@ -156,6 +181,7 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         config: plan.config,
         pod: plan.pod,
         cgroup,
+        late,
     })
 }
 
@@ -198,6 +224,7 @@ fn describe(
     sizing: &Sizing,
     network: Option<&Network>,
     fs: OwnedFd,
+    netns: OwnedFd,
 ) -> Result<(VmSpec, VmFds, Placement)> {
     let config = &plan.config.hypervisor;
     let spec = VmSpec {
@@ -209,7 +236,7 @@ fn describe(
         },
         kernel: config.kernel.clone(),
         initrd: config.initrd.clone(),
-        kernel_params: config.kernel_params.clone(),
+        kernel_params: kernel_params(plan),
         vcpus: sizing.vcpus(),
         memory: sizing.memory(),
         channel: Channel::for_host(),
@@ -219,10 +246,6 @@ fn describe(
         }),
         nics: network.map(Network::nics).unwrap_or_default(),
         seccomp: config.seccomp_sandbox,
-    };
-    let netns = match &plan.pod.netns {
-        NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
-        NetNs::New => net::empty_namespace()?,
     };
     let taps = match network {
         Some(network) => network.taps().action("pass the taps to QEMU")?,
@@ -249,8 +272,15 @@ fn describe(
     ))
 }
 
+/// The configuration's, and what only a pod with a user namespace has.
+fn kernel_params(plan: &Plan<'_>) -> Vec<String> {
+    let mut params = plan.config.hypervisor.kernel_params.clone();
+    params.extend(plan.pod.id_maps.iter().flat_map(IdMaps::kernel_parameters));
+    params
+}
+
 /// One vhost-net device per card, where the host has vhost-net.
-fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
+pub(crate) fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
     let device = Path::new("/dev/vhost-net");
     if !device.exists() {
         return Ok(Vec::new());
@@ -327,13 +357,7 @@ fn telling(console: &str) -> Option<String> {
 
 async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {
     if let Some(network) = network {
-        for request in network.interface_requests() {
-            agent.update_interface(request).await?;
-        }
-        agent.update_routes(network.routes_request()).await?;
-        if let Some(neighbours) = network.neighbours_request() {
-            agent.add_arp_neighbors(neighbours).await?;
-        }
+        network.set_up(agent).await?;
     }
     let mut request = CreateSandboxRequest::new();
     request.sandbox_id = plan.sandbox.into();
@@ -392,6 +416,9 @@ fn shm_storage(pod: &Pod) -> Result<Storage> {
     storage.fstype = "tmpfs".into();
     storage.options = ["noexec", "nosuid", "nodev", "mode=1777"].map(str::to_owned).to_vec();
     storage.options.push(format!("size={size}"));
+    if let Some((user, group)) = pod.id_maps.as_ref().and_then(|maps| maps.user(0).zip(maps.group(0))) {
+        storage.options.extend([format!("uid={user}"), format!("gid={group}")]);
+    }
     storage.mount_point = GUEST_SHM.into();
     Ok(storage)
 }
@@ -402,7 +429,7 @@ fn record(state: &mut State, child: Option<ProcessId>) -> Result<()> {
 }
 
 /// Runs blocking set-up work beside the rest.
-async fn in_thread<T: Send + 'static, E: Into<Error> + Send + 'static>(
+pub(crate) async fn in_thread<T: Send + 'static, E: Into<Error> + Send + 'static>(
     action: &'static str,
     work: impl FnOnce() -> std::result::Result<T, E> + Send + 'static,
 ) -> Result<T> {

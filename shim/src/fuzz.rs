@@ -158,6 +158,7 @@ fn read(spec: &Spec) {
         let _ = Sizing::new(&config, pod.resources);
         let _ = config.with_annotations(&pod.annotations);
     }
+    let maps = spec::id_maps(spec).ok().flatten();
     let _ = spec::host_rootfs(spec, Path::new("/run/bundle"));
     let _ = Limits::of(spec);
     for role in [Role::Sandbox, Role::Single, Role::Container { sandbox_id: "s".into() }] {
@@ -168,6 +169,7 @@ fn read(spec: &Spec) {
             disable_guest_seccomp: false,
             pod_sees_guest: false,
             pod_sysctls: &none,
+            id_maps: maps.as_ref(),
         };
         if let Ok(container) = spec::translate(spec, &context) {
             for share in &container.shares {

@@ -19,6 +19,7 @@ pub mod forward;
 mod fuzz;
 pub mod http;
 pub mod io;
+pub mod late;
 pub mod log;
 pub mod metrics;
 pub mod mirror;

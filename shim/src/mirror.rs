@@ -23,6 +23,7 @@ use std::{
 use agent::{
     GUEST_SHARE, KUBELET_DATA,
     client::{Client, ClientError},
+    idmap::IdMaps,
     protocol::agent::CopyFileRequest,
 };
 use futures::StreamExt;
@@ -36,6 +37,8 @@ use crate::{
 
 /// Bytes per request: as much as the shim may have to hold for each request that the guest leaves unanswered.
 const PART: usize = 128 << 10;
+/// The owner of files whose owner has no number in the pod, as the kernel shows it there (`overflowuid` of proc_sys_kernel(5)).
+const NOBODY: u32 = 65534;
 /// Room for the events of one swap; when it does not suffice, the next read gets the rest.
 const EVENTS: usize = 4096;
 
@@ -61,6 +64,7 @@ impl Mirrors {
         }
         made.copies += 1;
         let source = volume.source.clone();
+        let maps = volume.maps.clone();
         // First the watch, then the copy: what changes in between is an event.
         let changes = watch(&source).at("watch", &source)?;
         let copied = ShareMount {
@@ -68,13 +72,14 @@ impl Mirrors {
             readonly: false, // the agent writes to it
             recursive: false,
             propagation: Propagation::Private,
+            maps: None, // the files of the copy have the IDs of the guest
             ..volume.clone()
         };
         let share = share.clone();
         let published = tokio::task::spawn_blocking(move || {
             fs::create_dir_all(&copied.source).at("create", &copied.source)?;
-            let seen = copy(&source, &copied.source).at("copy", &source)?;
-            let folder = Item::of(&copied.source, Path::new(&seen.data)).at("look at the copy of", &source)?;
+            let seen = copy(&source, &copied.source, maps.as_ref()).at("copy", &source)?;
+            let folder = Item::of(&copied.source, Path::new(&seen.data), None).at("look at the copy of", &source)?;
             share.add_volume(&copied).map(|()| (seen, folder))
         });
         let (seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
@@ -83,6 +88,7 @@ impl Mirrors {
         let mirror = Mirror {
             source: volume.source.clone(),
             guest: guest.clone(),
+            maps: volume.maps.clone(),
             agent: agent.clone(),
             seen,
         };
@@ -124,20 +130,20 @@ impl Seen {
     }
 
     /// What has to be made, in this order, where everything was as in `before`.
-    fn since(&self, before: &Seen, volume: &Path) -> io::Result<Vec<Item>> {
+    fn since(&self, before: &Seen, volume: &Path, maps: Option<&IdMaps>) -> io::Result<Vec<Item>> {
         let mut items = Vec::new();
         if self.data != before.data {
-            collect(volume, Path::new(&self.data), &mut items)?;
-            items.push(Item::of(volume, Path::new(KUBELET_DATA))?);
+            collect(volume, Path::new(&self.data), maps, &mut items)?;
+            items.push(Item::of(volume, Path::new(KUBELET_DATA), maps)?);
         }
         for link in self.links.difference(&before.links) {
-            items.push(Item::of(volume, Path::new(link))?);
+            items.push(Item::of(volume, Path::new(link), maps)?);
         }
         Ok(items)
     }
 }
 
-/// A folder, link or file of a volume.
+/// A folder, link or file of a volume, with the owners that the guest knows it by.
 struct Item {
     path: PathBuf,
     mode: u32,
@@ -153,7 +159,7 @@ enum Content {
 }
 
 impl Item {
-    fn of(volume: &Path, path: &Path) -> io::Result<Item> {
+    fn of(volume: &Path, path: &Path, maps: Option<&IdMaps>) -> io::Result<Item> {
         let full = volume.join(path);
         let meta = fs::symlink_metadata(&full)?;
         let content = if meta.is_dir() {
@@ -163,7 +169,14 @@ impl Item {
         } else {
             Content::File(fs::read(&full)?)
         };
-        let (mode, uid, gid) = (meta.mode(), meta.uid(), meta.gid());
+        let mode = meta.mode();
+        let (uid, gid) = match maps {
+            None => (meta.uid(), meta.gid()),
+            Some(maps) => (
+                maps.user(meta.uid()).unwrap_or(NOBODY),
+                maps.group(meta.gid()).unwrap_or(NOBODY),
+            ),
+        };
         Ok(Item {
             path: path.to_owned(),
             mode,
@@ -218,28 +231,28 @@ impl Item {
 }
 
 /// A folder with everything in it.
-fn collect(volume: &Path, path: &Path, items: &mut Vec<Item>) -> io::Result<()> {
-    let item = Item::of(volume, path)?;
+fn collect(volume: &Path, path: &Path, maps: Option<&IdMaps>, items: &mut Vec<Item>) -> io::Result<()> {
+    let item = Item::of(volume, path, maps)?;
     let is_folder = matches!(item.content, Content::Folder);
     items.push(item);
     if is_folder {
         for entry in fs::read_dir(volume.join(path))? {
-            collect(volume, &path.join(entry?.file_name()), items)?;
+            collect(volume, &path.join(entry?.file_name()), maps, items)?;
         }
     }
     Ok(())
 }
 
 /// The first copy. Blocks.
-fn copy(volume: &Path, target: &Path) -> io::Result<Seen> {
+fn copy(volume: &Path, target: &Path, maps: Option<&IdMaps>) -> io::Result<Seen> {
     loop {
         let seen = Seen::of(volume)?;
-        let items = match seen.since(&Seen::default(), volume) {
+        let items = match seen.since(&Seen::default(), volume, maps) {
             // The kubelet has just replaced these files.
             Err(error) if error.kind() == io::ErrorKind::NotFound && Seen::of(volume)? != seen => continue,
             items => items?,
         };
-        Item::of(volume, Path::new(""))?.make(target)?;
+        Item::of(volume, Path::new(""), maps)?.make(target)?;
         items.iter().try_for_each(|item| item.make(target))?;
         return Ok(seen);
     }
@@ -249,6 +262,7 @@ fn copy(volume: &Path, target: &Path) -> io::Result<Seen> {
 struct Mirror {
     source: PathBuf,
     guest: PathBuf,
+    maps: Option<IdMaps>,
     agent: Client,
     seen: Seen,
 }
@@ -275,7 +289,7 @@ impl Mirror {
         let source = &self.source;
         let now = Seen::of(source).at("look at", source)?;
         // When its files are gone already, the kubelet has made the next swap, and its event comes.
-        let items = match now.since(&self.seen, source) {
+        let items = match now.since(&self.seen, source, self.maps.as_ref()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             items => items.at("read", source)?,
         };
@@ -310,16 +324,16 @@ mod tests {
         let (volume, target) = (folder.path().join("volume"), folder.path().join("copy"));
         swap(&volume, "..1", &[("a", "one")]);
         fs::set_permissions(volume.join("..1/a"), fs::Permissions::from_mode(0o440)).unwrap();
-        let before = copy(&volume, &target).unwrap();
+        let before = copy(&volume, &target, None).unwrap();
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "one");
         assert_eq!(fs::read_link(target.join(KUBELET_DATA)).unwrap(), Path::new("..1"));
         assert_eq!(fs::metadata(target.join("a")).unwrap().mode() & 0o7777, 0o440);
 
         swap(&volume, "..2", &[("a", "two"), ("b", "new")]);
         let now = Seen::of(&volume).unwrap();
-        let items = now.since(&before, &volume).unwrap();
+        let items = now.since(&before, &volume, None).unwrap();
         let paths: Vec<_> = items.iter().map(|item| item.path.to_str().unwrap()).collect();
         assert_eq!((paths[0], &paths[3..]), ("..2", &["..data", "b"][..]));
-        assert!(now.since(&now, &volume).unwrap().is_empty());
+        assert!(now.since(&now, &volume, None).unwrap().is_empty());
     }
 }

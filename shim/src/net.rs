@@ -179,6 +179,11 @@ pub fn snapshot(netns: &Path) -> Result<Snapshot, NetError> {
 }
 
 impl Snapshot {
+    /// Whether the pod has no interface yet.
+    pub fn is_empty(&self) -> bool {
+        self.interfaces.is_empty()
+    }
+
     /// What [`Snapshot::attach`] is going to change.
     pub fn record(&self) -> Record {
         let (device, inode) = self.namespace.id();

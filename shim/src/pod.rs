@@ -2,12 +2,13 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
+use agent::idmap::IdMaps;
 use oci_spec::runtime::Spec;
 
 use crate::{
     annotations::{Identity, Manager, PodResources, identify, pod_resources, shares_pid_namespace},
     error::Result,
-    spec::{NetNs, pod_netns, sees_the_guest},
+    spec::{NetNs, id_maps, pod_netns, sees_the_guest},
 };
 
 /// What the sandbox's own specification says of the pod.
@@ -29,6 +30,8 @@ pub struct Pod {
     pub sees_guest: bool,
     /// Path of the host's cgroup for the sandbox.
     pub cgroups_path: Option<String>,
+    /// What the IDs of its containers are in the guest, if it has a user namespace.
+    pub id_maps: Option<IdMaps>,
     /// Host name.
     pub hostname: String,
     /// The host's file that is bound to `/etc/resolv.conf`.
@@ -57,6 +60,7 @@ impl Pod {
             cgroups_path: linux
                 .and_then(|linux| linux.cgroups_path().as_ref())
                 .map(|path| path.display().to_string()),
+            id_maps: id_maps(spec)?,
             hostname: spec.hostname().clone().unwrap_or_default(),
             resolv_conf: source_of("etc/resolv.conf"),
             shm: source_of("dev/shm"),

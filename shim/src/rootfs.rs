@@ -11,9 +11,11 @@
 
 use std::{
     fs,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
+use agent::idmap::IdMaps;
 use containerd_shim_protos::api::Mount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -21,6 +23,7 @@ use crate::{
     error::{Context, Error, Result},
     mountinfo,
     spec::{Propagation, ShareMount},
+    sys,
     undo::dir_of,
 };
 
@@ -88,7 +91,9 @@ impl Share {
         fs::create_dir_all(&target).at("create", &target)?;
         match mounts {
             [] => bind(mounted, &target, true),
-            mounts => mounts.iter().try_for_each(|m| mount_as_asked(m, &target)),
+            mounts => mounts
+                .iter()
+                .try_for_each(|m| mount_as_asked(m, &target, &self.staging.join("layers").join(container))),
         }
     }
 
@@ -126,7 +131,21 @@ impl Share {
                 mount(NONE, &point, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
             }
         }
-        mount(Some(&staged), &target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", &volume.source)?;
+        match &volume.maps {
+            None => {
+                mount(Some(&staged), &target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", &volume.source)?
+            }
+            Some(maps) => {
+                let users = user_namespace(maps)?;
+                let mapped = sys::mapped_copy(&staged, volume.recursive, &users);
+                let mapped = mapped.at(
+                    "map the IDs of (`hostUsers: false` needs a file system that can) ",
+                    &volume.source,
+                )?;
+                sys::mount_copy(&mapped, &target).at("move to its place", &volume.source)?;
+                detach(&staged)?;
+            }
+        }
         if is_dir {
             fs::remove_dir(&staged)
         } else {
@@ -174,8 +193,15 @@ fn bind(source: &Path, target: &Path, recursive: bool) -> Result<()> {
     mount(Some(source), target, NONE, flags, NONE).at("bind", source)
 }
 
-fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {
-    let (flags, data) = parse_options(&asked.options);
+/// `layers` is a place for the layers of an image whose IDs are mapped.
+fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
+    let (maps, options) = take_maps(&asked.options)?;
+    let (flags, data) = parse_options(&options);
+    let users = maps.as_ref().map(user_namespace).transpose()?;
+    let data = match &users {
+        Some(users) => map_layers(&data, users, layers)?,
+        None => data,
+    };
     // mount(2) takes one page of options; a longer list would be cut off by the kernel, layer names included.
     if data.len() >= 4096 {
         return Err(Error::Invalid(format!(
@@ -193,7 +219,65 @@ fn mount_as_asked(asked: &Mount, target: &Path) -> Result<()> {
     if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
     }
-    Ok(())
+    // The overlay has its own copies of the layers' mounts.
+    for layer in mounts_below(layers)?.iter().rev() {
+        detach(layer)?;
+    }
+    match users.filter(|_| flags.contains(MsFlags::MS_BIND)) {
+        Some(users) => {
+            let mapped =
+                sys::mapped_copy(target, false, &users).at("map the IDs of the root file system on", target)?;
+            detach(target)?;
+            sys::mount_copy(&mapped, target).at("mount the root file system on", target)
+        }
+        None => Ok(()),
+    }
+}
+
+/// The mapping that containerd's snapshotter asks for, by the options `uidmap` and `gidmap` (`core/mount/mount_linux.go` of containerd), and the other options.
+fn take_maps(options: &[String]) -> Result<(Option<IdMaps>, Vec<String>)> {
+    let find = |key: &str| options.iter().find_map(|option| option.strip_prefix(key));
+    let maps = match (find("uidmap="), find("gidmap=")) {
+        (None, None) => None,
+        (users, groups) => {
+            let maps = IdMaps::parse(users.unwrap_or_default(), groups.unwrap_or_default());
+            Some(maps.map_err(|error| Error::Invalid(format!("the root file system: {error}")))?)
+        }
+    };
+    let others = options
+        .iter()
+        .filter(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
+    Ok((maps, others.cloned().collect()))
+}
+
+/// Puts copies of an overlay's layers into `place`, with their IDs mapped, and names them in its options. The layer that is written to is the
+/// container's own, whose files are made with the mapped IDs.
+fn map_layers(data: &str, users: &OwnedFd, place: &Path) -> Result<String> {
+    let mut mapped = Vec::new();
+    for option in data.split(',') {
+        let Some(layers) = option.strip_prefix("lowerdir=") else {
+            mapped.push(option.to_owned());
+            continue;
+        };
+        let mut copies = Vec::new();
+        for (number, layer) in layers.split(':').enumerate() {
+            let copy = place.join(number.to_string());
+            fs::create_dir_all(&copy).at("create", &copy)?;
+            let tree = sys::mapped_copy(Path::new(layer), false, users);
+            let tree = tree.at(
+                "map the IDs of (`hostUsers: false` needs a file system that can) ",
+                layer,
+            )?;
+            sys::mount_copy(&tree, &copy).at("mount", &copy)?;
+            copies.push(copy.display().to_string());
+        }
+        mapped.push(format!("lowerdir={}", copies.join(":")));
+    }
+    Ok(mapped.join(","))
+}
+
+fn user_namespace(maps: &IdMaps) -> Result<OwnedFd> {
+    sys::user_namespace(maps).action("make a user namespace for the IDs of the pod's files")
 }
 
 /// Splits fstab-style options into mount(2)'s flags and its data.
@@ -227,5 +311,21 @@ mod tests {
         let (flags, data) = parse_options(&options);
         assert_eq!(flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
         assert_eq!(data, "workdir=/w,lowerdir=/a:/b");
+    }
+
+    #[test]
+    fn the_snapshotters_mapping_is_no_option_of_the_mount() {
+        let options = [
+            "index=off",
+            "uidmap=0:100000:65536",
+            "gidmap=0:200000:65536",
+            "lowerdir=/a",
+        ]
+        .map(str::to_owned);
+        let (maps, others) = take_maps(&options).unwrap();
+        assert_eq!(maps, Some(IdMaps::parse("0:100000:65536", "0:200000:65536").unwrap()));
+        assert_eq!(others, ["index=off", "lowerdir=/a"]);
+        let error = take_maps(&options[..2]).unwrap_err().to_string();
+        assert!(error.starts_with("the root file system: "), "{error}");
     }
 }

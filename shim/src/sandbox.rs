@@ -322,6 +322,7 @@ impl Sandbox {
             disable_guest_seccomp: guest.config.runtime.disable_guest_seccomp,
             pod_sees_guest: guest.pod.sees_guest,
             pod_sysctls: &guest.pod.sysctls,
+            id_maps: guest.pod.id_maps.as_ref(),
         };
         let guest_spec = spec::translate(spec, &context)?;
         for warning in &guest_spec.warnings {
@@ -338,11 +339,16 @@ impl Sandbox {
             });
             // The memory is there before the container: it may use its limit from its first instruction on.
             let limits = Limits::of(spec);
-            let (mount, resize) = tokio::join!(mount, guest.sizer.set(&container.id, limits));
+            let (mount, resize, network) = tokio::join!(
+                mount,
+                guest.sizer.set(&container.id, limits),
+                guest.connect_late_network(),
+            );
             mount
                 .map_err(std::io::Error::other)
                 .action("mount the container's files")??;
             resize?;
+            network?;
             for volume in &mirrored {
                 guest.mirrors.add(volume, &guest.share, &guest.agent).await?;
             }

@@ -14,7 +14,7 @@ pub use mounts::{Propagation, ShareMount};
 pub use resources::guest_resources;
 
 use crate::annotations::Role;
-use agent::GUEST_SHARE;
+use agent::{GUEST_SHARE, idmap::IdMaps};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,8 @@ pub struct Context<'a> {
     pub pod_sees_guest: bool,
     /// The sysctls of the sandbox's spec: nothing runs in the guest for the sandbox itself, so its containers set them.
     pub pod_sysctls: &'a HashMap<String, String>,
+    /// What the IDs of the pod's containers are in the guest, if it has a user namespace.
+    pub id_maps: Option<&'a IdMaps>,
 }
 
 /// Why a container cannot run in a guest.
@@ -78,6 +80,9 @@ pub enum SpecError {
     /// A volume cannot be looked at: its path, and what the kernel said.
     #[error("cannot use the volume {}: {_1}", _0.display())]
     Volume(PathBuf, String),
+    /// ID mappings that contradict each other; one sentence.
+    #[error("{0}")]
+    IdMaps(String),
     /// A field that cannot be honoured.
     #[error("{what} cannot be had in a VM: {reason}")]
     Unsupported {
@@ -113,6 +118,32 @@ pub fn pod_netns(spec: &Spec) -> Result<NetNs, SpecError> {
     }
 }
 
+/// The ID mappings that a spec's user namespace has; `None` when it has no such namespace. A path, which leads to a namespace of the host's, is not looked at.
+///
+/// # Errors
+/// A namespace without mappings, or mappings that no kernel takes.
+pub fn id_maps(spec: &Spec) -> Result<Option<IdMaps>, SpecError> {
+    let Some(linux) = spec.linux().as_ref() else {
+        return Ok(None);
+    };
+    let maps = IdMaps::of(linux)
+        .map_err(|error| SpecError::IdMaps(format!("`linux.uidMappings` and `linux.gidMappings`: {error}")))?;
+    let mut namespaces = linux.namespaces().iter().flatten();
+    let has_namespace = namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    match (has_namespace, maps) {
+        (true, None) => Err(SpecError::IdMaps(
+            "the spec asks for a user namespace without `linux.uidMappings` and `linux.gidMappings`".into(),
+        )),
+        (false, Some(_)) => Err(SpecError::IdMaps(
+            "the spec has `linux.uidMappings` without a user namespace".into(),
+        )),
+        (true, Some(maps)) if maps.user(0).zip(maps.group(0)).is_none() => Err(SpecError::IdMaps(format!(
+            "the ID mappings {maps} have no root: a user namespace must map the IDs 0 of `linux.uidMappings` and `linux.gidMappings`"
+        ))),
+        (_, maps) => Ok(maps),
+    }
+}
+
 /// The path of a container's rootfs on the host: absolute as CRI-O writes it, below the bundle as containerd does.
 ///
 /// # Errors
@@ -141,8 +172,15 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     let translated = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
     guest.set_mounts(Some(translated.mounts));
 
+    check_maps(spec, context)?;
     let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
     let disks = devices::translate(&linux)?;
+    if context.id_maps.is_some() && !disks.is_empty() {
+        return Err(unsupported(
+            "a block device in a pod with `hostUsers: false`",
+            "its node belongs to the guest's root",
+        ));
+    }
     let (linux, sandbox_pidns) = guest_linux(linux, context, &mut warnings)?;
     guest.set_linux(Some(linux));
 
@@ -254,15 +292,20 @@ fn guest_linux(
     Ok((linux, sandbox_pidns))
 }
 
+/// The containers of a pod have the user namespace that its VM was started with, or none.
+fn check_maps(spec: &Spec, context: &Context<'_>) -> Result<(), SpecError> {
+    match (id_maps(spec)?, context.id_maps) {
+        (None, _) => Ok(()),
+        (Some(wanted), Some(of_pod)) if wanted == *of_pod => Ok(()),
+        (Some(wanted), of_pod) => Err(SpecError::IdMaps(format!(
+            "the container's ID mappings, {wanted}, are not those of its pod, {}",
+            of_pod.map_or("which has none".into(), ToString::to_string)
+        ))),
+    }
+}
+
 /// Fields of the host's kernel or hardware, and fields that the agent's protocol has no room for.
 fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|all| !all.is_empty());
-    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
-        return Err(unsupported(
-            "a user namespace (`linux.uidMappings`)",
-            "remove `hostUsers: false`",
-        ));
-    }
     let resources = linux.resources().as_ref();
     let mut huge = resources
         .and_then(|all| all.hugepage_limits().as_ref())
@@ -329,7 +372,6 @@ fn guest_namespaces(
         match namespace.typ() {
             LinuxNamespaceType::Pid => pid = Some(namespace.path().is_some()),
             LinuxNamespaceType::Network | LinuxNamespaceType::Time => {}
-            LinuxNamespaceType::User => return Err(unsupported("a user namespace", "remove `hostUsers: false`")),
             other => {
                 ipc |= other == LinuxNamespaceType::Ipc;
                 namespace.set_path(None);

@@ -86,14 +86,14 @@ pub fn features() -> String {
         "ociVersionMax": "1.2.1",
         "hooks": [],
         "mountOptions": ["bind", "rbind", "ro", "rro", "rw", "rprivate", "private", "rslave", "slave",
-            "nosuid", "nodev", "noexec", "relatime", "noatime"],
+            "nosuid", "nodev", "noexec", "relatime", "noatime", "idmap", "ridmap"],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "cgroup": { "v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false },
             "seccomp": { "enabled": true },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } }
+            "mountExtensions": { "idmap": { "enabled": true } }
         },
         "annotations": { "io.sandpod.version": env!("CARGO_PKG_VERSION") }
     })

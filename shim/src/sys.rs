@@ -3,10 +3,17 @@
 
 pub mod bpf;
 
+use agent::idmap::IdMaps;
 use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 nix::ioctl_write_ptr_bad!(
     /// Source: linux/if_tun.h.
@@ -117,4 +124,90 @@ pub fn pidfd_kill(process: &OwnedFd) -> io::Result<()> {
         Ok(_) | Err(nix::Error::ESRCH) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// A user namespace with these mappings, in which nobody is. Source: user_namespaces(7).
+///
+/// # Errors
+/// The kernel has no user namespaces, or no more of them.
+pub fn user_namespace(maps: &IdMaps) -> io::Result<OwnedFd> {
+    let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM and without a stack of its own this is fork(2). Of this process's threads only the child's copy of the calling
+    // one runs on, and does nothing but two system calls, the second for ever.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child == 0 {
+        loop {
+            // SAFETY: both calls take nothing that could be invalid.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        }
+    }
+    let child = Pid::from_raw(i32::try_from(nix::Error::result(child)?).map_err(io::Error::other)?);
+    let filled = || -> io::Result<OwnedFd> {
+        for (file, ranges) in maps.files() {
+            std::fs::write(format!("/proc/{child}/{file}"), ranges)?;
+        }
+        Ok(File::open(format!("/proc/{child}/ns/user"))?.into())
+    };
+    let namespace = filled();
+    kill(child, Signal::SIGKILL)?;
+    waitpid(child, None)?;
+    namespace
+}
+
+/// A copy of the mount at `path` that is mounted nowhere, in which the IDs of files are what `users`, a user namespace, makes of them; with all that is
+/// mounted below it if `recursive`. Source: open_tree(2), mount_setattr(2).
+///
+/// # Errors
+/// The file system cannot map IDs, or the kernel is older than 5.12.
+pub fn mapped_copy(path: &Path, recursive: bool, users: &OwnedFd) -> io::Result<OwnedFd> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let below = if recursive { libc::AT_RECURSIVE } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | below.cast_unsigned();
+    // SAFETY: the kernel reads a string that ends with a NUL and outlives the call.
+    let tree = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
+    let tree = i32::try_from(nix::Error::result(tree)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    let tree = unsafe { OwnedFd::from_raw_fd(tree) };
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?,
+    };
+    // SAFETY: the descriptors are open, the name is an empty string, and the kernel reads one `mount_attr` of the size that it is told.
+    let mapped = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | below,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    nix::Error::result(mapped)?;
+    Ok(tree)
+}
+
+/// Mounts what [`mapped_copy`] made. Source: move_mount(2).
+///
+/// # Errors
+/// No such place, or a folder on a file.
+pub fn mount_copy(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let name = CString::new(target.as_os_str().as_bytes())?;
+    // SAFETY: the descriptor is open, and both strings end with a NUL and outlive the call.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            name.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    nix::Error::result(moved).map(drop).map_err(Into::into)
 }

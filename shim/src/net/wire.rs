@@ -2,9 +2,12 @@
 
 use std::net::IpAddr;
 
-use agent::protocol::{
-    agent::{AddARPNeighborsRequest, UpdateInterfaceRequest, UpdateRoutesRequest},
-    types,
+use agent::{
+    client::{Client, ClientError},
+    protocol::{
+        agent::{AddARPNeighborsRequest, UpdateInterfaceRequest, UpdateRoutesRequest},
+        types,
+    },
 };
 use vmm::spec::Nic;
 
@@ -23,6 +26,21 @@ impl Network {
             mtu: interface.mtu,
         };
         self.interfaces.iter().map(nic).collect()
+    }
+
+    /// Has the guest give its cards the pod's names and addresses, and make the pod's routes and neighbours.
+    ///
+    /// # Errors
+    /// The guest refuses, or finds no such card.
+    pub async fn set_up(&self, agent: &Client) -> Result<(), ClientError> {
+        for request in self.interface_requests() {
+            agent.update_interface(request).await?;
+        }
+        agent.update_routes(self.routes_request()).await?;
+        if let Some(neighbours) = self.neighbours_request() {
+            agent.add_arp_neighbors(neighbours).await?;
+        }
+        Ok(())
     }
 
     /// One request per interface: the guest gives its card the pod's name and addresses.

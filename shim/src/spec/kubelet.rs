@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent::{GUEST_MEMORY, KUBELET_DATA, protocol::agent::Storage};
+use agent::{GUEST_MEMORY, KUBELET_DATA, idmap::IdMaps, protocol::agent::Storage};
 
 use crate::mountinfo::{self, Mount};
 
@@ -36,6 +36,8 @@ pub struct MemoryVolume {
     pub mode: u32,
     /// Owning group of its root (`fsGroup`).
     pub gid: u32,
+    /// Owner of its root, where it is not the guest's root.
+    pub uid: u32,
 }
 
 /// The pages of a [`MemoryVolume`].
@@ -58,6 +60,12 @@ impl MemoryVolume {
         self.root().join(&self.below)
     }
 
+    /// Gives its root to those who are its owners in a pod with a user namespace.
+    pub(super) fn seen_by(&mut self, maps: &IdMaps) {
+        self.uid = maps.user(self.uid).unwrap_or(self.uid);
+        self.gid = maps.group(self.gid).unwrap_or(self.gid);
+    }
+
     /// What the agent mounts.
     pub fn storage(&self) -> Storage {
         let mut storage = Storage::new();
@@ -69,6 +77,9 @@ impl MemoryVolume {
         storage.source = fstype.into();
         storage.fstype = fstype.into();
         storage.options = vec![option, format!("mode={:o}", self.mode)];
+        if self.uid != 0 {
+            storage.options.push(format!("uid={}", self.uid));
+        }
         if self.gid != 0 {
             storage.options.push(format!("fsgid={}", self.gid));
         }
@@ -181,6 +192,7 @@ fn look_at(name: &str, root: &Path, below: PathBuf, medium: Medium) -> io::Resul
         medium,
         mode: meta.mode() & 0o7777,
         gid: meta.gid(),
+        uid: meta.uid(),
     }))
 }
 
@@ -246,6 +258,7 @@ mod tests {
             medium: Medium::Memory(4096),
             mode: 0o2777,
             gid: 7,
+            uid: 0,
         };
         assert_eq!(
             volume.source(),
@@ -254,6 +267,10 @@ mod tests {
         let storage = volume.storage();
         assert_eq!(storage.mount_point, "/run/kata-containers/sandbox/ephemeral/scratch");
         assert_eq!(storage.options, ["size=4096", "mode=2777", "fsgid=7"]);
+        let mut mapped = volume.clone();
+        mapped.seen_by(&IdMaps::parse("0:100000:65536", "0:200000:65536").unwrap());
+        let owners = ["size=4096", "mode=2777", "uid=100000", "fsgid=200007"];
+        assert_eq!(mapped.storage().options, owners);
         let huge = MemoryVolume {
             medium: Medium::HugePages,
             ..volume

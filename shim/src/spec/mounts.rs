@@ -5,6 +5,7 @@ use super::{
     kubelet::{self, MemoryVolume, Volume},
     unsupported,
 };
+use agent::idmap::{BadMaps, IdMaps};
 use oci_spec::runtime::Mount;
 use std::path::{Component, Path, PathBuf};
 
@@ -27,6 +28,8 @@ pub struct ShareMount {
     pub propagation: Propagation,
     /// The kubelet changes its files while the pod runs, all at once.
     pub updates: bool,
+    /// What the IDs of its files are in the guest, where they are not the same.
+    pub maps: Option<IdMaps>,
 }
 
 impl ShareMount {
@@ -98,6 +101,7 @@ pub(super) fn translate(
     let mut memory = Vec::new();
     let mut translated = Vec::with_capacity(mounts.len());
     for (index, mut mount) in mounts.into_iter().enumerate() {
+        let maps = take_maps(&mut mount, context.id_maps)?;
         match classify(&mount, context.bundle)? {
             Class::Guest => {}
             Class::GuestInstead => {
@@ -113,16 +117,20 @@ pub(super) fn translate(
                     .set_options(Some(options));
             }
             Class::Share(source) => {
-                let share = share(&mount, source, Place::OfContainer(context.container_id, index))?;
+                let place = Place::OfContainer(context.container_id, index);
+                let share = share(&mount, source, place, maps)?;
                 mount.set_source(Some(share.in_guest())).set_typ(Some("bind".into()));
                 shares.push(share);
             }
             Class::Updated(source, name) => {
-                let share = share(&mount, source, Place::OfPod(name))?;
+                let share = share(&mount, source, Place::OfPod(name), maps)?;
                 mount.set_source(Some(share.in_guest())).set_typ(Some("bind".into()));
                 shares.push(share);
             }
-            Class::Memory(volume) => {
+            Class::Memory(mut volume) => {
+                if let Some(maps) = maps {
+                    volume.seen_by(&maps);
+                }
                 mount.set_source(Some(volume.source())).set_typ(Some("bind".into()));
                 memory.push(volume);
             }
@@ -156,13 +164,6 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
                 "the guest cannot mount it",
             )),
         };
-    }
-    let mapped = mount.uid_mappings().is_some() || options(mount).any(|option| option == "idmap" || option == "ridmap");
-    if mapped {
-        return Err(unsupported(
-            format!("the ID-mapped mount at {destination}"),
-            "remove `hostUsers: false`",
-        ));
     }
     let Some(source) = mount.source().as_ref().filter(|source| !source.as_os_str().is_empty()) else {
         return Err(unsupported(format!("the bind at {destination}"), "it has no source"));
@@ -202,7 +203,33 @@ enum Place<'a> {
     OfPod(String),
 }
 
-fn share(mount: &Mount, source: PathBuf, place: Place<'_>) -> Result<ShareMount, SpecError> {
+/// Takes off a mount the mapping of its IDs, which is the host's work: its own, or the container's if it only says that there is one.
+fn take_maps(mount: &mut Mount, of_container: Option<&IdMaps>) -> Result<Option<IdMaps>, SpecError> {
+    let bad = |error: BadMaps| SpecError::IdMaps(format!("the mount at {}: {error}", mount.destination().display()));
+    let own = IdMaps::of_mount(mount).map_err(bad)?;
+    let is_asked = |option: &str| option == "idmap" || option == "ridmap";
+    let asked = options(mount).any(is_asked);
+    if asked && own.is_none() && of_container.is_none() {
+        return Err(SpecError::IdMaps(format!(
+            "the mount at {} is to be ID-mapped, but neither it nor the container says how",
+            mount.destination().display()
+        )));
+    }
+    let kept = mount
+        .options()
+        .iter()
+        .flatten()
+        .filter(|option| !is_asked(option))
+        .cloned()
+        .collect();
+    mount
+        .set_options(Some(kept))
+        .set_uid_mappings(None)
+        .set_gid_mappings(None);
+    Ok(own.or_else(|| of_container.filter(|_| asked).cloned()))
+}
+
+fn share(mount: &Mount, source: PathBuf, place: Place<'_>, maps: Option<IdMaps>) -> Result<ShareMount, SpecError> {
     if options(mount).any(|option| option == "rshared" || option == "shared") {
         let what = format!("mount propagation `Bidirectional` at {}", mount.destination().display());
         return Err(unsupported(what, "a mount made in the guest cannot appear on the host"));
@@ -230,6 +257,7 @@ fn share(mount: &Mount, source: PathBuf, place: Place<'_>) -> Result<ShareMount,
         } else {
             Propagation::Private
         },
+        maps,
         source,
     })
 }

@@ -22,6 +22,11 @@ fn with(sample: &str, pointer: &str, value: Value) -> Spec {
 }
 
 fn in_guest(spec: &Spec, id: &str) -> Result<GuestContainer, SpecError> {
+    in_guest_of(spec, id, None)
+}
+
+/// In a pod with these ID mappings.
+fn in_guest_of(spec: &Spec, id: &str, id_maps: Option<&IdMaps>) -> Result<GuestContainer, SpecError> {
     let role = crate::annotations::identify(spec.annotations().as_ref().unwrap())
         .unwrap()
         .role;
@@ -36,6 +41,7 @@ fn in_guest(spec: &Spec, id: &str) -> Result<GuestContainer, SpecError> {
             disable_guest_seccomp: false,
             pod_sees_guest: false,
             pod_sysctls: &none,
+            id_maps,
         },
     )
 }
@@ -214,6 +220,7 @@ fn a_pods_sysctls_reach_its_containers() {
         disable_guest_seccomp: true,
         pod_sees_guest: false,
         pod_sysctls: &pod,
+        id_maps: None,
     };
     let guest = translate(&spec, &context).unwrap();
     let linux = guest.spec.linux().as_ref().unwrap();
@@ -271,7 +278,7 @@ fn what_a_guest_cannot_have_is_refused_by_name() {
         (
             "/mounts/-",
             bind("/mnt", json!(["rbind", "ridmap"])),
-            "the ID-mapped mount at /x",
+            "the mount at /x is to be ID-mapped, but neither it nor the container says how",
         ),
         (
             "/mounts/-",
@@ -291,7 +298,7 @@ fn what_a_guest_cannot_have_is_refused_by_name() {
         (
             "/linux/uidMappings",
             json!([{"containerID": 0, "hostID": 65536, "size": 65536}]),
-            "a user namespace",
+            "`linux.uidMappings` and `linux.gidMappings`",
         ),
         (
             "/linux/resources/hugepageLimits",
@@ -317,6 +324,74 @@ fn what_a_guest_cannot_have_is_refused_by_name() {
             .to_string();
         assert!(error.contains(sentence), "{pointer}: {error}");
     }
+}
+
+/// A container as CRI-O makes it for a pod with `hostUsers: false`.
+fn with_user_namespace() -> Value {
+    let mut value = serde_json::to_value(spec(CRIO_CONTAINER)).unwrap();
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    value["linux"]["uidMappings"] = mappings.clone();
+    value["linux"]["gidMappings"] = mappings.clone();
+    let namespaces = value["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "user", "path": "/var/run/userns/8d1c"}));
+    value["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ridmap"],
+        "uidMappings": mappings, "gidMappings": mappings,
+    }));
+    value
+}
+
+#[test]
+fn a_user_namespace_is_the_pods_and_its_files_are_mapped_on_the_host() {
+    let spec: Spec = serde_json::from_value(with_user_namespace()).unwrap();
+    let maps = id_maps(&spec).unwrap().unwrap();
+    assert_eq!(maps, IdMaps::parse("0:100000:65536", "0:100000:65536").unwrap());
+    let guest = in_guest_of(&spec, "c", Some(&maps)).unwrap();
+    let linux = guest.spec.linux().as_ref().unwrap();
+    let mut namespaces = linux.namespaces().iter().flatten();
+    let user = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    assert_eq!(user.unwrap().path(), &None, "the path is the host's");
+    assert_eq!(guest.shares.last().unwrap().maps, Some(maps.clone()));
+    let data = mount(&guest, "/data");
+    assert_eq!(
+        (data.uid_mappings(), data.options()),
+        (&None, &Some(vec!["rbind".to_owned()]))
+    );
+
+    let of_another = IdMaps::parse("0:200000:65536", "0:200000:65536").unwrap();
+    for (pod, said) in [
+        (None, "are not those of its pod, which has none"),
+        (
+            Some(&of_another),
+            "are not those of its pod, users 0:200000:65536 groups 0:200000:65536",
+        ),
+    ] {
+        let refused = in_guest_of(&spec, "c", pod).unwrap_err().to_string();
+        assert!(refused.ends_with(said), "{refused}");
+    }
+    let mut without_maps = with_user_namespace();
+    without_maps["linux"]["gidMappings"] = json!([]);
+    let refused = id_maps(&serde_json::from_value(without_maps).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("are no ID mappings"), "{refused}");
+    let mut without_root = with_user_namespace();
+    without_root["linux"]["uidMappings"] = json!([{"containerID": 1, "hostID": 100_000, "size": 65536}]);
+    let refused = id_maps(&serde_json::from_value(without_root).unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("have no root"), "{refused}");
+    let mut with_disk = with_user_namespace();
+    with_disk["linux"]["devices"] = json!([{"path": "/dev/data", "type": "b", "major": 7, "minor": 3}]);
+    with_disk["linux"]["resources"]["devices"] =
+        json!([{"allow": true, "type": "b", "major": 7, "minor": 3, "access": "rwm"}]);
+    let refused = in_guest_of(&serde_json::from_value(with_disk).unwrap(), "c", Some(&maps)).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .starts_with("a block device in a pod with `hostUsers: false`"),
+        "{refused}"
+    );
 }
 
 #[test]
