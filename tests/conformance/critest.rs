@@ -7,7 +7,7 @@ use tests::{
     census,
     config::Runtime,
     failure::{Failure, Result, Trying},
-    node::{Containerd, Node, NodeSpec},
+    node::{Containerd, INSTALLED, Node, NodeSpec},
     places,
     run::{self, finish, succeed},
     stage,
@@ -108,11 +108,16 @@ fn on(node: &Node, runtime: Runtime, specs: &[&str], logs: &Path) -> Result<Repo
 }
 
 fn command(node: &Node, runtime: Runtime, specs: &[&str], report: &Path) -> Result<Command> {
+    // Only with this handler, containerd runs pods with user namespaces.
+    let handler = match runtime {
+        Runtime::Kata(_) => INSTALLED.to_owned(),
+        Runtime::Runc => runtime.handler(),
+    };
     let mut command = node.command(&places::peers()?.join("critest").display().to_string());
     command
         .args(["-config", "/dev/null"])
         .args(["-runtime-endpoint", "unix:///run/containerd/containerd.sock"])
-        .args(["-runtime-handler", &runtime.handler()])
+        .args(["-runtime-handler", &handler])
         // The same order each time.
         .args(["-ginkgo.seed", "1", "-ginkgo.no-color"])
         .arg(format!("-ginkgo.timeout={}s", PATIENCE.as_secs() - 60))

@@ -66,10 +66,6 @@ pub const SANDPOD: &[Exception] = &[
         "Security Context NamespaceOption runtime should support HostNetwork is true",
         "a VM has no part in the host's network, and the shim refuses such a pod",
     ),
-    skips(
-        "Security Context UserNamespaces ",
-        "the shim does not advertise them: the guest's user IDs are none of the host's anyway",
-    ),
     fails(
         "Streaming runtime should support streaming interfaces runtime should support portforward in host network",
         "a VM has no part in the host's network, and the shim refuses such a pod",

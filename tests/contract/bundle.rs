@@ -20,7 +20,7 @@ pub struct PodFacts {
     pub uid: String,
     /// The sandbox's bundle, with resolv.conf, hostname and shm.
     pub bundle: PathBuf,
-    /// Paths by kind of the namespaces that CRI-O made; a pod on the host's network has no `network`.
+    /// Paths by kind of the namespaces that CRI-O made, empty for one that the runtime is to make; a pod on the host's network has no `network`.
     pub namespaces: Vec<(&'static str, PathBuf)>,
     /// The pod's address.
     pub address: String,
@@ -249,7 +249,10 @@ fn specification(pod: &PodFacts, id: &str, wanted: &Wanted, root: &Path, mounts:
     namespaces.extend(
         pod.namespaces
             .iter()
-            .map(|(kind, path)| json!({"type": kind, "path": path})),
+            .map(|(kind, path)| match path.as_os_str().is_empty() {
+                true => json!({"type": kind}),
+                false => json!({"type": kind, "path": path}),
+            }),
     );
     json!({
         "ociVersion": "1.2.1",

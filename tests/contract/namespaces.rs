@@ -20,6 +20,7 @@ pub struct Namespaces {
     device: String,
     /// The pod's address.
     pub address: Ipv4Addr,
+    gateway: Ipv4Addr,
     connected: bool,
 }
 
@@ -27,7 +28,7 @@ pub struct Namespaces {
 const FOLDER: &str = "/var/run";
 
 impl Namespaces {
-    /// Makes namespaces named `name` and a network with one interface, `eth0`, whose peer stays in the node.
+    /// Makes namespaces named `name`, without a network.
     ///
     /// # Errors
     /// Those of iproute2 and util-linux.
@@ -38,7 +39,8 @@ impl Namespaces {
             name: name.into(),
             device: format!("veth{serial}"),
             address,
-            connected: true,
+            gateway: Ipv4Addr::new(10, 88, third, 1),
+            connected: false,
         };
         for kind in ["ipc", "uts"] {
             let path = namespaces.path(kind);
@@ -51,14 +53,20 @@ impl Namespaces {
             };
             succeed(Command::new("unshare").arg(option).args(program), run::ORDINARY)?;
         }
-        namespaces.connect(Ipv4Addr::new(10, 88, third, 1))?;
         Ok(namespaces)
     }
 
-    fn connect(&self, gateway: Ipv4Addr) -> Result {
-        let (name, device) = (self.name.as_str(), self.device.as_str());
+    /// Makes a network with one interface, `eth0`, whose peer stays in the node: in a namespace of its own, or in that of a process.
+    ///
+    /// # Errors
+    /// Those of iproute2.
+    pub fn connect(&mut self, process: Option<u32>) -> Result {
+        let (name, device, gateway) = (self.name.as_str(), self.device.as_str(), self.gateway);
         let lines = [
-            format!("netns add {name}"),
+            match process {
+                None => format!("netns add {name}"),
+                Some(pid) => format!("netns attach {name} {pid}"),
+            },
             format!("link add {device} type veth peer name eth0 netns {name}"),
             format!("addr add {gateway}/24 dev {device}"),
             format!("link set {device} up"),
@@ -67,7 +75,9 @@ impl Namespaces {
             format!("-n {name} link set eth0 up"),
             format!("-n {name} route add default via {gateway}"),
         ];
-        lines.iter().try_for_each(|line| ip(line))
+        lines.iter().try_for_each(|line| ip(line))?;
+        self.connected = true;
+        Ok(())
     }
 
     /// The path of one of them, as the pod's specification names it.

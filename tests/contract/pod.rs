@@ -31,6 +31,8 @@ pub struct PodWanted {
     pub resources: Value,
     /// Its sysctls.
     pub sysctls: Vec<(String, String)>,
+    /// Its network namespace is the runtime's to make, and gets its interface when the sandbox runs: containerd 2.0's way with user namespaces.
+    pub late_network: bool,
 }
 
 /// A pod.
@@ -61,7 +63,10 @@ impl Place {
         let serial = crio.node.serial();
         let name = format!("pod-{serial}");
         let uid = id.get(..32).unwrap_or_default().to_owned();
-        let namespaces = Namespaces::make(&uid, &name, serial)?;
+        let mut namespaces = Namespaces::make(&uid, &name, serial)?;
+        if !wanted.late_network {
+            namespaces.connect(None)?;
+        }
         let cgroup = format!("{}/pod{uid}", crio.node.cgroup());
         node::make_cgroup(&cgroup)?;
         let bundle = bundle_of(&id);
@@ -79,7 +84,12 @@ impl Place {
             annotations.push(("io.containerd.runc.v2.group".into(), id.clone()));
         }
         let facts = PodFacts {
-            namespaces: kinds.map(|(kind, file)| (*kind, namespaces.path(file))).collect(),
+            namespaces: kinds
+                .map(|(kind, file)| match wanted.late_network && *file == "net" {
+                    true => (*kind, PathBuf::new()),
+                    false => (*kind, namespaces.path(file)),
+                })
+                .collect(),
             address: namespaces.address.to_string(),
             annotations,
             resources: wanted.resources.clone(),
@@ -162,11 +172,14 @@ impl<'c, 'n> Pod<'c, 'n> {
     /// # Errors
     /// When any step is refused or late.
     pub fn run_with(crio: &'c Crio<'n>, wanted: &PodWanted) -> Result<Pod<'c, 'n>> {
-        let place = Place::make(crio, wanted)?;
+        let mut place = Place::make(crio, wanted)?;
         let mut sandbox = place.prepare(crio)?;
         sandbox.create()?;
         sandbox.start()?;
-        sandbox.is(Status::RUNNING)?;
+        let running = sandbox.is(Status::RUNNING)?;
+        if wanted.late_network {
+            place.namespaces.connect(Some(running.pid))?;
+        }
         Ok(Pod {
             facts: place.facts.clone(),
             sandbox,

@@ -17,6 +17,7 @@ mod lifecycle;
 mod memory;
 mod network;
 mod stdio;
+mod users;
 mod volumes;
 
 /// A story and its name.
@@ -91,7 +92,12 @@ fn main() {
     for (containerd, stage) in containerds.into_iter().zip(&stages) {
         for (kind, runtime) in runtimes {
             let of_a_vm = if runtime == Runtime::Runc { &[] } else { OF_A_VM };
-            for (story, tell) in COMMON.iter().chain(of_a_vm).copied().flatten().copied() {
+            let with_users = match (containerd, runtime) {
+                (Containerd::Newest, Runtime::Kata(Guest::Own)) => users::OF_A_VM,
+                _ => &[],
+            };
+            let stories = COMMON.iter().chain(of_a_vm).copied().flatten();
+            for (story, tell) in stories.chain(with_users).copied() {
                 let name = format!("{}/{kind}/{story}", containerd.name());
                 let trial = stage::trial(name, stage, move |node| tell(node, runtime));
                 trials.push(trial.with_ignored_flag(!plays(containerd, runtime, story)));

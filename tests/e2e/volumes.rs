@@ -116,7 +116,7 @@ fn an_updated_configmap_wakes_who_watches_it(node: &Node, runtime: Runtime) -> R
 }
 
 /// Replaces all files of a volume at once, as the kubelet does (`AtomicWriter` in its `pkg/volume/util`).
-fn update(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result {
+pub fn update(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result {
     let made = || -> std::io::Result<()> {
         fs::create_dir_all(volume.join(version))?;
         for (name, text) in files {

@@ -127,9 +127,9 @@ pub fn cni() -> String {
     .to_string()
 }
 
-/// containerd's configuration, understood by 1.6 and (by its migration) by 2.x.
+/// containerd's configuration, understood by 1.6 and (by its migration) by 2.x. `handlers` have names and paths of their configuration.toml, unless the shim is to find one.
 #[must_use]
-pub fn containerd(node: &Path, handlers: &[(String, String)]) -> String {
+pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String {
     let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
     let node = node.display();
     let mut text = format!(
@@ -162,10 +162,11 @@ pub fn containerd(node: &Path, handlers: &[(String, String)]) -> String {
              runtime_type = \"io.containerd.kata.v2\"\n\
              privileged_without_host_devices = true\n\
              pod_annotations = [\"io.katacontainers.*\"]\n\
-             container_annotations = [\"io.katacontainers.*\"]\n\
-             [{cri}.containerd.runtimes.{name}.options]\n\
-             ConfigPath = \"{path}\"\n"
+             container_annotations = [\"io.katacontainers.*\"]\n"
         );
+        if let Some(path) = path {
+            text += &format!("[{cri}.containerd.runtimes.{name}.options]\nConfigPath = \"{path}\"\n");
+        }
     }
     text
 }

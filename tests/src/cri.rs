@@ -81,6 +81,15 @@ impl<'n> PodSpec<'n> {
         self
     }
 
+    /// Its users, so many from 0 on, are those from `first` on to everybody else (`hostUsers: false`).
+    #[must_use]
+    pub fn with_users(mut self, first: u32, size: u32) -> Self {
+        let ids = json!([{ "host_id": first, "container_id": 0, "length": size }]);
+        let options = &mut self.configuration["linux"]["security_context"]["namespace_options"];
+        options["userns_options"] = json!({ "mode": POD, "uids": ids, "gids": ids });
+        self
+    }
+
     /// It may hold privileged containers.
     #[must_use]
     pub fn privileged(mut self) -> Self {
@@ -271,7 +280,13 @@ impl<'p> ContainerSpec<'p> {
     /// Mounts a folder or file of the node.
     #[must_use]
     pub fn volume(mut self, host: &std::path::Path, inside: &str, access: Access) -> Self {
-        let mount = json!({ "host_path": host, "container_path": inside, "readonly": access == Access::ReadOnly });
+        let mut mount = json!({ "host_path": host, "container_path": inside, "readonly": access == Access::ReadOnly });
+        // As the kubelet says for each volume of a pod with a user namespace.
+        let users = &self.configuration["linux"]["security_context"]["namespace_options"]["userns_options"];
+        if users.is_object() {
+            mount["uidMappings"] = users["uids"].clone();
+            mount["gidMappings"] = users["gids"].clone();
+        }
         match self.configuration["mounts"].as_array_mut() {
             Some(mounts) => mounts.push(mount),
             None => self.configuration["mounts"] = json!([mount]),

@@ -43,10 +43,14 @@ mount --bind /run/netns /run/netns
 mount --make-shared /run/netns
 ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1
+mount --bind \"$OPT\" /opt
 [ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
 echo ready
 cat >/dev/null || :
 exit 0";
+
+/// The handler whose configuration the shim finds by itself, where it is installed: with our own kernel. Only with such a handler, containerd runs pods with user namespaces.
+pub const INSTALLED: &str = "kata-installed";
 
 /// The prefix of the cgroup folders of nodes; the harness's pid follows.
 const CGROUP: &str = "sandpod-test-";
@@ -129,7 +133,10 @@ impl Node {
             .tempdir_in("/var/tmp")
             .trying("making a folder for the node")?;
         sweep_cgroups_of_the_dead();
-        let (first, init) = first_process(spec.without_kvm)?;
+        // What is installed there is the node's own.
+        let opt = folder.path().join("opt");
+        fs::create_dir(&opt).trying("making the node's /opt")?;
+        let (first, init) = first_process(spec.without_kvm, &opt)?;
         let node = Node {
             programs: spec.containerd.folder()?,
             cgroup: format!(
@@ -176,8 +183,11 @@ impl Node {
         for (name, text) in known.iter().chain(&spec.handlers) {
             let path = self.configuration_of(name);
             self.write(&path, text)?;
-            handlers.push((name.clone(), path.display().to_string()));
+            handlers.push((name.clone(), Some(path.display().to_string())));
         }
+        handlers.push((INSTALLED.to_owned(), None));
+        let installed = Guest::Own.configuration().unwrap_or_default();
+        self.write(&self.path("opt/sandpod/current/configuration.toml"), &installed)?;
         self.write(&self.path("cni/pods.conflist"), &config::cni())?;
         self.write(
             &self.path("containerd.toml"),
@@ -419,10 +429,11 @@ impl Drop for Node {
 }
 
 /// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
-fn first_process(without_kvm: bool) -> Result<((Child, ChildStdin), i32)> {
+fn first_process(without_kvm: bool, opt: &Path) -> Result<((Child, ChildStdin), i32)> {
     let mut command = run::in_new_namespaces();
     command
         .args(["sh", "-c", FIRST])
+        .env("OPT", opt)
         .env("MASK_KVM", if without_kvm { "yes" } else { "" });
     let mut child = command
         .stdin(Stdio::piped())

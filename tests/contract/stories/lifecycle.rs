@@ -25,6 +25,11 @@ pub const TOLD: Told = &[
     (BOTH, "a_pod_of_two_containers_runs_and_is_removed", pod_of_two),
     (BOTH, "a_container_has_what_crio_gave_it", furnished),
     (BOTH, "a_container_is_reached_at_the_pods_address", reached),
+    (
+        OURS,
+        "a_network_that_comes_after_the_machine_is_connected",
+        connected_later,
+    ),
     (BOTH, "state_repeats_the_streams_of_create_verbatim", state),
     (BOTH, "containers_come_and_go_in_a_pod_that_stays", come_and_go),
     (OURS, "pod_sysctls_are_set_in_the_guest", sysctls),
@@ -134,7 +139,19 @@ fn furnished(crio: &Crio<'_>) -> Result {
 }
 
 fn reached(crio: &Crio<'_>) -> Result {
-    let pod = Pod::run(crio)?;
+    answers(Pod::run(crio)?)
+}
+
+fn connected_later(crio: &Crio<'_>) -> Result {
+    let wanted = PodWanted {
+        late_network: true,
+        ..PodWanted::default()
+    };
+    answers(Pod::run_with(crio, &wanted)?)
+}
+
+/// A web server in the pod is reached from the node.
+fn answers(pod: Pod<'_, '_>) -> Result {
     let container = pod.start(&Wanted::shell("echo ready; exec httpd -f -p 80 -h /www"))?;
     container.stdout()?.line("ready", ORDINARY)?;
     // The server's own socket is asked for inside, so that the dial from outside needs no second try.
