@@ -19,7 +19,7 @@ use agent::{
     idmap::IdMaps,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
     spec::{Channel, FsDevice, VmSpec},
@@ -52,6 +52,9 @@ const SHARE_TAG: &str = "kataShared";
 
 /// How long an agent may take for all that comes before the first container, together.
 const CONFIGURE: Duration = Duration::from_secs(60);
+
+/// How long a VM whose agent has hung up may take to be known as ended: the connection closes first.
+const HANG_UP: Duration = Duration::from_secs(1);
 
 /// Bytes that CRI-O and containerd give a pod's `/dev/shm` by default.
 const DEFAULT_SHM: u64 = 64 << 20;
@@ -163,6 +166,13 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
     };
     let agent = match ready {
         Ok(agent) => agent,
+        Err(Error::Agent(ClientError::Gone)) => {
+            let gone = timeout(HANG_UP, vm.child().exited()).await.map_or_else(
+                |_| ClientError::Gone.into(),
+                |reason| Error::VmGone(format!("ended before its agent was ready: QEMU {reason}")),
+            );
+            return Err(explained(gone, &vm, &virtiofsd).await);
+        }
         Err(error) => return Err(explained(error, &vm, &virtiofsd).await),
     };
     if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
@@ -302,7 +312,7 @@ async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mu
     let agent = Client::new(vm.agent_stream(deadline).await?);
     agent.check(deadline).await?;
     trace.set(Mark::AgentConnected, SystemTime::now());
-    tokio::time::timeout(CONFIGURE, configure(&agent, plan, network, trace))
+    timeout(CONFIGURE, configure(&agent, plan, network, trace))
         .await
         .map_err(|_| ClientError::Deadline("what a sandbox begins with"))??;
     Ok(agent)

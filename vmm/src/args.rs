@@ -100,6 +100,8 @@ pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
         // The translator has neither kvmclock nor a deadline timer: what the guest would measure, it is told.
         let (khz, loops) = (fds.tsc_khz, fds.tsc_khz * 1000 / HZ);
         line += &format!(" tsc=reliable tsc_early_khz={khz} lpj={loops}");
+        // Linux waits ten ticks for the timer's interrupt, and panics without a word on a host too busy to have the translator deliver it. Under KVM it does not look.
+        line += " no_timer_check";
     }
     if let ChannelFd::VhostVsock { ready_port, .. } = fds.channel {
         line += &format!(" sandpod.ready_port={ready_port}");
