@@ -14,6 +14,10 @@ pub mod server;
 /// field for; an agent that does not know it gives the container the pod's namespace.
 pub const GUEST_PIDS: &str = "io.sandpod.guest-pid-namespace";
 
+/// Annotation of a container that runs in the PID namespace of another container of its pod, by that one's id (`kubectl debug --target`); an agent that does
+/// not know it gives the container the pod's namespace.
+pub const PID_TARGET: &str = "io.sandpod.pid-target";
+
 /// Where the guest finds what the host shares; upstream's agent knows no other place.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 

@@ -37,6 +37,8 @@ pub struct Container {
     pub kind: Kind,
     /// Its bundle on the host.
     pub bundle: PathBuf,
+    /// Whether its PID namespace is its own.
+    pub own_pids: bool,
     /// Its init process.
     pub init: Arc<Process>,
     /// Whether a process of it was killed for want of memory.
@@ -55,11 +57,12 @@ pub struct Exec {
 
 impl Container {
     /// A task whose init is not started yet.
-    pub fn new(id: &str, kind: Kind, bundle: PathBuf, init: Process) -> Container {
+    pub fn new(id: &str, kind: Kind, bundle: PathBuf, own_pids: bool, init: Process) -> Container {
         Container {
             id: id.into(),
             kind,
             bundle,
+            own_pids,
             init: Arc::new(init),
             oom: AtomicBool::new(false),
             execs: Mutex::default(),

@@ -169,6 +169,7 @@ fn read(spec: &Spec) {
             disable_guest_seccomp: false,
             pod_sees_guest: false,
             pod_sysctls: &none,
+            pid_target: None,
             id_maps: maps.as_ref(),
         };
         if let Ok(container) = spec::translate(spec, &context) {

@@ -43,7 +43,7 @@ use crate::{
     pod::Pod,
     process::{Exit, Process, Status},
     sizing::Limits,
-    spec::{self, MemoryVolume},
+    spec::{self, MemoryVolume, PidNamespace},
     start::read_spec,
     trace::Trace,
     undo::State,
@@ -176,7 +176,9 @@ impl Sandbox {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let container = Arc::new(Container::new(&request.id, kind, bundle, Process::new(stdio)));
+        let own_pids = PidNamespace::of(&spec) == PidNamespace::Own;
+        let init = Process::new(stdio);
+        let container = Arc::new(Container::new(&request.id, kind, bundle, own_pids, init));
         self.reserve(&container)?;
         if let Err(error) = self.fill(&container, &request, &spec, &role).await {
             lock(&self.containers).remove(&container.id);
@@ -315,6 +317,7 @@ impl Sandbox {
         role: &Role,
     ) -> Result<()> {
         let guest = self.guest()?;
+        let pid_target = self.pid_target(spec)?;
         let context = spec::Context {
             container_id: &container.id,
             bundle: &container.bundle,
@@ -322,6 +325,7 @@ impl Sandbox {
             disable_guest_seccomp: guest.config.runtime.disable_guest_seccomp,
             pod_sees_guest: guest.pod.sees_guest,
             pod_sysctls: &guest.pod.sysctls,
+            pid_target: pid_target.as_deref(),
             id_maps: guest.pod.id_maps.as_ref(),
         };
         let guest_spec = spec::translate(spec, &context)?;
@@ -371,6 +375,27 @@ impl Sandbox {
             self.let_go(&container.id);
         }
         result
+    }
+
+    /// The container whose processes another one is to see. In a pod that shares its PID namespace no container has one of its own; in any other pod, one that asks for
+    /// another's is there to debug it.
+    fn pid_target(&self, spec: &Spec) -> Result<Option<String>> {
+        if PidNamespace::of(spec) != PidNamespace::Another {
+            return Ok(None);
+        }
+        let others = self.all();
+        let has_own = |other: &&Arc<Container>| {
+            other.kind == Kind::Member && other.own_pids && other.init.status() == Status::Running
+        };
+        let with_own: Vec<_> = others.iter().filter(has_own).collect();
+        match with_own.as_slice() {
+            [] => Ok(None),
+            [target] => Ok(Some(target.id.clone())),
+            several => Err(Error::Invalid(format!(
+                "it cannot be told which of the pod's {} containers is the target (`kubectl debug --target`): the CRI names it by its process, which in a VM is one for all",
+                several.len()
+            ))),
+        }
     }
 
     /// Takes back what the host holds for a container.

@@ -63,6 +63,8 @@ pub struct Context<'a> {
     pub pod_sees_guest: bool,
     /// The sysctls of the sandbox's spec: nothing runs in the guest for the sandbox itself, so its containers set them.
     pub pod_sysctls: &'a HashMap<String, String>,
+    /// The container whose PID namespace it is to be in.
+    pub pid_target: Option<&'a str>,
     /// What the IDs of the pod's containers are in the guest, if it has a user namespace.
     pub id_maps: Option<&'a IdMaps>,
 }
@@ -161,7 +163,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     let mut warnings = Vec::new();
     let mut guest = spec.clone();
     // containerd gives the containers of a pod with `hostPID` the path of the namespace that the pod's own task is in.
-    let joins = pid_namespace(spec).is_some_and(|namespace| namespace.path().is_some());
+    let joins = PidNamespace::of(spec) == PidNamespace::Another;
     let guest_pids = sees_the_guest(spec) || (joins && context.pod_sees_guest);
     let root = guest.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
     root.set_path(PathBuf::from(format!("{GUEST_SHARE}/{}/rootfs", context.container_id)));
@@ -216,6 +218,9 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
     if guest_pids {
         annotations.insert(agent::GUEST_PIDS.into(), "true".into());
+    }
+    if let Some(target) = context.pid_target {
+        annotations.insert(agent::PID_TARGET.into(), target.into());
     }
     annotations.insert(
         "io.katacontainers.pkg.oci.bundle_path".into(),
@@ -349,14 +354,32 @@ fn refuse_lost(linux: &Linux) -> Result<(), SpecError> {
 
 /// Whether a pod or a container has no PID namespace (`hostPID`), so that it sees all processes of the guest.
 pub fn sees_the_guest(spec: &Spec) -> bool {
-    pid_namespace(spec).is_none()
+    PidNamespace::of(spec) == PidNamespace::Host
 }
 
-fn pid_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+/// Whose PID namespace a container asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// One of its own.
+    Own,
+    /// The pod's, or that of another container: the CRI names either by a process, and all of ours are one.
+    Another,
+    /// The host's, which is the guest's.
+    Host,
+}
+
+impl PidNamespace {
+    /// Of a spec.
+    pub fn of(spec: &Spec) -> PidNamespace {
+        let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        let mut namespaces = namespaces.into_iter().flatten();
+        let pid = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+        match pid.map(LinuxNamespace::path) {
+            None => PidNamespace::Host,
+            Some(None) => PidNamespace::Own,
+            Some(Some(_)) => PidNamespace::Another,
+        }
+    }
 }
 
 /// The agent makes the PID namespace and there is one network namespace, the guest's; the others lose the host's path.

@@ -15,9 +15,13 @@ pub const COMMON: &[Story] = &[
     ("a_restricted_container", a_restricted_container),
     ("a_kernel_parameter", a_kernel_parameter),
     ("a_shared_process_namespace", a_shared_process_namespace),
+    ("a_container_that_debugs_another", a_container_that_debugs_another),
 ];
 
-pub const OF_A_VM: &[Story] = &[("its_own_kernel", its_own_kernel)];
+pub const OF_A_VM: &[Story] = &[
+    ("its_own_kernel", its_own_kernel),
+    ("whom_to_debug_must_be_clear", whom_to_debug_must_be_clear),
+];
 
 /// Turning off address randomization (personality(2)) needs no privilege; the runtime's seccomp profile refuses it.
 const REFUSED: &[&str] = &["setarch", "x86_64", "--addr-no-randomize", "true"];
@@ -99,6 +103,36 @@ fn a_shared_process_namespace(node: &Node, runtime: Runtime) -> Result {
         !observer.shell("ps")?.contains("sleep 12345678"),
         "a neighbour's processes are hidden by default",
     )?;
+    pod.remove()
+}
+
+/// A container that is there to debug another sees that one's processes, with their numbers, and may end without it.
+fn a_container_that_debugs_another(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "debugged")?.run()?;
+    let app = pod.container("app", &["sleep", "12345678"]).run()?;
+    let debugger = pod.shell("debugger", "tr '\\0' ' ' </proc/1/cmdline; ls /proc/1/root/www");
+    let debugger = debugger.security(
+        "capabilities",
+        serde_json::json!({ "add_capabilities": ["SYS_PTRACE"] }),
+    );
+    let debugger = debugger.among_those_of(&app).run()?;
+    same("the debugger's exit code", debugger.wait_exit()?.code, 0)?;
+    contains("what it saw", &debugger.logs()?, "sleep 12345678 index.html")?;
+    same("the app afterwards", app.shell("echo here")?.as_str(), "here")?;
+    pod.remove()
+}
+
+/// With several containers in a pod, the CRI does not say which one is meant; guessing would show the wrong one.
+fn whom_to_debug_must_be_clear(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "unclear")?.run()?;
+    let app = pod.container("app", &["sleep", "infinity"]).run()?;
+    pod.container("sidecar", &["sleep", "infinity"]).run()?;
+    let debugger = pod.container("debugger", &["true"]).among_those_of(&app);
+    let refused = match debugger.run() {
+        Ok(_) => String::new(),
+        Err(failure) => failure.to_string(),
+    };
+    contains("refusal", &refused, "which of the pod's 2 containers is the target")?;
     pod.remove()
 }
 

@@ -20,10 +20,11 @@ pub const EXIT: Duration = Duration::from_secs(30);
 /// How long the kubelet waits for a pod: twice its `runtimeRequestTimeout` (`RunPodSandbox` in its `pkg/kubelet/cri/remote`).
 const RUN_POD: Duration = Duration::from_secs(240);
 
-/// The CRI's namespace modes (cri-api, NamespaceMode) that stories use.
+/// The CRI's namespace modes (cri-api, NamespaceMode).
 const POD: u32 = 0;
 const CONTAINER: u32 = 1;
 const NODE: u32 = 2;
+const TARGET: u32 = 3;
 
 /// A pod that is not running yet.
 #[derive(Clone)]
@@ -270,6 +271,15 @@ pub struct ContainerSpec<'p> {
 }
 
 impl<'p> ContainerSpec<'p> {
+    /// Among the processes of another container (`kubectl debug --target`).
+    #[must_use]
+    pub fn among_those_of(mut self, target: &Container<'_>) -> Self {
+        let options = &mut self.configuration["linux"]["security_context"]["namespace_options"];
+        options["pid"] = json!(TARGET);
+        options["target_id"] = json!(target.id());
+        self
+    }
+
     /// Limits its memory.
     #[must_use]
     pub fn memory_mib(mut self, limit: u64) -> Self {

@@ -190,6 +190,11 @@ pub(super) fn wants_guest_pids(spec: &Spec) -> bool {
     annotations.is_some_and(|all| all.get(crate::GUEST_PIDS).is_some_and(|value| value == "true"))
 }
 
+/// The container whose PID namespace a container asks for.
+pub(super) fn pid_target(spec: &Spec) -> Option<String> {
+    spec.annotations().as_ref()?.get(crate::PID_TARGET).cloned()
+}
+
 /// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that
 /// the pod's containers share.
 pub(super) fn join_pod(spec: &mut Spec, pids: &Pids, of_pod: Option<&IdMaps>) -> Result<()> {

@@ -124,10 +124,11 @@ impl Sandbox {
         let mut spec = oci::spec_from_wire(&spec)?;
         let id = request.container_id;
         let is_sandbox = self.id.get().is_some_and(|sandbox| *sandbox == id);
-        let pids = match (container::wants_guest_pids(&spec), request.sandbox_pidns && !is_sandbox) {
-            (true, _) => Pids::Guest,
-            (false, true) => Pids::At(self.shared_processes().await?),
-            (false, false) => Pids::New,
+        let pids = match container::pid_target(&spec) {
+            _ if container::wants_guest_pids(&spec) => Pids::Guest,
+            Some(target) => Pids::At(self.processes_of(&target)?),
+            None if request.sandbox_pidns && !is_sandbox => Pids::At(self.shared_processes().await?),
+            None => Pids::New,
         };
         container::join_pod(&mut spec, &pids, namespaces::of_pod().map(|pod| &pod.maps))?;
         let devices = request.devices;
@@ -276,6 +277,17 @@ impl Sandbox {
         let path = PathBuf::from(format!("/proc/{}/ns/pid", leader.pid()));
         *shared = Some(leader);
         Ok(path)
+    }
+
+    /// The PID namespace of a container.
+    fn processes_of(&self, container: &str) -> Result<PathBuf> {
+        let leader = &self.container(container)?.init.exit;
+        match leader.now() {
+            None => Ok(format!("/proc/{}/ns/pid", leader.pid()).into()),
+            Some(_) => Err(Error::Invalid(format!(
+                "container {container:?}, whose processes are to be seen, has ended"
+            ))),
+        }
     }
 
     async fn add_storages(&self, storages: Vec<Storage>) -> Result<Vec<String>> {

@@ -41,6 +41,7 @@ fn in_guest_of(spec: &Spec, id: &str, id_maps: Option<&IdMaps>) -> Result<GuestC
             disable_guest_seccomp: false,
             pod_sees_guest: false,
             pod_sysctls: &none,
+            pid_target: None,
             id_maps,
         },
     )
@@ -220,6 +221,7 @@ fn a_pods_sysctls_reach_its_containers() {
         disable_guest_seccomp: true,
         pod_sees_guest: false,
         pod_sysctls: &pod,
+        pid_target: None,
         id_maps: None,
     };
     let guest = translate(&spec, &context).unwrap();
