@@ -30,6 +30,7 @@ use crate::{
     protocol::{
         agent::*,
         agent_ttrpc::AgentServiceClient,
+        csi::VolumeStatsResponse,
         health::{CheckRequest, HealthCheckResponse, VersionCheckResponse},
         health_ttrpc::HealthClient,
         relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
@@ -176,6 +177,7 @@ replies!(
     Routes,
     StatsContainerResponse,
     VersionCheckResponse,
+    VolumeStatsResponse,
     WaitProcessResponse,
     WriteStreamResponse,
     types::Interface
@@ -262,6 +264,12 @@ calls! {
     set_guest_date_time(SetGuestDateTimeRequest) -> (), true;
     /// Metrics of guest and agent, as Prometheus text.
     get_metrics(GetMetricsRequest) -> Metrics, true;
+    /// Changes the options of volumes in the guest's memory.
+    update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> (), true;
+    /// Measures the file system of a volume.
+    get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse, true;
+    /// Makes a volume larger. No agent can.
+    resize_volume(ResizeVolumeRequest) -> (), true;
 }
 
 calls! {

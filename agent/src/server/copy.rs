@@ -25,17 +25,26 @@ use super::error::{Doing, Error, Result};
 use crate::{GUEST_SHARE, KUBELET_DATA, protocol::agent::CopyFileRequest};
 
 /// How folders are opened.
-const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+pub(super) const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// Makes a folder, a link, or a part of a file. Blocks.
 pub(super) fn copy(request: &CopyFileRequest) -> Result<()> {
     let (parents, name) = place(&request.path)?;
     let parent = folder(&parents, mode(request.dir_mode)).doing(|| format!("make the folder of {:?}", request.path))?;
-    let target = Target { parent, name, request };
+    let target = Target {
+        parent,
+        name,
+        user: u32::try_from(request.uid).ok(),
+        group: u32::try_from(request.gid).ok(),
+    };
+    let bits = mode(request.file_mode);
     let made = match SFlag::from_bits_truncate(request.file_mode) & SFlag::S_IFMT {
-        SFlag::S_IFDIR => target.make_folder(),
-        SFlag::S_IFLNK => target.link(),
-        _ => target.write(check_part(request)?),
+        SFlag::S_IFDIR => target.make_folder(bits),
+        SFlag::S_IFLNK => target.link(OsStr::from_bytes(&request.data)),
+        _ => {
+            let last = check_part(request)?.then_some(bits);
+            target.write(request.offset.unsigned_abs(), &request.data, last)
+        }
     };
     made.doing(|| format!("copy {:?}", request.path))
 }
@@ -88,32 +97,41 @@ fn folder(names: &[OsString], mode: Mode) -> io::Result<OwnedFd> {
     Ok(folder)
 }
 
-fn mode(bits: u32) -> Mode {
+/// The permissions of a file's mode.
+pub(super) fn mode(bits: u32) -> Mode {
     Mode::from_bits_truncate(bits & 0o7777)
 }
 
-struct Target<'r> {
-    parent: OwnedFd,
-    name: OsString,
-    request: &'r CopyFileRequest,
+/// Where a folder, a file or a link is to be.
+#[derive(Debug)]
+pub(super) struct Target {
+    /// The folder that it is in.
+    pub(super) parent: OwnedFd,
+    /// Its name there.
+    pub(super) name: OsString,
+    /// Whose it is; the agent's where there is none.
+    pub(super) user: Option<u32>,
+    /// As above.
+    pub(super) group: Option<u32>,
 }
 
-impl Target<'_> {
-    fn make_folder(&self) -> io::Result<()> {
+impl Target {
+    /// Makes a folder, or gives one that is there its owner and permissions.
+    pub(super) fn make_folder(&self, mode: Mode) -> io::Result<()> {
         match mkdirat(&self.parent, self.name.as_os_str(), Mode::S_IRWXU) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(error) => return Err(error.into()),
         }
         let made = openat(&self.parent, self.name.as_os_str(), FOLDER, Mode::empty())?;
         self.own(&self.name)?;
-        Ok(fchmod(&made, mode(self.request.file_mode))?)
+        Ok(fchmod(&made, mode)?)
     }
 
-    fn link(&self) -> io::Result<()> {
+    /// Makes a link, or swaps it in one step. When [`KUBELET_DATA`] has gone over to a new folder, the old one is removed.
+    pub(super) fn link(&self, to: &OsStr) -> io::Result<()> {
         let temporary = self.temporary();
         let before = readlinkat(&self.parent, self.name.as_os_str()).ok();
         remove(&self.parent, &temporary)?;
-        let to = OsStr::from_bytes(&self.request.data);
         symlinkat(to, &self.parent, temporary.as_os_str())?;
         self.own(&temporary)?;
         renameat(&self.parent, temporary.as_os_str(), &self.parent, self.name.as_os_str())?;
@@ -123,10 +141,11 @@ impl Target<'_> {
         }
     }
 
-    fn write(&self, last: bool) -> io::Result<()> {
+    /// Writes a part of a file. With the last one, which knows the permissions, the file is there.
+    pub(super) fn write(&self, offset: u64, data: &[u8], last: Option<Mode>) -> io::Result<()> {
         let temporary = self.temporary();
         let mut flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        if self.request.offset == 0 {
+        if offset == 0 {
             remove(&self.parent, &temporary)?;
             flags |= OFlag::O_CREAT | OFlag::O_EXCL;
         }
@@ -137,11 +156,11 @@ impl Target<'_> {
             Mode::S_IRUSR | Mode::S_IWUSR,
         )?;
         let mut file = fs::File::from(file);
-        file.seek(SeekFrom::Start(self.request.offset.unsigned_abs()))?;
-        file.write_all(&self.request.data)?;
-        if last {
+        file.seek(SeekFrom::Start(offset))?;
+        file.write_all(data)?;
+        if let Some(mode) = last {
             self.own(&temporary)?;
-            fchmod(&file, mode(self.request.file_mode))?;
+            fchmod(&file, mode)?;
             renameat(&self.parent, temporary.as_os_str(), &self.parent, self.name.as_os_str())?;
         }
         Ok(())
@@ -154,14 +173,13 @@ impl Target<'_> {
     }
 
     fn own(&self, name: &OsStr) -> io::Result<()> {
-        let user = u32::try_from(self.request.uid).ok().map(Uid::from_raw);
-        let group = u32::try_from(self.request.gid).ok().map(Gid::from_raw);
+        let (user, group) = (self.user.map(Uid::from_raw), self.group.map(Gid::from_raw));
         Ok(fchownat(&self.parent, name, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)?)
     }
 
     /// After the swap: the files of before, and the links to those that are no more. Whoever watches one of them sees its end.
     fn remove_stale(&self, before: &OsStr) -> io::Result<()> {
-        let parent = PathBuf::from(format!("/proc/self/fd/{}", self.parent.as_fd().as_raw_fd()));
+        let parent = path_of(&self.parent);
         for entry in fs::read_dir(&parent)? {
             let entry = entry?;
             let dangles =
@@ -178,6 +196,11 @@ impl Target<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// A path to what is open, wherever it is.
+pub(super) fn path_of(open: &impl AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", open.as_fd().as_raw_fd()))
 }
 
 fn remove(folder: &OwnedFd, name: &OsStr) -> io::Result<()> {

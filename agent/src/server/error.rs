@@ -26,6 +26,9 @@ pub enum Error {
     /// A part of the protocol that is not implemented.
     #[error("{0} is not implemented by this agent")]
     Unimplemented(String),
+    /// The host named a volume that is not there.
+    #[error("there is no volume at {0:?}")]
+    NoVolume(String),
     /// The guest's kernel refused.
     #[error("cannot {0}: {1}")]
     Io(String, #[source] io::Error),
@@ -49,7 +52,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     fn code(&self) -> Code {
         match self {
-            Error::NoProcess { .. } => Code::NOT_FOUND,
+            Error::NoProcess { .. } | Error::NoVolume(_) => Code::NOT_FOUND,
             // What upstream's agent says, and its shims rely on (its `rpc.rs`, the mapping of sandbox errors).
             Error::NoContainer(_) | Error::Engine(EngineError::NotFound(_)) => Code::INVALID_ARGUMENT,
             Error::Invalid(_) | Error::Oci(_) => Code::INVALID_ARGUMENT,

@@ -5,6 +5,7 @@
 //!                                          └─(first question)─▶ finish, other drivers ──▶ ready
 //! ```
 
+mod beneath;
 mod boot;
 mod channel;
 mod container;
@@ -31,6 +32,8 @@ mod stdio;
 mod storage;
 mod sys;
 mod uevent;
+mod volume;
+mod watchable;
 
 use std::{fs, future, io, path::Path, sync::Arc, time::Duration};
 

@@ -21,6 +21,7 @@ use super::{
     sandbox::{self, Sandbox, blocking},
     signal, stats,
     stdio::Output,
+    volume,
 };
 use crate::{
     engine::sys::set_window_size,
@@ -165,6 +166,7 @@ service! {
         set_guest_date_time(SetGuestDateTimeRequest);
         remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest);
         copy_file(CopyFileRequest);
+        update_ephemeral_mounts(UpdateEphemeralMountsRequest);
     }
     answers {
         stats_container(StatsContainerRequest) -> StatsContainerResponse;
@@ -174,6 +176,7 @@ service! {
         list_routes(ListRoutesRequest) -> Routes;
         get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse;
         get_metrics(GetMetricsRequest) -> Metrics;
+        get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse;
     }
     waits {
         wait_process(WaitProcessRequest) -> WaitProcessResponse;
@@ -183,7 +186,6 @@ service! {
         get_oom_event(GetOOMEventRequest) -> OOMEvent;
     }
     unimplemented {
-        update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty = "UpdateEphemeralMounts";
         get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse = "GetDiagnosticData";
         get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse = "GetIPTables";
         set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse = "SetIPTables";
@@ -192,7 +194,6 @@ service! {
         mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty = "MemHotplugByProbe";
         add_swap(AddSwapRequest) -> Empty = "AddSwap";
         add_swap_path(AddSwapPathRequest) -> Empty = "AddSwapPath";
-        get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse = "GetVolumeStats";
         resize_volume(ResizeVolumeRequest) -> Empty = "ResizeVolume";
         set_policy(SetPolicyRequest) -> Empty = "SetPolicy";
     }
@@ -383,6 +384,14 @@ impl Service {
         let mut answer = Metrics::new();
         answer.metrics = blocking(metrics::text).await?;
         Ok(answer)
+    }
+
+    async fn update_ephemeral_mounts(&self, request: UpdateEphemeralMountsRequest) -> Result<()> {
+        self.sandbox.update_storages(request.storages).await
+    }
+
+    async fn get_volume_stats(&self, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
+        blocking(move || volume::stats(&request.volume_guest_path)).await
     }
 
     async fn remove_stale_virtiofs_share_mounts(&self, _: RemoveStaleVirtiofsShareMountsRequest) -> Result<()> {

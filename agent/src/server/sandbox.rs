@@ -298,6 +298,12 @@ impl Sandbox {
         blocking(move || all.add(&storages)).await
     }
 
+    /// Changes the options of volumes in the guest's memory.
+    pub(super) async fn update_storages(&self, storages: Vec<Storage>) -> Result<()> {
+        let all = Arc::clone(&self.storages).lock_owned().await;
+        blocking(move || all.update(&storages)).await
+    }
+
     async fn remove_storages(&self, points: Vec<String>) -> Result<()> {
         if points.is_empty() {
             return Ok(());

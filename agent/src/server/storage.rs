@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt, chown},
-    path::{Component, Path},
+    path::Path,
 };
 
 use nix::{
@@ -15,20 +15,42 @@ use nix::{
 use oci_spec::runtime::Mount;
 
 use super::{
+    beneath::{self, BASE, is_plain},
     disk,
     error::{Doing, Error, Result},
+    watchable::Watches,
 };
 use crate::{GUEST_MEMORY, protocol::agent::Storage};
 
 /// The drivers that there are.
-pub(super) const DRIVERS: [&str; 5] = ["blk", "ephemeral", "local", "scsi", "virtio-fs"];
+pub(super) const DRIVERS: [&str; 6] = ["blk", "ephemeral", "local", "scsi", "virtio-fs", "watchable-bind"];
 
-/// Everything in the guest that the host may name as a mount point is below.
-const BASE: &str = "/run/kata-containers";
-
-/// The mount points in use and how many use each.
+/// The mount points in use.
 #[derive(Debug, Default)]
-pub(super) struct Storages(HashMap<String, usize>);
+pub(super) struct Storages {
+    points: HashMap<String, Point>,
+    watches: Watches,
+}
+
+#[derive(Debug)]
+struct Point {
+    /// How many use it.
+    users: usize,
+    held: Held,
+}
+
+/// What is at a mount point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// A file system.
+    Mount,
+    /// One in the guest's memory, with the flags of its mount.
+    Memory(MsFlags),
+    /// No mount at all.
+    Folder,
+    /// A copy that is kept up to date.
+    Copy,
+}
 
 impl Storages {
     /// Mounts in order; on failure what was mounted is undone. Answers what is to be removed with its user: volumes in the guest's
@@ -37,13 +59,13 @@ impl Storages {
         let mut added = Vec::new();
         for storage in storages {
             let point = storage.mount_point.trim_end_matches('/').to_owned();
-            let result = match self.0.get_mut(&point) {
-                Some(users) => {
-                    *users += 1;
+            let result = match self.points.get_mut(&point) {
+                Some(found) => {
+                    found.users += 1;
                     Ok(())
                 }
-                None => attach(storage, Path::new(&point)).map(|()| {
-                    self.0.insert(point.clone(), 1);
+                None => self.attach(storage, Path::new(&point)).map(|held| {
+                    self.points.insert(point.clone(), Point { users: 1, held });
                 }),
             };
             if let Err(error) = result {
@@ -61,12 +83,79 @@ impl Storages {
     /// Unmounts what has no user any more. Blocks.
     pub(super) fn remove(&mut self, points: &[String]) -> Result<()> {
         for point in points.iter().rev() {
-            let Some(users) = self.0.get_mut(point) else { continue };
-            *users -= 1;
-            if *users == 0 {
-                self.0.remove(point);
-                detach(Path::new(point))?;
+            let Some(found) = self.points.get_mut(point) else {
+                continue;
+            };
+            found.users -= 1;
+            if found.users == 0 {
+                let held = found.held;
+                self.points.remove(point);
+                self.detach(held, Path::new(point))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Changes the options of volumes in the guest's memory: upstream's Go shim gives them all of a guest that has grown
+    /// (`prepareEphemeralMounts` in `src/runtime/virtcontainers/sandbox.go` of kata-containers). Blocks.
+    pub(super) fn update(&self, storages: &[Storage]) -> Result<()> {
+        let mut updates = Vec::new();
+        for storage in storages {
+            let point = storage.mount_point.trim_end_matches('/');
+            let held = self.points.get(point).map(|found| found.held);
+            let (Some(Held::Memory(flags)), "ephemeral", "tmpfs") =
+                (held, storage.driver.as_str(), storage.fstype.as_str())
+            else {
+                return Err(Error::Invalid(format!(
+                    "{} is no tmpfs that this agent has mounted as an ephemeral storage",
+                    storage.mount_point
+                )));
+            };
+            let options: Vec<_> = storage
+                .options
+                .iter()
+                .filter(|option| *option != "remount")
+                .cloned()
+                .collect();
+            // The group was given when it was mounted.
+            updates.push((point, flags, Options::parse(&options)?.data));
+        }
+        for (point, flags, data) in updates.into_iter().filter(|(_, _, data)| !data.is_empty()) {
+            // Without its flags, the mount would lose them.
+            let flags = flags | MsFlags::MS_REMOUNT;
+            mount(Some("tmpfs"), point, Some("tmpfs"), flags, Some(data.as_str()))
+                .doing(|| format!("remount {point} with {data}"))?;
+        }
+        Ok(())
+    }
+
+    fn attach(&self, storage: &Storage, point: &Path) -> Result<Held> {
+        check(storage, point)?;
+        let source = Path::new(&storage.source);
+        match storage.driver.as_str() {
+            "virtio-fs" => mount_storage(storage, source, point).map(|_| Held::Mount),
+            "ephemeral" => mount_storage(storage, source, point).map(Held::Memory),
+            kind if disk::is_disk(kind) => {
+                mount_storage(storage, &disk::wait_for(kind, &storage.source)?.path, point).map(|_| Held::Mount)
+            }
+            "local" => make_local(storage, point).map(|()| Held::Folder),
+            // Its options are those of the container's mount of it.
+            "watchable-bind" => self.watches.add(source, point).map(|()| Held::Copy),
+            other => Err(Error::Unimplemented(format!("the storage driver {other:?}"))),
+        }
+    }
+
+    fn detach(&self, held: Held, point: &Path) -> Result<()> {
+        let what = || format!("unmount {}", point.display());
+        match held {
+            Held::Copy => return self.watches.remove(point),
+            Held::Folder => return fs::remove_dir_all(point).doing(what),
+            Held::Mount | Held::Memory(_) => {}
+        }
+        match umount2(point, MntFlags::MNT_DETACH) {
+            // With a container go the mounts that have its name.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => drop(fs::remove_dir(point)),
+            Err(error) => return Err(error).doing(what),
         }
         Ok(())
     }
@@ -93,18 +182,8 @@ fn make_part(part: &Path) -> io::Result<()> {
     fs::set_permissions(part, above.permissions())
 }
 
-fn attach(storage: &Storage, point: &Path) -> Result<()> {
-    check(storage, point)?;
-    match storage.driver.as_str() {
-        "virtio-fs" | "ephemeral" => mount_storage(storage, Path::new(&storage.source), point),
-        kind if disk::is_disk(kind) => mount_storage(storage, &disk::wait_for(kind, &storage.source)?.path, point),
-        "local" => make_local(storage, point),
-        other => Err(Error::Unimplemented(format!("the storage driver {other:?}"))),
-    }
-}
-
 fn check(storage: &Storage, point: &Path) -> Result<()> {
-    if !point.starts_with(BASE) || !is_plain(point) {
+    if !beneath::is_ours(point) {
         let text = format!(
             "the mount point {:?} of a storage is not below {BASE}",
             storage.mount_point
@@ -120,12 +199,8 @@ fn check(storage: &Storage, point: &Path) -> Result<()> {
     Ok(())
 }
 
-fn is_plain(path: &Path) -> bool {
-    path.components()
-        .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
-}
-
-fn mount_storage(storage: &Storage, source: &Path, point: &Path) -> Result<()> {
+/// Mounts; with which flags.
+fn mount_storage(storage: &Storage, source: &Path, point: &Path) -> Result<MsFlags> {
     if storage.driver == "ephemeral" && !matches!(storage.fstype.as_str(), "tmpfs" | "hugetlbfs") {
         return Err(Error::Invalid(format!(
             "an ephemeral storage of file system {:?}",
@@ -137,7 +212,8 @@ fn mount_storage(storage: &Storage, source: &Path, point: &Path) -> Result<()> {
     let data = (!data.is_empty()).then_some(data.as_str());
     let what = || format!("mount {} {} on {}", storage.fstype, source.display(), point.display());
     mount(Some(source), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
-    give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)
+    give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)?;
+    Ok(flags)
 }
 
 /// A folder of the guest's memory that lives as long as the sandbox.
@@ -171,17 +247,6 @@ fn give_to(group: Option<u32>, point: &Path) -> Result<()> {
 
 fn make_folder(point: &Path) -> Result<()> {
     fs::create_dir_all(point).doing(|| format!("make {}", point.display()))
-}
-
-fn detach(point: &Path) -> Result<()> {
-    let what = || format!("unmount {}", point.display());
-    match umount2(point, MntFlags::MNT_DETACH) {
-        Ok(()) => drop(fs::remove_dir(point)),
-        // A local one is not mounted.
-        Err(Errno::EINVAL) => fs::remove_dir_all(point).doing(what)?,
-        Err(error) => return Err(error).doing(what),
-    }
-    Ok(())
 }
 
 fn bad(option: &str) -> Error {
@@ -277,7 +342,8 @@ mod tests {
         ] {
             storage.driver = driver.into();
             storage.mount_point = point.into();
-            assert_eq!(attach(&storage, Path::new(point)).unwrap_err().to_string(), error);
+            let refused = Storages::default().attach(&storage, Path::new(point)).unwrap_err();
+            assert_eq!(refused.to_string(), error);
         }
     }
 }
