@@ -167,6 +167,7 @@ macro_rules! replies {
 
 replies!(
     DialResponse,
+    GetIPTablesResponse,
     GuestDetailsResponse,
     HealthCheckResponse,
     Interfaces,
@@ -175,6 +176,7 @@ replies!(
     ReadStreamResponse,
     ReceiveResponse,
     Routes,
+    SetIPTablesResponse,
     StatsContainerResponse,
     VersionCheckResponse,
     VolumeStatsResponse,
@@ -270,6 +272,12 @@ calls! {
     get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse, true;
     /// Makes a volume larger. No agent can.
     resize_volume(ResizeVolumeRequest) -> (), true;
+    /// Reads the guest's packet filter, as iptables-save prints it.
+    get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse, true;
+    /// Replaces the guest's packet filter by what iptables-restore reads.
+    set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse, true;
+    /// Sets what the guest lets the host do. Ours has nothing that would enforce it.
+    set_policy(SetPolicyRequest) -> (), true;
 }
 
 calls! {

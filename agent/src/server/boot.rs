@@ -1,6 +1,11 @@
 //! From the initial RAM disk to a system that containers can run on. Nothing here needs a thread.
 
-use std::{fs, os::unix::fs::DirBuilderExt, path::Path, time::Duration};
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, symlink},
+    path::Path,
+    time::Duration,
+};
 
 use nix::{
     fcntl::OFlag,
@@ -20,6 +25,10 @@ use super::{
     modules, namespaces, sys,
 };
 
+/// The folders of the agent's own root.
+const OWN: [&str; 6] = ["proc", "sys", "dev", "run", "etc", "sbin"];
+/// Those that are the image's, where it has them.
+const IMAGE: [&str; 5] = ["bin", "lib", "lib64", "opt", "usr"];
 const CGROUPS: &str = "/sys/fs/cgroup";
 const STRICT: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 /// What a container may have open: what a container on a node gets.
@@ -85,13 +94,13 @@ fn leave_ram_disk() -> Result<()> {
     let root = Path::new("/newroot");
     fs::create_dir(root).doing(|| "make the root".into())?;
     attach("tmpfs", root, "tmpfs", MsFlags::empty(), Some("mode=755,size=50%"))?;
-    for name in ["proc", "sys", "dev", "run", "etc", "sbin", "lib"] {
+    for name in OWN {
         fs::create_dir(root.join(name)).doing(|| format!("make /{name}"))?;
     }
     let shared = |name: &str| fs::DirBuilder::new().mode(0o1777).create(root.join(name));
     shared("tmp").doing(|| "make /tmp".into())?;
+    keep_image(root)?;
     if Path::new("/lib/modules").exists() {
-        bind("/lib/modules", &root.join("lib/modules"), true)?;
         // The kernel asks for modules by running this; see `modules::serve_kernel`.
         bind("/init", &root.join("sbin/modprobe"), false)?;
     }
@@ -99,6 +108,39 @@ fn leave_ram_disk() -> Result<()> {
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).doing(|| "move the root".into())?;
     chroot(".").doing(|| "change the root".into())?;
     chdir("/").doing(|| "enter the root".into())
+}
+
+/// Keeps what an image has beside the agent: the kernel's modules, and programs for guest hooks or for the packet filter, with the
+/// libraries that they need. Our own image has modules at most.
+fn keep_image(root: &Path) -> Result<()> {
+    for name in IMAGE {
+        let (source, target) = (Path::new("/").join(name), root.join(name));
+        let what = || format!("keep {}", source.display());
+        match fs::symlink_metadata(&source) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Where `/usr` has all of it.
+            Ok(found) if found.is_symlink() => {
+                let to = fs::read_link(&source).doing(what)?;
+                symlink(to, &target).doing(what)?;
+            }
+            found => {
+                found.doing(what)?;
+                bind(&source, &target, true)?;
+            }
+        }
+    }
+    // The agent has a folder of its own there, for the one file that is below.
+    let sbin = Path::new("/sbin");
+    if fs::symlink_metadata(sbin).is_ok_and(|found| found.is_dir()) {
+        for program in fs::read_dir(sbin).doing(|| "read /sbin".into())? {
+            let program = program.doing(|| "read /sbin".into())?;
+            if program.file_name() != "modprobe" {
+                let target = root.join("sbin").join(program.file_name());
+                bind(program.path(), &target, program.path().is_dir())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Containers' cgroups get every controller that the kernel has.
@@ -123,14 +165,16 @@ fn reopen_console() -> Result<()> {
         .doing(|| "use the console".into())
 }
 
-fn bind(source: &str, target: &Path, folder: bool) -> Result<()> {
+fn bind(source: impl AsRef<Path>, target: &Path, folder: bool) -> Result<()> {
+    let source = source.as_ref();
     let made = if folder {
         fs::create_dir(target)
     } else {
         fs::write(target, "")
     };
     made.doing(|| format!("make {}", target.display()))?;
-    mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).doing(|| format!("keep {source}"))
+    mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .doing(|| format!("keep {}", source.display()))
 }
 
 fn attach(source: &str, target: &Path, kind: &str, flags: MsFlags, data: Option<&str>) -> Result<()> {

@@ -29,6 +29,9 @@ pub enum Error {
     /// The host named a volume that is not there.
     #[error("there is no volume at {0:?}")]
     NoVolume(String),
+    /// A part of the protocol that takes a program which the guest's image has not.
+    #[error("the guest image has no {0}")]
+    NoProgram(&'static str),
     /// The guest's kernel refused.
     #[error("cannot {0}: {1}")]
     Io(String, #[source] io::Error),
@@ -56,7 +59,7 @@ impl Error {
             // What upstream's agent says, and its shims rely on (its `rpc.rs`, the mapping of sandbox errors).
             Error::NoContainer(_) | Error::Engine(EngineError::NotFound(_)) => Code::INVALID_ARGUMENT,
             Error::Invalid(_) | Error::Oci(_) => Code::INVALID_ARGUMENT,
-            Error::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Error::Unimplemented(_) | Error::NoProgram(_) => Code::UNIMPLEMENTED,
             Error::Io(..) | Error::Engine(_) | Error::Panic(_) => Code::INTERNAL,
             Error::Late(_) => Code::DEADLINE_EXCEEDED,
         }

@@ -15,6 +15,7 @@ mod error;
 mod freezer;
 mod guest;
 mod huge;
+mod iptables;
 mod metrics;
 mod modules;
 mod namespaces;

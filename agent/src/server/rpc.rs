@@ -14,7 +14,7 @@ use super::{
     container::Container,
     copy,
     error::{Doing, Error, Result},
-    freezer, guest, metrics,
+    freezer, guest, iptables, metrics,
     network::Network,
     process::Process,
     relay::Relay,
@@ -177,6 +177,8 @@ service! {
         get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse;
         get_metrics(GetMetricsRequest) -> Metrics;
         get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse;
+        get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse;
+        set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse;
     }
     waits {
         wait_process(WaitProcessRequest) -> WaitProcessResponse;
@@ -187,15 +189,13 @@ service! {
     }
     unimplemented {
         get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse = "GetDiagnosticData";
-        get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse = "GetIPTables";
-        set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse = "SetIPTables";
         mem_agent_memcg_set(MemAgentMemcgConfig) -> Empty = "MemAgentMemcgSet";
         mem_agent_compact_set(MemAgentCompactConfig) -> Empty = "MemAgentCompactSet";
         mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty = "MemHotplugByProbe";
         add_swap(AddSwapRequest) -> Empty = "AddSwap";
         add_swap_path(AddSwapPathRequest) -> Empty = "AddSwapPath";
         resize_volume(ResizeVolumeRequest) -> Empty = "ResizeVolume";
-        set_policy(SetPolicyRequest) -> Empty = "SetPolicy";
+        set_policy(SetPolicyRequest) -> Empty = "SetPolicy (nothing would enforce the policy)";
     }
 }
 
@@ -392,6 +392,18 @@ impl Service {
 
     async fn get_volume_stats(&self, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
         blocking(move || volume::stats(&request.volume_guest_path)).await
+    }
+
+    async fn get_ip_tables(&self, request: GetIPTablesRequest) -> Result<GetIPTablesResponse> {
+        let mut response = GetIPTablesResponse::new();
+        response.data = iptables::save(&self.sandbox.reaper, request.is_ipv6).await?;
+        Ok(response)
+    }
+
+    async fn set_ip_tables(&self, request: SetIPTablesRequest) -> Result<SetIPTablesResponse> {
+        let mut response = SetIPTablesResponse::new();
+        response.data = iptables::restore(&self.sandbox.reaper, request.is_ipv6, request.data).await?;
+        Ok(response)
     }
 
     async fn remove_stale_virtiofs_share_mounts(&self, _: RemoveStaleVirtiofsShareMountsRequest) -> Result<()> {
