@@ -306,12 +306,16 @@ impl Engine {
         if let Some(init) = init {
             let _ = fs::remove_file(&init.notify);
             if init.poststop {
-                self.done(Request::Hooks {
+                let hooks = Request::Hooks {
                     id: id.to_owned(),
                     init: init.pid,
                     stage: Stage::Poststop,
-                })
-                .await?;
+                };
+                match self.done(hooks).await {
+                    // The container is gone all the same (`config.md` of the runtime specification, "Lifecycle").
+                    Err(EngineError::Failed(text)) => eprintln!("container {id}: {text}"),
+                    other => other?,
+                }
             }
         }
         self.ask(Request::Forget { id: id.to_owned() }, Vec::new()).await?;

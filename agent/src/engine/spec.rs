@@ -6,12 +6,15 @@ use std::{
 };
 
 use oci_spec::runtime::{
-    Capabilities, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
+    Capabilities, Hook, Hooks, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
     LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 
 /// The search path of a process without `PATH`, as containerd and CRI-O set it.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Seconds for a hook that says nothing of them.
+const HOOK_TIMEOUT: i64 = 30;
 
 /// Why a specification cannot be honoured.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +47,34 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
         complete_resources(resources);
     }
     spec.set_linux(Some(linux));
+    if let Some(hooks) = spec.hooks_mut() {
+        limit_hooks(hooks);
+    }
     Ok(spec)
+}
+
+/// Gives the hooks that run beside the container an end: whoever waits for them waits for a bounded time too.
+#[allow(deprecated)] // prestart hooks: the protocol has them
+fn limit_hooks(hooks: &mut Hooks) {
+    let limit = |list: &Option<Vec<Hook>>| {
+        let mut list = list.clone();
+        for hook in list.iter_mut().flatten().filter(|hook| hook.timeout().is_none()) {
+            hook.set_timeout(Some(HOOK_TIMEOUT));
+        }
+        list
+    };
+    let (prestart, runtime) = (limit(hooks.prestart()), limit(hooks.create_runtime()));
+    let (poststart, poststop) = (limit(hooks.poststart()), limit(hooks.poststop()));
+    hooks.set_prestart(prestart).set_create_runtime(runtime);
+    hooks.set_poststart(poststart).set_poststop(poststop);
+}
+
+/// The hooks that run while a container is created, outside of it.
+#[allow(deprecated)] // as above
+pub(super) fn hooks_of_creation(spec: &Spec) -> Vec<Hook> {
+    let hooks = spec.hooks().clone().unwrap_or_default();
+    let lists = [hooks.prestart().clone(), hooks.create_runtime().clone()];
+    lists.into_iter().flatten().flatten().collect()
 }
 
 /// A propagation type without the `r` that says "and everything below": libcontainer knows only the names without, and means that by them. containerd and

@@ -33,7 +33,7 @@ use nix::{
     sys::resource::{Resource, getrlimit},
     unistd::{Gid, Uid, fchown, pipe2, setfsgid, setfsuid},
 };
-use oci_spec::runtime::{Box as Size, Linux, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Box as Size, Hook, Linux, LinuxResources, Process, Spec};
 
 use super::{
     Stdio, cgroup,
@@ -153,7 +153,7 @@ pub(super) fn update(id: &str, container: &Spec, mut resources: LinuxResources) 
     Ok((Answer::Done, Vec::new()))
 }
 
-/// Runs the hooks of a stage that libcontainer leaves to its builders.
+/// Runs the hooks of a stage that libcontainer leaves to its builders, each of them; the first that fails is the one to tell.
 pub(super) fn hooks(id: &str, container: &Spec, init: i32, stage: Stage) -> Outcome {
     let hooks = container.hooks().as_ref();
     let (list, status) = match stage {
@@ -162,8 +162,19 @@ pub(super) fn hooks(id: &str, container: &Spec, init: i32, stage: Stage) -> Outc
     };
     let mut state = state(id, container, status);
     state.state.pid = Some(init);
-    run_hooks(list, Some(&state.state), None, None, None).map_err(|e| format!("{stage:?} hook: {}", chain(&e)))?;
+    let run = |hook: &Hook| {
+        run_hooks(Some(&vec![hook.clone()]), Some(&state.state), None, None, None)
+            .map_err(|e| failed_hook(&[hook], &chain(&e)))
+    };
+    let outcomes: Vec<_> = list.into_iter().flatten().map(run).collect();
+    outcomes.into_iter().collect::<Result<(), _>>()?;
     Ok((Answer::Done, Vec::new()))
+}
+
+/// A hook's failure with its name, or those of all that it may have been.
+fn failed_hook(hooks: &[&Hook], cause: &str) -> String {
+    let names: Vec<_> = hooks.iter().map(|hook| hook.path().display().to_string()).collect();
+    format!("the hook {}: {cause}", names.join(" or "))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -254,13 +265,17 @@ impl Launch<'_> {
             .as_ref()
             .map(|p| p.cwd().clone())
             .unwrap_or_default();
+        let hooks = edit::hooks_of_creation(&args.spec);
         let trace = Trace::new().map_err(|e| format!("making a pipe: {e}"))?;
         let made = trace.record(|| container_main_process(&args));
         drop(args); // and with it this process's end of the status pipe
         let pid = match made {
             Ok(pid) => pid.as_raw(),
             Err(error) => {
-                let text = inside::name_cwd(explain(&chain(&error), &status, &trace), &cwd);
+                let text = match &error {
+                    ProcessError::Hooks(cause) => failed_hook(&hooks.iter().collect::<Vec<_>>(), &chain(cause)),
+                    other => inside::name_cwd(explain(&chain(other), &status, &trace), &cwd),
+                };
                 let ends = matches!(error, ProcessError::Channel(ChannelError::ExecError(_)));
                 return Err(Failure { text, ends });
             }

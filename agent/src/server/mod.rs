@@ -14,6 +14,7 @@ mod disk;
 mod error;
 mod freezer;
 mod guest;
+mod hooks;
 mod huge;
 mod iptables;
 mod metrics;

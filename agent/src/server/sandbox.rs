@@ -16,12 +16,14 @@ use std::{
 };
 
 use nix::mount::{MntFlags, umount2};
+use oci_spec::runtime::Hooks;
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::{
     container::{self, Container, Pids},
     disk,
     error::{Doing, Error, Result},
+    hooks,
     huge::{self, HugePages},
     modules, namespaces,
     oom::Oom,
@@ -52,6 +54,8 @@ pub(super) struct Sandbox {
     /// Sees processes killed for want of memory.
     pub(super) oom: Arc<Oom>,
     id: OnceLock<String>,
+    /// The guest's own, for each container.
+    hooks: OnceLock<Hooks>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     storages: Arc<AsyncMutex<Storages>>,
     huge_pages: HugePages,
@@ -67,6 +71,7 @@ impl Sandbox {
             reaper,
             oom,
             id: OnceLock::new(),
+            hooks: OnceLock::new(),
             containers: Mutex::default(),
             storages: Arc::default(),
             huge_pages: HugePages::default(),
@@ -76,13 +81,16 @@ impl Sandbox {
 
     /// Makes what the pod's containers share.
     pub(super) async fn create(&self, request: CreateSandboxRequest) -> Result<()> {
-        if !request.guest_hook_path.is_empty() {
-            return Err(Error::Unimplemented("guest_hook_path".into()));
-        }
         container::check_id("sandbox_id", &request.sandbox_id)?;
         self.id
             .set(request.sandbox_id)
             .map_err(|id| Error::Invalid(format!("sandbox {id:?} cannot be made: this guest has a sandbox")))?;
+        if !request.guest_hook_path.is_empty() {
+            let folder = PathBuf::from(request.guest_hook_path);
+            let found = blocking(move || Ok(hooks::find(&folder))).await?;
+            // There is one CreateSandbox.
+            let _ = self.hooks.set(found);
+        }
         for module in request.kernel_modules {
             blocking(move || modules::load(&module.name, &module.parameters)).await?;
         }
@@ -131,6 +139,9 @@ impl Sandbox {
             None => Pids::New,
         };
         container::join_pod(&mut spec, &pids, namespaces::of_pod().map(|pod| &pod.maps))?;
+        if let Some(guest) = self.hooks.get() {
+            hooks::append(&mut spec, guest);
+        }
         let devices = request.devices;
         if !devices.is_empty() {
             spec = blocking(move || disk::give(&devices, &mut spec).map(|()| spec)).await?;

@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(an_id_is_used_once_at_a_time),
     case!(hooks_run_at_their_stages),
     case!(a_failing_hook_fails_the_creation),
+    case!(a_hook_that_hangs_is_ended),
     case!(twenty_containers_at_once),
     case!(twenty_execs_at_once),
     case!(a_large_specification_passes),
@@ -71,8 +72,17 @@ async fn a_failing_hook_fails_the_creation(guest: Arc<Guest>) {
         .err()
         .expect("a failure")
         .to_string();
-    assert!(error.contains("hook"), "{error}");
+    assert!(error.starts_with("the hook /rootfs/bin/false: "), "{error}");
     assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+}
+
+async fn a_hook_that_hangs_is_ended(guest: Arc<Guest>) {
+    let hook = json!([{ "path": "/rootfs/bin/sh", "args": ["sh", "-c", "exec /rootfs/bin/sleep 600"], "timeout": 1 }]);
+    let spec = with(idle("c"), json!({ "hooks": { "prestart": hook } }));
+    let error = guest.create("c", spec).await.err().expect("a failure").to_string();
+    assert!(error.starts_with("the hook /rootfs/bin/sh: "), "{error}");
+    assert!(error.contains("timeout"), "{error}");
+    assert_eq!(guest.run("c", base("c", &["true"])).await.code, 0);
 }
 
 async fn twenty_containers_at_once(guest: Arc<Guest>) {
