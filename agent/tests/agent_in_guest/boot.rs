@@ -18,6 +18,27 @@ use super::support::{Kernel, RamDisk};
 
 /// What the share is called.
 pub const TAG: &str = "kataShared";
+/// Where the guest's image has its hooks.
+pub const HOOKS: &str = "/usr/share/hooks";
+/// A hook: keeps what it is told where the pod's containers find it, and fails if the container's annotation says so.
+const HOOK: &str = r#"#!/bin/busybox sh
+state=$(/bin/busybox cat)
+id=${state#*\"id\":\"}
+echo "$state" >/run/kata-containers/sandbox/shm/$1-${id%%\"*}
+case "$state" in *fail-at-$1*) exit 3;; esac
+"#;
+/// The packet filter's programs: rules that are restored are saved, but for some that tell what is to happen.
+const RESTORE: &str = r#"#!/bin/busybox sh
+name=${0##*/}
+read -r first
+case "$first" in
+  bad) printf 'line 1 is bad\nnothing is done\n' >&2; exit 2;;
+  hang) exec /bin/busybox sleep 600;;
+esac
+{ echo "$first"; /bin/busybox cat; } >/run/${name%-restore}
+echo "$name $*"
+"#;
+const SAVE: &str = "#!/bin/busybox sh\nexec /bin/busybox cat /run/iptables\n";
 /// For QEMU and virtiofsd to find each other.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -119,7 +140,31 @@ fn ram_disk(kernel: &Kernel) -> Result<Vec<u8>, String> {
         )?;
         disk.tree("lib", &modules.join("lib"))?;
     }
+    add_programs(&mut disk)?;
     Ok(disk.finish())
+}
+
+/// What our own image has not, and another's may.
+fn add_programs(disk: &mut RamDisk) -> Result<(), String> {
+    disk.folder("bin");
+    disk.file("bin/busybox", Path::new("/bin/busybox"))?;
+    for folder in ["usr", "usr/sbin", "usr/share", &HOOKS[1..]] {
+        disk.folder(folder);
+    }
+    for stage in ["prestart", "poststart", "poststop"] {
+        let folder = format!("{}/{stage}", &HOOKS[1..]);
+        disk.folder(&folder);
+        disk.program(&format!("{folder}/note"), HOOK.as_bytes());
+    }
+    // Saving IPv6 rules is missing.
+    for (name, script) in [
+        ("iptables-save", SAVE),
+        ("iptables-restore", RESTORE),
+        ("ip6tables-restore", RESTORE),
+    ] {
+        disk.program(&format!("usr/sbin/{name}"), script.as_bytes());
+    }
+    Ok(())
 }
 
 fn virtiofsd(share: &Path, socket: &Path) -> Result<Child, String> {

@@ -32,7 +32,8 @@ super::cases![
     the_host_gets_a_removed_containers_files_back,
 ];
 
-fn code(error: &ClientError) -> Code {
+/// The status of an answer.
+pub fn code(error: &ClientError) -> Code {
     match error {
         ClientError::Rpc { code, .. } => *code,
         ClientError::NotFound(_) => Code::NOT_FOUND,

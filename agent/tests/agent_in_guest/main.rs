@@ -11,10 +11,12 @@ mod boot;
 mod lifecycle;
 mod network;
 mod pod;
+mod protocol;
 mod resources;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;
+mod watcher;
 
 use std::{
     future::Future,
@@ -52,6 +54,7 @@ macro_rules! cases {
 }
 
 fn main() {
+    watcher::serve(std::env::args());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -59,11 +62,18 @@ fn main() {
         .expect("a runtime");
     let runtime = Arc::new(runtime);
     let guest: Arc<OnceLock<Result<Arc<Pod>, String>>> = Arc::default();
-    let cases = [lifecycle::CASES, streams::CASES, resources::CASES, network::CASES].concat();
+    let cases = [
+        lifecycle::CASES,
+        streams::CASES,
+        resources::CASES,
+        network::CASES,
+        protocol::CASES,
+    ]
+    .concat();
     let trials = cases.into_iter().map(|case| {
         let (guest, runtime) = (Arc::clone(&guest), Arc::clone(&runtime));
         Trial::test(case.name, move || {
-            let pod = guest.get_or_init(|| runtime.block_on(Pod::boot()));
+            let pod = guest.get_or_init(|| runtime.block_on(Pod::boot("")));
             let pod = Arc::clone(pod.as_ref().map_err(Failed::from)?);
             runtime.block_on(async {
                 match tokio::time::timeout(DEADLINE, tokio::spawn((case.run)(Arc::clone(&pod)))).await {

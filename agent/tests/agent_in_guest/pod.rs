@@ -15,7 +15,10 @@ use agent::{
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 
-use super::boot::{Machine, TAG};
+use super::{
+    boot::{Machine, TAG},
+    watcher,
+};
 
 /// Where the guest finds the share.
 pub const SHARE: &str = "/run/kata-containers/shared/containers";
@@ -37,11 +40,11 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Boots the guest and makes the sandbox.
-    pub async fn boot() -> Result<std::sync::Arc<Pod>, String> {
+    /// Boots the guest and makes the sandbox, whose containers have the guest's hooks of a folder, if one is named.
+    pub async fn boot(hooks: &str) -> Result<std::sync::Arc<Pod>, String> {
         let began = Instant::now();
         let (machine, stream) = Machine::start()?;
-        let pod = Pod::set_up(&machine, stream, began).await;
+        let pod = Pod::set_up(&machine, stream, began, hooks).await;
         match pod {
             Ok((client, details, answered)) => Ok(std::sync::Arc::new(Pod {
                 machine,
@@ -57,6 +60,7 @@ impl Pod {
         machine: &Machine,
         stream: tokio::net::UnixStream,
         began: Instant,
+        hooks: &str,
     ) -> Result<(Client, GuestDetailsResponse, Duration), ClientError> {
         let client = Client::new(stream);
         client.check(PATIENCE).await?;
@@ -66,6 +70,7 @@ impl Pod {
         let details = client.get_guest_details(request).await?;
         let mut request = CreateSandboxRequest::new();
         request.sandbox_id = "pod".into();
+        request.guest_hook_path = hooks.into();
         request.hostname = "pod-host".into();
         request.dns = vec!["nameserver 10.96.0.10".into()];
         request.storages = vec![
@@ -91,6 +96,15 @@ impl Pod {
     /// What the guest's console says.
     pub fn console(&self) -> String {
         self.machine.console()
+    }
+
+    /// Waits until the guest's console has said something.
+    pub async fn await_console(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.console().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} on the {}", self.console());
+            tokio::task::yield_now().await;
+        }
     }
 
     /// The host's side of the share.
@@ -312,5 +326,6 @@ pub fn root_file_system(root: &Path) -> std::io::Result<()> {
     for applet in APPLETS.split_whitespace() {
         symlink("busybox", root.join("bin").join(applet))?;
     }
+    watcher::install(&root.join("bin"))?;
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")
 }

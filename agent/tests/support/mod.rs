@@ -87,8 +87,13 @@ impl RamDisk {
     /// Adds a program or file of the host.
     pub fn file(&mut self, name: &str, from: &Path) -> Result<(), String> {
         let data = fs::read(from).map_err(|e| format!("{}: {e}", from.display()))?;
-        self.entry(name, FILE, (0, 0), &data);
+        self.program(name, &data);
         Ok(())
+    }
+
+    /// Adds a program by its content.
+    pub fn program(&mut self, name: &str, data: &[u8]) {
+        self.entry(name, FILE, (0, 0), data);
     }
 
     /// Adds a folder of the host with all that is in it.
