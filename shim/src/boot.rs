@@ -37,6 +37,7 @@ use crate::{
     net::{self, Network},
     pod::Pod,
     rootfs::Share,
+    selinux,
     sizer::Sizer,
     sizing::Sizing,
     spec::{GUEST_SHM, NetNs},
@@ -114,10 +115,12 @@ pub struct Plan<'a> {
 }
 
 /// Boots the guest of a sandbox.
-pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
+pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
     let sizing = Sizing::new(&plan.config, plan.pod.resources)?;
+    let labels = std::mem::take(&mut plan.pod.labels);
+    plan.pod.labels = labels.in_force(plan.config.hypervisor.selinux, Path::new(selinux::SELINUXFS));
     let cgroup = enter_cgroup(&plan, state)?;
-    let share = make_share(plan.sandbox, state)?;
+    let share = make_share(&plan, state)?;
     let network = match &plan.pod.netns {
         NetNs::Path(netns) if plan.config.runtime.network == NetworkModel::TcFilter => {
             // Recorded before it is touched. The snapshot refuses the host's network namespace.
@@ -150,7 +153,8 @@ pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &
         NetNs::Path(_) => None,
     };
     let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns)?;
-    let vm = Arc::new(Vm::start(spawner, &spec, fds, &placement).await?);
+    let started = Vm::start(spawner, &spec, fds, &placement).await;
+    let vm = Arc::new(started.map_err(selinux::explained)?);
     state.qemu = ProcessId::of(vm.child().pid());
     record(state, state.qemu)?;
     trace.set(Mark::QemuSpawned, vm.spawned_at());
@@ -207,7 +211,8 @@ fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgro
     Ok(Some(cgroup))
 }
 
-fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
+fn make_share(plan: &Plan<'_>, state: &mut State) -> Result<Share> {
+    let sandbox = plan.sandbox;
     for path in [
         Share::path_of(sandbox),
         Share::export_of(sandbox),
@@ -216,7 +221,7 @@ fn make_share(sandbox: &str, state: &mut State) -> Result<Share> {
         state.push(Undo::Dir(path.clone()))?;
         state.push(Undo::Mount(path))?;
     }
-    Share::mount(sandbox)
+    Share::mount(sandbox, plan.pod.labels.files.as_deref())
 }
 
 fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<(Virtiofsd, OwnedFd)> {
@@ -225,8 +230,9 @@ fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<
         shared_dir: share.export().to_owned(),
         cache: plan.config.hypervisor.virtio_fs_cache.as_str().into(),
         extra_args: plan.config.hypervisor.virtio_fs_extra_args.clone(),
+        label: plan.pod.labels.process.clone(),
     };
-    Ok(Virtiofsd::start(spawner, &spec)?)
+    Virtiofsd::start(spawner, &spec).map_err(selinux::explained)
 }
 
 fn describe(
@@ -278,6 +284,7 @@ fn describe(
             netns: Some(netns),
             uid: QEMU_USER,
             gid: QEMU_USER,
+            label: plan.pod.labels.process.clone(),
         },
     ))
 }

@@ -62,6 +62,9 @@ pub enum Error {
     /// The host's size cannot be told.
     #[error(transparent)]
     Host(#[from] crate::sizing::HostError),
+    /// The host's policy refused a program's label.
+    #[error("{0}; `disable_selinux = true` in [hypervisor.qemu] starts it without one")]
+    Label(vmm::VmError),
     /// The virtual machine refused.
     #[error(transparent)]
     Vm(#[from] vmm::VmError),

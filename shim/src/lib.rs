@@ -30,6 +30,7 @@ pub mod pod;
 pub mod process;
 pub mod rootfs;
 pub mod sandbox;
+pub mod selinux;
 pub mod serve;
 pub mod service;
 pub mod sizer;

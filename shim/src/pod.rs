@@ -8,6 +8,7 @@ use oci_spec::runtime::Spec;
 use crate::{
     annotations::{Identity, Manager, PodResources, identify, pod_resources, shares_pid_namespace},
     error::Result,
+    selinux::Labels,
     spec::{NetNs, id_maps, pod_netns, sees_the_guest},
 };
 
@@ -38,6 +39,8 @@ pub struct Pod {
     pub resolv_conf: Option<PathBuf>,
     /// The host's file system that is bound to `/dev/shm`.
     pub shm: Option<PathBuf>,
+    /// Its SELinux labels.
+    pub labels: Labels,
 }
 
 impl Pod {
@@ -64,6 +67,7 @@ impl Pod {
             hostname: spec.hostname().clone().unwrap_or_default(),
             resolv_conf: source_of("etc/resolv.conf"),
             shm: source_of("dev/shm"),
+            labels: Labels::of(spec),
             annotations,
         })
     }

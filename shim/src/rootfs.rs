@@ -21,7 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     error::{Context, Error, Result},
-    mountinfo,
+    mountinfo, selinux,
     spec::{Propagation, ShareMount},
     sys,
     undo::dir_of,
@@ -54,8 +54,8 @@ impl Share {
     }
 
     /// Mounts the empty share. It is a shared mount, so that what is mounted onto it later reaches virtiofsd's
-    /// own mount namespace; what is made ready first is private, and reaches nobody.
-    pub fn mount(sandbox: &str) -> Result<Share> {
+    /// own mount namespace; what is made ready first is private, and reaches nobody. `label` is that of the pod's files, where SELinux is on.
+    pub fn mount(sandbox: &str, label: Option<&str>) -> Result<Share> {
         let share = Share {
             root: Self::path_of(sandbox),
             export: Self::export_of(sandbox),
@@ -63,8 +63,18 @@ impl Share {
         };
         for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
             fs::create_dir_all(path).at("create", path)?;
-            let options = Some("mode=0755,size=64m,nr_inodes=64k");
-            mount(Some("sandpod"), path, Some("tmpfs"), MsFlags::MS_NODEV, options).at("mount", path)?;
+            let mut options = String::from("mode=0755,size=64m,nr_inodes=64k");
+            if let Some(label) = label {
+                options += &format!(",{}", selinux::context(label));
+            }
+            mount(
+                Some("sandpod"),
+                path,
+                Some("tmpfs"),
+                MsFlags::MS_NODEV,
+                Some(options.as_str()),
+            )
+            .at("mount", path)?;
             mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
         }
         fs::create_dir_all(&share.export).at("create", &share.export)?;

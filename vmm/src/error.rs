@@ -1,6 +1,10 @@
 //! What can go wrong with a VM.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{kvm::KvmError, process::ExitReason, qmp::QmpError, spec::SpecError};
 
@@ -36,6 +40,16 @@ pub enum VmError {
     Spawn {
         /// Which program.
         program: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A program cannot be started with its label: the kernel does not know the label, or the policy forbids the change to it.
+    #[error("cannot start {} with the SELinux label {label:?}: {source}", program.display())]
+    Label {
+        /// Which program.
+        program: PathBuf,
+        /// Which label.
+        label: String,
         /// Why not.
         source: io::Error,
     },
@@ -99,6 +113,20 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// Why a program was not started. Both the label and the program's own execution may be what was refused, with the same error; a
+    /// program that is not there is neither.
+    pub(crate) fn spawn(program: &Path, label: Option<&str>, source: io::Error) -> VmError {
+        let program = program.to_owned();
+        match label {
+            Some(label) if source.kind() != io::ErrorKind::NotFound => VmError::Label {
+                program,
+                label: label.to_owned(),
+                source,
+            },
+            _ => VmError::Spawn { program, source },
+        }
+    }
+
     /// Names what was being done when a system call failed.
     pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> VmError {
         move |source| VmError::System {

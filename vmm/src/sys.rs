@@ -13,16 +13,18 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, FdFlag, fcntl},
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open},
     sched::{CloneFlags, setns},
-    sys::{prctl, signal::Signal},
-    unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid},
+    sys::{prctl, signal::Signal, stat::Mode},
+    unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid, write},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// What a child does between fork and exec.
 #[derive(Debug, Default)]
 pub(crate) struct ChildSetup {
+    /// SELinux label of the program that is executed.
+    pub label: Option<String>,
     /// Network namespace to enter.
     pub netns: Option<OwnedFd>,
     /// Identity to take on for good; without one the child stays who the parent is.
@@ -49,6 +51,9 @@ pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
 
 impl ChildSetup {
     fn apply(&self, parent: Pid) -> Result<(), Errno> {
+        if let Some(label) = &self.label {
+            set_exec_label(label)?;
+        }
         if let Some(netns) = &self.netns {
             setns(netns, CloneFlags::CLONE_NEWNET)?;
         }
@@ -69,6 +74,18 @@ impl ChildSetup {
         }
         Ok(())
     }
+}
+
+/// Tells the kernel the label of the program that this thread executes next (proc_pid_attr(5)). Allocates nothing.
+fn set_exec_label(label: &str) -> Result<(), Errno> {
+    let opened = open(
+        c"/proc/thread-self/attr/exec",
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    );
+    // A kernel without labels has no such file; the error of a program that is missing must not be the same.
+    let file = opened.map_err(|error| if error == Errno::ENOENT { Errno::ENOTSUP } else { error })?;
+    write(&file, label.as_bytes()).map(drop)
 }
 
 /// A file descriptor that stands for the process `pid`, a child that nobody has waited for yet.

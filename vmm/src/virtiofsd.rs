@@ -28,6 +28,8 @@ pub struct VirtiofsdSpec {
     pub cache: String,
     /// Further arguments; they come last and so win.
     pub extra_args: Vec<String>,
+    /// SELinux label to run with; that which the host's policy gives without one.
+    pub label: Option<String>,
 }
 
 /// A running virtiofsd. When it dies the guest's file system calls hang: end the VM then.
@@ -56,14 +58,12 @@ impl Virtiofsd {
         command.arg(format!("--cache={}", spec.cache)).args(&spec.extra_args);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);
         let setup = ChildSetup {
+            label: spec.label.clone(),
             inherit: vec![listener],
             ..ChildSetup::default()
         };
         let spawned = spawner.start(command, setup);
-        let child = spawned.map_err(|source| VmError::Spawn {
-            program: spec.program.clone(),
-            source,
-        })?;
+        let child = spawned.map_err(|source| VmError::spawn(&spec.program, spec.label.as_deref(), source))?;
         Ok((Virtiofsd { child, log }, connection))
     }
 

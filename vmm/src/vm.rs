@@ -42,6 +42,8 @@ pub struct Placement {
     pub uid: u32,
     /// Group id; the owner group of `/dev/kvm` comes in addition where KVM is used.
     pub gid: u32,
+    /// SELinux label to run with; that which the host's policy gives without one.
+    pub label: Option<String>,
 }
 
 /// Open files that QEMU takes over.
@@ -101,6 +103,7 @@ impl Vm {
         command.args(args::render(spec, &wiring.numbers));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let setup = ChildSetup {
+            label: placement.label.clone(),
             netns: duplicate(placement.netns.as_ref())?,
             user: Some(identity(spec.accelerator, placement)?),
             inherit: wiring.inherit,
@@ -108,10 +111,7 @@ impl Vm {
 
         let spawned_at = SystemTime::now();
         let spawned = spawner.start(command, setup);
-        let child = spawned.map_err(|source| VmError::Spawn {
-            program: spec.qemu.clone(),
-            source,
-        })?;
+        let child = spawned.map_err(|source| VmError::spawn(&spec.qemu, placement.label.as_deref(), source))?;
         let qmp = async {
             Qmp::connect(UnixStream::from_std(wiring.qmp).map_err(VmError::system("talk to QEMU"))?)
                 .await

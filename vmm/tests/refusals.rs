@@ -151,17 +151,22 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
     for attempt in attempts(folder.path()) {
         start(&spawner, attempt).await;
     }
+    label_nothing(&spawner, folder.path()).await;
     serve_nothing(&spawner, folder.path()).await;
     assert_eq!(belongings(), before);
 }
 
-async fn start(spawner: &Spawner, attempt: Attempt) {
-    let nobody = Placement {
+fn nobody() -> Placement {
+    Placement {
         netns: None,
         uid: 64620,
         gid: 64620,
-    };
-    let started = timeout(DEADLINE, Vm::start(spawner, &attempt.spec, attempt.fds, &nobody)).await;
+        label: None,
+    }
+}
+
+async fn start(spawner: &Spawner, attempt: Attempt) {
+    let started = timeout(DEADLINE, Vm::start(spawner, &attempt.spec, attempt.fds, &nobody())).await;
     let error = started.expect("an answer").expect_err(&attempt.says).to_string();
     assert!(error.contains(&attempt.says), "{error:?} should say {:?}", attempt.says);
 }
@@ -172,6 +177,7 @@ async fn serve_nothing(spawner: &Spawner, folder: &Path) {
         shared_dir: folder.into(),
         cache: "auto".into(),
         extra_args: Vec::new(),
+        label: None,
     };
     let error = Virtiofsd::start(spawner, &spec).unwrap_err().to_string();
     assert_eq!(
@@ -193,6 +199,33 @@ async fn serve_nothing(spawner: &Spawner, folder: &Path) {
         }
     };
     timeout(DEADLINE, heard).await.expect("its last words");
+}
+
+/// A label that no policy knows, which a kernel without SELinux takes as little.
+async fn label_nothing(spawner: &Spawner, folder: &Path) {
+    let label = Some("no:such:label:s0".to_owned());
+    let mut spec = plain(folder);
+    spec.qemu = "/bin/true".into();
+    let placement = Placement {
+        label: label.clone(),
+        ..nobody()
+    };
+    let error = Vm::start(spawner, &spec, VmFds::default(), &placement)
+        .await
+        .unwrap_err()
+        .to_string();
+    let says = "cannot start /bin/true with the SELinux label \"no:such:label:s0\": ";
+    assert!(error.starts_with(says), "{error}");
+
+    let server = VirtiofsdSpec {
+        program: "/bin/true".into(),
+        shared_dir: folder.into(),
+        cache: "auto".into(),
+        extra_args: Vec::new(),
+        label,
+    };
+    let error = Virtiofsd::start(spawner, &server).unwrap_err().to_string();
+    assert!(error.starts_with(says), "{error}");
 }
 
 /// Open files and child processes of this process.

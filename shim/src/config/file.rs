@@ -55,6 +55,7 @@ struct Qemu {
     virtio_fs_extra_args: Vec<String>,
     seccomp_sandbox: String,
     disable_vhost_net: bool,
+    disable_selinux: bool,
     enable_debug: bool,
     enable_annotations: Vec<String>,
 }
@@ -81,6 +82,7 @@ impl Default for Qemu {
             virtio_fs_extra_args: Vec::new(),
             seccomp_sandbox: "on".into(),
             disable_vhost_net: false,
+            disable_selinux: false,
             enable_debug: false,
             // What kata's runtime-rs enables.
             enable_annotations: [
@@ -213,6 +215,7 @@ impl Qemu {
             virtio_fs_extra_args: self.virtio_fs_extra_args,
             seccomp_sandbox: !matches!(self.seccomp_sandbox.as_str(), "" | "off"),
             vhost_net: !self.disable_vhost_net,
+            selinux: !self.disable_selinux,
             debug: self.enable_debug,
             enable_annotations: annotation_patterns(self.enable_annotations)?,
         })

@@ -130,6 +130,7 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     ("hypervisor.qemu.virtio_fs_cache", Honoured(Text)),
     ("hypervisor.qemu.seccomp_sandbox", Honoured(Text)),
     ("hypervisor.qemu.disable_vhost_net", Honoured(Bool)),
+    ("hypervisor.qemu.disable_selinux", Honoured(Bool)),
     ("hypervisor.qemu.enable_debug", Honoured(Bool)),
     // One machine, one firmware, one root.
     ("hypervisor.qemu.image", NoEffect(NO_IMAGE)),
@@ -176,10 +177,6 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     (
         "hypervisor.qemu.extra_monitor_socket",
         Only(&[Str(""), Flag(false)], "QEMU's monitor has one owner, the shim"),
-    ),
-    (
-        "hypervisor.qemu.disable_selinux",
-        NoEffect("the shim sets no SELinux label of its own"),
     ),
     (
         "hypervisor.qemu.disable_guest_selinux",

@@ -109,6 +109,7 @@ pub fn placement() -> Placement {
         netns: None,
         uid: USER,
         gid: USER,
+        label: None,
     }
 }
 

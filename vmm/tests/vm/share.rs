@@ -35,6 +35,7 @@ async fn shared(kit: &Kit) -> Shared {
         shared_dir: folder.path().into(),
         cache: "auto".into(),
         extra_args: Vec::new(),
+        label: None,
     };
     let (virtiofsd, connection) = Virtiofsd::start(&spawner, &server).unwrap();
     let mut spec = kit.spec();

@@ -65,6 +65,7 @@ impl Bare {
                 shared_dir: self.folder.path().into(),
                 cache: "auto".into(),
                 extra_args: Vec::new(),
+                label: None,
             };
             let (virtiofsd, connection) = Virtiofsd::start(&self.spawner, &share).map_err(refused)?;
             let fds = VmFds {
@@ -75,6 +76,7 @@ impl Bare {
                 netns: None,
                 uid: 64620,
                 gid: 64620,
+                label: None,
             };
             let vm = Vm::start(&self.spawner, &spec, fds, &placement)
                 .await
