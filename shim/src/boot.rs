@@ -22,6 +22,7 @@ use agent::{
 use tokio::{sync::watch, time::timeout};
 use vmm::{
     Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
+    pcie::Passthrough,
     spec::{Channel, FsDevice, VmSpec},
 };
 
@@ -261,6 +262,7 @@ fn describe(
             queue_size: config.virtio_fs_queue_size,
         }),
         nics: network.map(Network::nics).unwrap_or_default(),
+        passthrough: Passthrough::default(),
         seccomp: config.seccomp_sandbox,
     };
     let taps = match network {

@@ -75,6 +75,9 @@ pub fn render(spec: &VmSpec, fds: &FdNumbers) -> Vec<OsString> {
         ));
     }
     args.nics(spec, fds);
+    for device in spec.passthrough.devices() {
+        args.device(device);
+    }
     args.0.into_iter().map(OsString::from).collect()
 }
 
@@ -149,6 +152,9 @@ impl Args {
             "-machine",
             "q35,memory-backend=ram0,dump-guest-core=off,sata=off,smbus=off,vmport=off,usb=off",
         );
+        if let Some(gib) = spec.passthrough.window_gib() {
+            self.pair("-global", format!("q35-pcihost.pci-hole64-size={gib}G"));
+        }
         match spec.accelerator {
             Accelerator::Kvm => {
                 self.pair("-accel", "kvm");

@@ -16,6 +16,7 @@ mod error;
 mod hotplug;
 mod kvm;
 mod nic;
+pub mod pcie;
 mod process;
 mod qmp;
 pub mod spec;

@@ -218,6 +218,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_child_may_lock_as_much_memory_as_it_is_told() {
+        let spawner = Spawner::new().unwrap();
+        let setup = ChildSetup {
+            locked_memory: Some(52 << 10),
+            ..ChildSetup::default()
+        };
+        // The shell counts in KiB.
+        let child = spawner.start(shell("[ $(ulimit -l) = 52 ]"), setup).unwrap();
+        assert_eq!(child.exited().await, ExitReason::Code(0));
+    }
+
+    #[tokio::test]
     async fn a_program_that_is_not_there_is_an_error() {
         let spawner = Spawner::new().unwrap();
         let error = spawner

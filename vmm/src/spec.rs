@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::pcie::{MOST_FUNCTIONS, Passthrough};
+
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmSpec {
@@ -27,6 +29,8 @@ pub struct VmSpec {
     pub fs: Option<FsDevice>,
     /// Network interfaces, in the guest's order.
     pub nics: Vec<Nic>,
+    /// Devices of the host.
+    pub passthrough: Passthrough,
     /// Whether QEMU confines itself by seccomp (`-sandbox on,…`).
     pub seccomp: bool,
 }
@@ -166,6 +170,12 @@ pub enum SpecError {
     /// More interfaces than the root bus has room for.
     #[error("{0} network interfaces are more than {MAX_NICS}")]
     Nics(usize),
+    /// More devices of the host than there are root ports for.
+    #[error("{0} PCI functions of the host are more than {MOST_FUNCTIONS}")]
+    Functions(usize),
+    /// Not the address of a PCI function.
+    #[error("{0:?} is not the address of a PCI function like 0000:3b:00.0")]
+    PciAddress(String),
 }
 
 /// SeaBIOS and q35 without an IOMMU address 255 CPUs; some numbers are not theirs to use.

@@ -15,7 +15,12 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open},
     sched::{CloneFlags, setns},
-    sys::{prctl, signal::Signal, stat::Mode},
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+        stat::Mode,
+    },
     unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid, write},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -29,6 +34,8 @@ pub(crate) struct ChildSetup {
     pub netns: Option<OwnedFd>,
     /// Identity to take on for good; without one the child stays who the parent is.
     pub user: Option<User>,
+    /// Bytes of memory that it may lock, whoever it is; as many as its parent without.
+    pub locked_memory: Option<u64>,
     /// Files that stay open across exec, under the numbers they have here.
     pub inherit: Vec<OwnedFd>,
 }
@@ -56,6 +63,11 @@ impl ChildSetup {
         }
         if let Some(netns) = &self.netns {
             setns(netns, CloneFlags::CLONE_NEWNET)?;
+        }
+        if let Some(bytes) = self.locked_memory {
+            // To raise what the parent may have takes a privilege of its own, so it is not touched where it is enough.
+            let (_, most) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+            setrlimit(Resource::RLIMIT_MEMLOCK, bytes, most.max(bytes))?;
         }
         if let Some(user) = &self.user {
             setgroups(&user.groups)?;

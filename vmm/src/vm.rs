@@ -105,6 +105,7 @@ impl Vm {
         let setup = ChildSetup {
             label: placement.label.clone(),
             netns: duplicate(placement.netns.as_ref())?,
+            locked_memory: locked_memory(spec),
             user: Some(identity(spec.accelerator, placement)?),
             inherit: wiring.inherit,
         };
@@ -283,6 +284,12 @@ fn identity(accelerator: Accelerator, placement: &Placement) -> Result<User, VmE
         gid: Gid::from_raw(placement.gid),
         groups,
     })
+}
+
+/// A device of the host reaches the guest's memory by addresses that the kernel fixes, all of it; the rest of QEMU that it counts, such as firmware, is below a GiB
+/// (libvirt's `qemuDomainGetMemLockLimitBytes` takes as much).
+fn locked_memory(spec: &VmSpec) -> Option<u64> {
+    (!spec.passthrough.is_empty()).then(|| (spec.memory.max_mib + 1024) << 20)
 }
 
 /// A QEMU that hangs up before it has answered is about to die; its last words say why.

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use support::{nic, pod};
 use vmm::{
     args::{self, ChannelFd, FdNumbers},
+    pcie::{HostFunction, Passthrough, PciAddress},
     spec::{Accelerator, Channel, FsDevice, Memory, MemoryPlug, Nic, Vcpus, VmSpec},
 };
 
@@ -136,6 +137,58 @@ fn without_qemus_own_sandbox() {
     let mut spec = pod();
     spec.seccomp = false;
     matches_golden("no-seccomp", &spec, &numbers(&spec));
+}
+
+fn function(address: &str, window: u64) -> HostFunction {
+    HostFunction {
+        address: address.parse().unwrap(),
+        window,
+    }
+}
+
+#[test]
+fn a_card_of_the_host_with_two_functions() {
+    let mut spec = pod();
+    let functions = [function("0000:3b:00.0", 288 << 20), function("0000:3b:00.1", 0)];
+    spec.passthrough = Passthrough::new(functions).unwrap();
+    matches_golden("vfio-card", &spec, &numbers(&spec));
+}
+
+/// Nine large cards, the first of them named twice: the ninth port needs a second place, and all of them a larger window.
+#[test]
+fn large_cards_of_the_host() {
+    let mut spec = pod();
+    spec.accelerator = Accelerator::Kvm;
+    let mut functions: Vec<_> = (1..=9)
+        .map(|bus| function(&format!("0001:{bus:02x}:00.0"), (128 << 30) + (32 << 20)))
+        .collect();
+    functions.push(functions[0]);
+    spec.passthrough = Passthrough::new(functions).unwrap();
+    matches_golden("vfio-large-cards", &spec, &numbers(&spec));
+}
+
+#[test]
+fn devices_that_have_no_port_are_refused() {
+    let many = |count: u32| (0..count).map(|n| function(&format!("0000:{:02x}:{:02x}.0", n / 32, n % 32), 0));
+    assert_eq!(Passthrough::new(many(32)).unwrap().addresses().count(), 32);
+    let sentence = "33 PCI functions of the host are more than 32";
+    assert_eq!(Passthrough::new(many(33)).unwrap_err().to_string(), sentence);
+    for text in [
+        "",
+        "3b:00.0",
+        "0000:3b:20.0",
+        "0000:3b:00.8",
+        "0000:3b:00",
+        "0000:+b:00.0",
+        "0000:3b:00.0,x",
+    ] {
+        let sentence = format!("{text:?} is not the address of a PCI function like 0000:3b:00.0");
+        assert_eq!(text.parse::<PciAddress>().unwrap_err().to_string(), sentence);
+    }
+    assert_eq!(
+        "10000:E1:1f.7".parse::<PciAddress>().unwrap().to_string(),
+        "10000:e1:1f.7"
+    );
 }
 
 #[track_caller]

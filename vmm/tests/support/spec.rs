@@ -1,5 +1,6 @@
 //! Descriptions to start from.
 
+use vmm::pcie::Passthrough;
 use vmm::spec::{Accelerator, Channel, FsDevice, Memory, MemoryPlug, Nic, Vcpus, VmSpec};
 
 /// A pod's VM on a host with 16 GiB and 4 CPUs.
@@ -23,6 +24,7 @@ pub fn pod() -> VmSpec {
             queue_size: 1024,
         }),
         nics: Vec::new(),
+        passthrough: Passthrough::default(),
         seccomp: true,
     }
 }

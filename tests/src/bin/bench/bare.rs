@@ -127,6 +127,7 @@ fn spec(guest: Guest) -> Result<VmSpec> {
             queue_size: 1024,
         }),
         nics: Vec::new(),
+        passthrough: vmm::pcie::Passthrough::default(),
         seccomp: true,
     })
 }
