@@ -43,7 +43,8 @@ use crate::{
     sizing::Sizing,
     spec::{GUEST_SHM, NetNs},
     trace::{Mark, Trace},
-    undo::{ProcessId, State, Undo},
+    undo::{ProcessId, State, Undo, dir_of},
+    vfio::{self, Devices},
 };
 
 /// The unprivileged user that QEMU runs as. A number without a passwd entry, so that a node needs no preparation; in
@@ -78,6 +79,8 @@ pub struct Guest {
     pub mirrors: Mirrors,
     /// The pod's block volumes.
     pub disks: Disks,
+    /// The host's devices that the VM has.
+    pub devices: Devices,
     /// The owner of the VM's size.
     pub sizer: Sizer,
     /// The pod's configuration.
@@ -120,6 +123,7 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
     let sizing = Sizing::new(&plan.config, plan.pod.resources)?;
     let labels = std::mem::take(&mut plan.pod.labels);
     plan.pod.labels = labels.in_force(plan.config.hypervisor.selinux, Path::new(selinux::SELINUXFS));
+    let devices = find_devices(&plan)?;
     let cgroup = enter_cgroup(&plan, state)?;
     let share = make_share(&plan, state)?;
     let network = match &plan.pod.netns {
@@ -145,6 +149,7 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
     state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
     record(state, state.virtiofsd)?;
 
+    lend_devices(&plan, &devices, state)?;
     let netns = match &plan.pod.netns {
         NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
         NetNs::New => net::empty_namespace()?,
@@ -153,7 +158,8 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
         NetNs::New => Some(Late::new(netns.try_clone().action("keep the network namespace")?)),
         NetNs::Path(_) => None,
     };
-    let (spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns)?;
+    let (mut spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns)?;
+    spec.passthrough = devices.functions.clone();
     let started = Vm::start(spawner, &spec, fds, &placement).await;
     let vm = Arc::new(started.map_err(selinux::explained)?);
     state.qemu = ProcessId::of(vm.child().pid());
@@ -192,12 +198,32 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
         share,
         mirrors: Mirrors::default(),
         disks,
+        devices,
         sizer,
         config: plan.config,
         pod: plan.pod,
         cgroup,
         late,
     })
+}
+
+/// The devices that the VM is to have; none unless the node's administrator says so.
+fn find_devices(plan: &Plan<'_>) -> Result<Devices> {
+    match plan.config.hypervisor.cold_plug_vfio {
+        true => Ok(plan.pod.devices.find(Path::new("/"))?),
+        false => Ok(Devices::default()),
+    }
+}
+
+fn lend_devices(plan: &Plan<'_>, devices: &Devices, state: &mut State) -> Result<()> {
+    if devices.groups.is_empty() {
+        return Ok(());
+    }
+    let folder = dir_of(plan.sandbox).join("vfio");
+    state.push(Undo::Dir(folder.clone()))?;
+    state.push(Undo::Mount(folder.clone()))?;
+    let files = vfio::files(&devices.groups);
+    vfio::lend(&files, &folder, QEMU_USER, plan.pod.labels.files.as_deref())
 }
 
 /// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.

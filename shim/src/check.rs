@@ -14,6 +14,7 @@ use vmm::kvm_ready;
 use crate::{
     cgroup::SandboxCgroup,
     config::{Accelerator, Config, NetworkModel},
+    vfio,
 };
 
 /// The first kernel with everything that the shim asks of the host (`waitid` for a pidfd).
@@ -83,6 +84,7 @@ pub fn check(config: &Config) -> Vec<Finding> {
         let net = "load the kernel module vhost_net; without it QEMU itself carries the pods' packets";
         findings.push(device("/dev/vhost-net", Verdict::Slower, net));
     }
+    findings.push(iommu(Path::new("/")));
     findings
 }
 
@@ -122,6 +124,16 @@ fn accelerator(accelerator: Accelerator) -> Finding {
             Err(error) => finding("KVM", Verdict::Missing, error.to_string()),
         },
     }
+}
+
+/// Pods run without one; those that ask for a device of the host do not.
+fn iommu(root: &Path) -> Finding {
+    let detail = match vfio::iommu_groups(root) {
+        Ok(0) => "none: no device of the host can be given to a pod (`cold_plug_vfio`)".to_owned(),
+        Ok(groups) => format!("{groups} groups of devices, which `cold_plug_vfio` can give to pods"),
+        Err(error) => format!("its groups cannot be read: {error}"),
+    };
+    finding("IOMMU", Verdict::Ok, detail)
 }
 
 /// The first line of what a program says of its version.
@@ -226,6 +238,19 @@ mod tests {
         let none = device("/dev/no-such-device", Verdict::Slower, "load the module");
         assert_eq!(none.verdict, Verdict::Slower);
         assert!(none.detail.ends_with("; load the module"));
+    }
+
+    #[test]
+    fn an_iommu_is_told_of_and_not_missed() {
+        let root = tempfile::tempdir().unwrap();
+        let none = iommu(root.path());
+        assert_eq!(none.verdict, Verdict::Ok);
+        assert!(none.detail.starts_with("none: "), "{}", none.detail);
+        for group in ["0", "1"] {
+            fs::create_dir_all(root.path().join("sys/kernel/iommu_groups").join(group)).unwrap();
+        }
+        let two = iommu(root.path());
+        assert!(two.detail.starts_with("2 groups"), "{}", two.detail);
     }
 
     #[test]

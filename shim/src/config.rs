@@ -83,6 +83,8 @@ pub struct Hypervisor {
     pub seccomp_sandbox: bool,
     /// The opposite of `disable_vhost_net`: use vhost-net where the host has it.
     pub vhost_net: bool,
+    /// `cold_plug_vfio` is `root-port`: a pod's VM has the host's devices that its sandbox asks for.
+    pub cold_plug_vfio: bool,
     /// The opposite of `disable_selinux`: QEMU and virtiofsd get the pod's label where the host has SELinux.
     pub selinux: bool,
     /// `enable_debug`

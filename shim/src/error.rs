@@ -62,6 +62,9 @@ pub enum Error {
     /// The host's size cannot be told.
     #[error(transparent)]
     Host(#[from] crate::sizing::HostError),
+    /// A device of the host cannot be had.
+    #[error(transparent)]
+    Vfio(#[from] crate::vfio::VfioError),
     /// The host's policy refused a program's label.
     #[error("{0}; `disable_selinux = true` in [hypervisor.qemu] starts it without one")]
     Label(vmm::VmError),
@@ -129,7 +132,7 @@ impl Error {
         match self {
             Error::NotFound(_) => Code::NOT_FOUND,
             Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
-            Error::Precondition(_) | Error::VmGone(_) => Code::FAILED_PRECONDITION,
+            Error::Precondition(_) | Error::VmGone(_) | Error::Vfio(_) => Code::FAILED_PRECONDITION,
             Error::Invalid(_) | Error::Config(_) | Error::Spec(_) | Error::Annotation(_) | Error::Decode { .. } => {
                 Code::INVALID_ARGUMENT
             }

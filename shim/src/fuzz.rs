@@ -1,6 +1,9 @@
 //! What others write is taken or refused, whatever it is: nothing panics. Each input that ever did becomes a test of its module.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+};
 
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use proptest::{
@@ -171,6 +174,7 @@ fn read(spec: &Spec) {
             pod_sysctls: &none,
             pid_target: None,
             id_maps: maps.as_ref(),
+            vfio_groups: &BTreeSet::new(),
         };
         if let Ok(container) = spec::translate(spec, &context) {
             for share in &container.shares {

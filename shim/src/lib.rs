@@ -2,6 +2,7 @@
 
 pub mod annotations;
 pub mod boot;
+pub mod cdi;
 pub mod cgroup;
 pub mod check;
 pub mod cli;
@@ -41,3 +42,4 @@ pub mod stats;
 pub mod sys;
 pub mod trace;
 pub mod undo;
+pub mod vfio;

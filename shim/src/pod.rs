@@ -10,6 +10,7 @@ use crate::{
     error::Result,
     selinux::Labels,
     spec::{NetNs, id_maps, pod_netns, sees_the_guest},
+    vfio,
 };
 
 /// What the sandbox's own specification says of the pod.
@@ -41,6 +42,8 @@ pub struct Pod {
     pub shm: Option<PathBuf>,
     /// Its SELinux labels.
     pub labels: Labels,
+    /// The devices of the host that it asks for.
+    pub devices: vfio::Asked,
 }
 
 impl Pod {
@@ -68,6 +71,7 @@ impl Pod {
             resolv_conf: source_of("etc/resolv.conf"),
             shm: source_of("dev/shm"),
             labels: Labels::of(spec),
+            devices: vfio::Asked::of(spec),
             annotations,
         })
     }

@@ -327,6 +327,7 @@ impl Sandbox {
             pod_sysctls: &guest.pod.sysctls,
             pid_target: pid_target.as_deref(),
             id_maps: guest.pod.id_maps.as_ref(),
+            vfio_groups: &guest.devices.groups,
         };
         let guest_spec = spec::translate(spec, &context)?;
         for warning in &guest_spec.warnings {

@@ -16,7 +16,7 @@ pub use resources::guest_resources;
 use crate::annotations::Role;
 use agent::{GUEST_SHARE, idmap::IdMaps};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 /// The pod's `/dev/shm` in the guest.
@@ -67,6 +67,8 @@ pub struct Context<'a> {
     pub pid_target: Option<&'a str>,
     /// What the IDs of the pod's containers are in the guest, if it has a user namespace.
     pub id_maps: Option<&'a IdMaps>,
+    /// The VFIO groups that the VM has.
+    pub vfio_groups: &'a BTreeSet<u32>,
 }
 
 /// Why a container cannot run in a guest.
@@ -175,7 +177,8 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     guest.set_mounts(Some(translated.mounts));
 
     check_maps(spec, context)?;
-    let linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    let mut linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    devices::leave_to_the_guest(&mut linux, context.vfio_groups)?;
     let disks = devices::translate(&linux)?;
     if context.id_maps.is_some() && !disks.is_empty() {
         return Err(unsupported(

@@ -55,6 +55,7 @@ struct Qemu {
     virtio_fs_extra_args: Vec<String>,
     seccomp_sandbox: String,
     disable_vhost_net: bool,
+    cold_plug_vfio: String,
     disable_selinux: bool,
     enable_debug: bool,
     enable_annotations: Vec<String>,
@@ -82,6 +83,7 @@ impl Default for Qemu {
             virtio_fs_extra_args: Vec::new(),
             seccomp_sandbox: "on".into(),
             disable_vhost_net: false,
+            cold_plug_vfio: "no-port".into(),
             disable_selinux: false,
             enable_debug: false,
             // What kata's runtime-rs enables.
@@ -215,6 +217,7 @@ impl Qemu {
             virtio_fs_extra_args: self.virtio_fs_extra_args,
             seccomp_sandbox: !matches!(self.seccomp_sandbox.as_str(), "" | "off"),
             vhost_net: !self.disable_vhost_net,
+            cold_plug_vfio: cold_plug(&self.cold_plug_vfio)?,
             selinux: !self.disable_selinux,
             debug: self.enable_debug,
             enable_annotations: annotation_patterns(self.enable_annotations)?,
@@ -286,6 +289,18 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
         return Ok(path);
     }
     Err(invalid(key, format!("is `{}`, not an absolute path", path.display())))
+}
+
+/// Whether devices get ports.
+fn cold_plug(port: &str) -> Result<bool, ConfigError> {
+    match port {
+        "" | "no-port" => Ok(false),
+        "root-port" => Ok(true),
+        other => {
+            let problem = format!("is `{other}`, not `no-port` or `root-port`: each device has a root port of its own");
+            Err(invalid("hypervisor.qemu.cold_plug_vfio", problem))
+        }
+    }
 }
 
 /// Zero or absent: Kata's and our 2048 MiB.

@@ -82,7 +82,9 @@ const NONE: &[Literal] = &[EmptyList];
 pub(super) const NO_IMAGE: &str = "the guest's root is the initrd, there is no disk image";
 const NO_BLOCK: &str =
     "a block volume is plugged as it is, behind a virtio-scsi controller, and no root file system is one";
-const NO_VFIO: &str = "no host device is passed to the guest";
+const COLD_PLUG: &str = "a device of the host is there from the VM's start, by `cold_plug_vfio`, or not at all";
+const OWN_PORT: &str = "each device of the host has a root port of its own";
+const NO_IOMMU: &str = "the guest has no IOMMU";
 const NO_TRACING: &str = "there is no trace exporter; `kata-ctl` shows the recorded start times";
 const NO_TEE: &str = "confidential guests are not supported";
 const NO_RATE: &str = "network rates are not limited by the VM; use the CNI bandwidth plugin";
@@ -272,19 +274,16 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
         "hypervisor.qemu.default_bridges",
         NoEffect("hot-plug uses PCIe root ports, there is no PCI bridge"),
     ),
-    (
-        "hypervisor.qemu.cold_plug_vfio",
-        Only(&[Str("no-port"), Str("")], NO_VFIO),
-    ),
+    ("hypervisor.qemu.cold_plug_vfio", Honoured(Text)),
     (
         "hypervisor.qemu.hot_plug_vfio",
-        Only(&[Str("no-port"), Str("")], NO_VFIO),
+        Only(&[Str("no-port"), Str("")], COLD_PLUG),
     ),
-    ("hypervisor.qemu.hotplug_vfio_on_root_bus", Only(OFF, NO_VFIO)),
-    ("hypervisor.qemu.pcie_root_port", NoEffect(NO_VFIO)),
-    ("hypervisor.qemu.pcie_switch_port", NoEffect(NO_VFIO)),
-    ("hypervisor.qemu.enable_iommu", Only(OFF, NO_VFIO)),
-    ("hypervisor.qemu.enable_iommu_platform", Only(OFF, NO_VFIO)),
+    ("hypervisor.qemu.hotplug_vfio_on_root_bus", Only(OFF, COLD_PLUG)),
+    ("hypervisor.qemu.pcie_root_port", NoEffect(OWN_PORT)),
+    ("hypervisor.qemu.pcie_switch_port", NoEffect(OWN_PORT)),
+    ("hypervisor.qemu.enable_iommu", Only(OFF, NO_IOMMU)),
+    ("hypervisor.qemu.enable_iommu_platform", Only(OFF, NO_IOMMU)),
     // Network.
     (
         "hypervisor.qemu.network_queues",
@@ -389,8 +388,20 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
         "runtime.shared_mounts",
         Only(NONE, "containers share files by volumes only"),
     ),
-    ("runtime.vfio_mode", NoEffect(NO_VFIO)),
-    ("runtime.pod_resource_api_sock", Only(EMPTY, NO_VFIO)),
+    (
+        "runtime.vfio_mode",
+        Only(
+            &[Str("guest-kernel"), Str("")],
+            "a device of the host is the guest's kernel's, and no container's own",
+        ),
+    ),
+    (
+        "runtime.pod_resource_api_sock",
+        Only(
+            EMPTY,
+            "the kubelet is not asked which devices a pod has; name them by `cdi.k8s.io/` annotations",
+        ),
+    ),
     (
         "runtime.emptydir_mode",
         Only(

@@ -196,6 +196,18 @@ fn a_file_we_cannot_honour_is_refused_by_the_name_of_the_key() {
             "[runtime]\ninternetworking_model = 'macvtap'",
             "is `macvtap`; the models are `tcfilter` and `none`",
         ),
+        (
+            "[hypervisor.qemu]\ncold_plug_vfio = 'bridge-port'",
+            "`hypervisor.qemu.cold_plug_vfio` is `bridge-port`, not `no-port` or `root-port`",
+        ),
+        (
+            "[hypervisor.qemu]\nhot_plug_vfio = 'root-port'",
+            "a device of the host is there from the VM's start, by `cold_plug_vfio`",
+        ),
+        (
+            "[runtime]\nvfio_mode = 'vfio'",
+            "`runtime.vfio_mode` = \"vfio\" is not supported: a device of the host is the guest's kernel's",
+        ),
         ("[runtime\n", "is not TOML: line 1"),
     ];
     for (text, sentence) in cases {

@@ -1,10 +1,11 @@
 //! A container's devices: which every kernel has, which are block volumes, which cannot be had.
 
-use std::{fmt, path::PathBuf};
+use std::{collections::BTreeSet, fmt, path::PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::{SpecError, unsupported};
+use crate::vfio;
 
 /// A block device of the host that the guest is given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +61,41 @@ pub fn translate(linux: &Linux) -> Result<Vec<BlockDevice>, SpecError> {
     Ok(volumes)
 }
 
+/// Takes the files of the VFIO groups that the VM has out of a container, and the rules about them: in the guest the devices are those of its kernel
+/// (`vfio_mode = "guest-kernel"`, `update_spec_devices` of kata-containers).
+///
+/// # Errors
+/// A group that the VM was started without, by name.
+pub fn leave_to_the_guest(linux: &mut Linux, groups: &BTreeSet<u32>) -> Result<(), SpecError> {
+    let Some(devices) = linux.devices_mut() else {
+        return Ok(());
+    };
+    let mut left = Vec::new();
+    for device in devices.iter() {
+        let Some(name) = vfio::name(device.path()) else {
+            continue;
+        };
+        let there = match name.as_str() {
+            "vfio" => !groups.is_empty(),
+            number => number.parse().is_ok_and(|number| groups.contains(&number)),
+        };
+        if !there {
+            return Err(unsupported(
+                format!("the VFIO device {}", device.path().display()),
+                "the pod's VM was started without it, and gets none later: set `cold_plug_vfio = \"root-port\"`, and name it by an annotation \
+                 `cdi.k8s.io/<any>: <vendor>/<class>=<name>` of the pod",
+            ));
+        }
+        left.push((Some(device.major()), Some(device.minor())));
+    }
+    devices.retain(|device| vfio::name(device.path()).is_none());
+    let resources = linux.resources_mut().as_mut();
+    if let Some(rules) = resources.and_then(|resources| resources.devices_mut().as_mut()) {
+        rules.retain(|rule| rule.typ() != Some(LinuxDeviceType::C) || !left.contains(&(rule.major(), rule.minor())));
+    }
+    Ok(())
+}
+
 fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
     let numbers = (Some(device.major()), Some(device.minor()));
     rule.allow() && rule.typ() == Some(LinuxDeviceType::B) && (rule.major(), rule.minor()) == numbers
@@ -100,6 +136,6 @@ fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
     );
     Err(unsupported(
         what,
-        "no host device is passed to the guest; for privileged pods set `privileged_without_host_devices = true` in the CRI's runtime",
+        "only block volumes and VFIO devices are passed to the guest; for privileged pods set `privileged_without_host_devices = true` in the CRI's runtime",
     ))
 }

@@ -190,7 +190,7 @@ fn classify(mount: &Mount, bundle: &Path) -> Result<Class, SpecError> {
         Ok(folder) if folder.as_os_str().is_empty() || folder == Path::new("pts") => Ok(Class::GuestInstead),
         Ok(_) => Err(unsupported(
             format!("host device {}", source.display()),
-            "no host device is passed to the guest",
+            "no device of the host is passed to the guest by a mount",
         )),
     }
 }

@@ -43,6 +43,7 @@ fn in_guest_of(spec: &Spec, id: &str, id_maps: Option<&IdMaps>) -> Result<GuestC
             pod_sysctls: &none,
             pid_target: None,
             id_maps,
+            vfio_groups: &BTreeSet::from([12]),
         },
     )
 }
@@ -223,6 +224,7 @@ fn a_pods_sysctls_reach_its_containers() {
         pod_sysctls: &pod,
         pid_target: None,
         id_maps: None,
+        vfio_groups: &BTreeSet::new(),
     };
     let guest = translate(&spec, &context).unwrap();
     let linux = guest.spec.linux().as_ref().unwrap();
@@ -296,6 +298,16 @@ fn what_a_guest_cannot_have_is_refused_by_name() {
             "/linux/devices",
             device("/dev/sda", "b", 8, 0),
             "host device /dev/sda (b 8:0)",
+        ),
+        (
+            "/linux/devices",
+            device("/dev/vfio/13", "c", 240, 1),
+            "the VFIO device /dev/vfio/13 cannot be had in a VM: the pod's VM was started without it, and gets none later: set `cold_plug_vfio = \"root-port\"`",
+        ),
+        (
+            "/linux/devices",
+            device("/dev/vfio/devices/vfio0", "c", 240, 1),
+            "the VFIO device /dev/vfio/devices/vfio0",
         ),
         (
             "/linux/uidMappings",
@@ -419,6 +431,42 @@ fn what_every_kernel_has_stays_as_it_is() {
     let root = json!({"destination": "/host", "type": "bind", "source": "/", "options": ["rbind", "ro"]});
     let guest = in_guest(&with(CRIO_CONTAINER, "/mounts/-", root), "c").unwrap();
     assert_eq!(guest.shares.last().unwrap().share_path, Path::new("c/mounts/11-root"));
+}
+
+#[test]
+fn a_vfio_device_that_the_vm_has_is_its_kernels() {
+    let mut value = serde_json::to_value(spec(CRIO_CONTAINER)).unwrap();
+    let device =
+        |path: &str, major: i64, minor: i64| json!({"path": path, "type": "c", "major": major, "minor": minor});
+    let rule = |typ: &str, major: i64, minor: i64| json!({"allow": true, "type": typ, "major": major, "minor": minor, "access": "rwm"});
+    value["linux"]["devices"] = json!([
+        device("/dev/vfio/12", 240, 3),
+        device("/dev/fuse", 10, 229),
+        device("/dev/vfio/vfio", 10, 196)
+    ]);
+    value["linux"]["resources"]["devices"] = json!([
+        rule("c", 240, 3),
+        rule("b", 240, 3),
+        rule("c", 10, 196),
+        rule("c", 10, 229)
+    ]);
+    let guest = in_guest(&serde_json::from_value(value).unwrap(), "c").unwrap();
+    let linux = guest.spec.linux().as_ref().unwrap();
+    let files: Vec<_> = linux
+        .devices()
+        .as_ref()
+        .unwrap()
+        .iter()
+        .map(|device| device.path())
+        .collect();
+    assert_eq!(files, [Path::new("/dev/fuse")]);
+    let rules = linux.resources().as_ref().unwrap().devices().as_ref().unwrap();
+    let rules: Vec<_> = rules.iter().map(|rule| (rule.typ(), rule.major())).collect();
+    let kept = [
+        (Some(oci_spec::runtime::LinuxDeviceType::B), Some(240)),
+        (Some(oci_spec::runtime::LinuxDeviceType::C), Some(10)),
+    ];
+    assert_eq!(rules, kept);
 }
 
 #[test]
