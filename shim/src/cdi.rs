@@ -156,7 +156,7 @@ mod tests {
         root
     }
 
-    fn gpu(node: serde_json::Value) -> String {
+    fn gpu(node: &serde_json::Value) -> String {
         let devices =
             json!([{"name": "0", "containerEdits": {"deviceNodes": [node]}}, {"name": "none", "containerEdits": {}}]);
         json!({"cdiVersion": "0.6.0", "kind": "vendor.com/gpu", "devices": devices}).to_string()
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn a_device_is_found_where_the_specification_says_and_the_nodes_own_wins() {
         let root = host(&[
-            ("etc/cdi/gpu.json", gpu(json!({"path": "/dev/vfio/7"}))),
+            ("etc/cdi/gpu.json", gpu(&json!({"path": "/dev/vfio/7"}))),
             ("etc/cdi/notes.txt", "not looked at".into()),
         ]);
         let found = || device_files("vendor.com/gpu=0", root.path()).unwrap();
@@ -173,13 +173,13 @@ mod tests {
         let run = root.path().join("var/run/cdi");
         fs::create_dir_all(&run).unwrap();
         let node = json!({"path": "/dev/vfio/0", "hostPath": "/dev/vfio/8", "type": "c"});
-        fs::write(run.join("gpu.json"), gpu(node)).unwrap();
+        fs::write(run.join("gpu.json"), gpu(&node)).unwrap();
         assert_eq!(found(), [Path::new("/dev/vfio/8")]);
     }
 
     #[test]
     fn a_device_that_leads_nowhere_is_refused_by_its_name() {
-        let root = host(&[("etc/cdi/gpu.json", gpu(json!({"path": "/dev/nvidia0"})))]);
+        let root = host(&[("etc/cdi/gpu.json", gpu(&json!({"path": "/dev/nvidia0"})))]);
         let cases = [
             (
                 "gpu=0",
