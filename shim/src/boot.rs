@@ -410,6 +410,7 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     request.dns = dns_lines(&plan.pod)?;
     request.sandbox_pidns = plan.pod.shared_pidns;
     request.storages = vec![share_storage(), shm_storage(&plan.pod)?];
+    request.guest_hook_path = plan.config.hypervisor.guest_hook_path.clone();
     request.kernel_modules = plan.config.agent.kernel_modules.iter().map(kernel_module).collect();
     agent.create_sandbox(request).await?;
 

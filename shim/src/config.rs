@@ -57,6 +57,8 @@ pub struct Hypervisor {
     pub initrd: PathBuf,
     /// `kernel_params`: words appended to the kernel command line.
     pub kernel_params: Vec<String>,
+    /// `guest_hook_path`: the guest's own folder of its hooks; empty for none.
+    pub guest_hook_path: String,
     /// `default_vcpus` in thousandths of a CPU; `None` (a negative value in the file) means all of the host's.
     pub default_milli_vcpus: Option<u64>,
     /// `default_maxvcpus`; `None` (zero in the file) means as many as the host has.

@@ -17,6 +17,7 @@ mod lifecycle;
 mod memory;
 mod network;
 mod stdio;
+mod upgrade;
 mod users;
 mod volumes;
 
@@ -35,7 +36,13 @@ const COMMON: &[&[Story]] = &[
 ];
 
 /// Stories about the virtual machine.
-const OF_A_VM: &[&[Story]] = &[isolation::OF_A_VM, volumes::OF_A_VM, memory::OF_A_VM, insight::OF_A_VM];
+const OF_A_VM: &[&[Story]] = &[
+    isolation::OF_A_VM,
+    volumes::OF_A_VM,
+    memory::OF_A_VM,
+    insight::OF_A_VM,
+    upgrade::OF_A_VM,
+];
 
 /// What could differ with another containerd or another kernel: each call of the CRI and of ctr, each device of the machine.
 const SELECTION: &[&str] = &[
@@ -79,7 +86,7 @@ fn main() {
     let containerds = [Containerd::Newest, Containerd::Debian];
     let stages = containerds.map(|containerd| {
         Stage::new(NodeSpec {
-            handlers: insight::handlers(),
+            handlers: [insight::handlers(), vec![upgrade::handler()]].concat(),
             ..NodeSpec::new(containerd)
         })
     });

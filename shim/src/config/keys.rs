@@ -118,6 +118,7 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     ("hypervisor.qemu.kernel", Honoured(Text)),
     ("hypervisor.qemu.initrd", Honoured(Text)),
     ("hypervisor.qemu.kernel_params", Honoured(Text)),
+    ("hypervisor.qemu.guest_hook_path", Honoured(Text)),
     ("hypervisor.qemu.enable_annotations", Honoured(List)),
     ("hypervisor.qemu.default_vcpus", Honoured(Number)),
     ("hypervisor.qemu.default_maxvcpus", Honoured(Integer)),
@@ -194,10 +195,6 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     (
         "hypervisor.qemu.valid_entropy_sources",
         NoEffect("the guest's entropy comes from /dev/urandom"),
-    ),
-    (
-        "hypervisor.qemu.guest_hook_path",
-        Only(EMPTY, "no hook is run in the guest outside a container"),
     ),
     // Sizing.
     ("hypervisor.qemu.overhead_vcpus", NoEffect(STATIC_OVERHEAD)),
