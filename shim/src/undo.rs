@@ -7,6 +7,7 @@
 use std::{
     fmt, fs,
     io::{self, Write},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -53,18 +54,55 @@ pub struct ProcessId {
 impl ProcessId {
     /// Identifies a live process; `None` when it is gone.
     pub fn of(pid: u32) -> Option<ProcessId> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The command name may hold spaces and parentheses: fields are counted after the last one.
-        let mut fields = stat[stat.rfind(')')? + 2..].split(' ');
-        let dead = matches!(fields.next()?, "Z" | "X");
-        let started = fields.nth(18)?.parse().ok()?;
-        (!dead).then_some(ProcessId { pid, started })
+        look(pid)
+            .filter(|(_, phase)| *phase != Phase::Zombie)
+            .map(|(process, _)| process)
     }
 
     /// Whether this very process still runs.
     pub fn alive(&self) -> bool {
         ProcessId::of(self.pid) == Some(*self)
     }
+
+    /// Waits for the end of a process that is ending, 5 s at most; nothing to wait for otherwise. Whoever is connected hears of a death before it is
+    /// over: files are closed first, and a mount namespace is taken down after them.
+    fn see_off(&self) -> Result<()> {
+        match sys::pidfd_open(self.pid).action("open a pidfd")? {
+            Some(pidfd) => match look(self.pid) {
+                Some((process, phase)) if process == *self && phase != Phase::Runs => wait_for(&pidfd),
+                _ => Ok(()),
+            },
+            None => Ok(()),
+        }
+    }
+}
+
+/// How far a process has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Runs,
+    /// Its first thread is on its way out.
+    Ends,
+    /// Its first thread has ended; others may be on their way.
+    Zombie,
+}
+
+/// The process of this number.
+fn look(pid: u32) -> Option<(ProcessId, Phase)> {
+    // `PF_EXITING` of `include/linux/sched.h` of Linux.
+    const EXITING: u32 = 0x4;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name may hold spaces and parentheses: fields are counted after the last one.
+    let mut fields = stat[stat.rfind(')')? + 2..].split(' ');
+    let zombie = matches!(fields.next()?, "Z" | "X");
+    let flags: u32 = fields.nth(5)?.parse().ok()?;
+    let started = fields.nth(12)?.parse().ok()?;
+    let phase = match flags & EXITING {
+        _ if zombie => Phase::Zombie,
+        0 => Phase::Runs,
+        _ => Phase::Ends,
+    };
+    Some((ProcessId { pid, started }, phase))
 }
 
 /// The state file: who serves the sandbox, and how to remove it.
@@ -220,12 +258,16 @@ pub fn sweep() {
     }
 }
 
-/// Removes a sandbox whose shim is dead; does nothing for a live or an unknown one.
+/// Removes a sandbox whose shim is dead or about to be; does nothing for a live or an unknown one.
 pub fn remove_if_dead(sandbox: &str) -> Result<()> {
-    match State::load(sandbox)? {
-        Some(state) if !state.shim.alive() => state.remove(),
-        _ => Ok(()),
+    let Some(state) = State::load(sandbox)? else {
+        return Ok(());
+    };
+    state.shim.see_off()?;
+    if state.shim.alive() {
+        return Ok(());
     }
+    state.remove()
 }
 
 fn undo(entry: &Undo) -> Result<()> {
@@ -249,12 +291,13 @@ fn kill(process: &ProcessId) -> Result<()> {
         return Ok(());
     }
     sys::pidfd_kill(&pidfd).action("kill a process of the sandbox")?;
-    let mut poll = [nix::poll::PollFd::new(
-        std::os::fd::AsFd::as_fd(&pidfd),
-        nix::poll::PollFlags::POLLIN,
-    )];
-    match nix::poll::poll(&mut poll, 5000u16).action("wait for a killed process")? {
-        0 => Err(io::Error::from(io::ErrorKind::TimedOut)).action("see a killed process end"),
+    wait_for(&pidfd)
+}
+
+fn wait_for(pidfd: &OwnedFd) -> Result<()> {
+    let mut poll = [nix::poll::PollFd::new(pidfd.as_fd(), nix::poll::PollFlags::POLLIN)];
+    match nix::poll::poll(&mut poll, 5000u16).action("wait for a dying process")? {
+        0 => Err(io::Error::from(io::ErrorKind::TimedOut)).action("see a dying process end"),
         _ => Ok(()),
     }
 }
@@ -264,5 +307,29 @@ fn gone(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn who_runs_is_not_waited_for_and_who_has_ended_is_seen_off() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let process = ProcessId::of(child.id()).unwrap();
+        process.see_off().unwrap();
+        assert!(process.alive());
+        drop(child.stdin.take());
+        // Not reaped: it stays as a zombie.
+        let pidfd = sys::pidfd_open(child.id()).unwrap().unwrap();
+        wait_for(&pidfd).unwrap();
+        process.see_off().unwrap();
+        assert!(!process.alive());
+        assert_eq!(look(child.id()), Some((process, Phase::Zombie)));
+        child.wait().unwrap();
+        assert_eq!(look(child.id()), None);
     }
 }
