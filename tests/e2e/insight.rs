@@ -159,7 +159,7 @@ fn a_monitor_serves_the_metrics_of_every_pod(node: &Node, runtime: Runtime) -> R
 
 /// However often it is scraped, a shim has the threads that it had, and little more memory than after the first time.
 fn lasting(node: &Node, pod: &Pod<'_>, first: &str) -> Result {
-    let small = Footprint::of(&pod.processes()).shim_kib;
+    let small = Footprint::of(&pod.processes()).shim_unshared_kib;
     let mut last = String::new();
     for _ in 0..20 {
         last = node.get("127.0.0.1", PORT, "/metrics")?;
@@ -167,7 +167,7 @@ fn lasting(node: &Node, pod: &Pod<'_>, first: &str) -> Result {
     let label = format!("sandbox_id=\"{}\"", pod.id());
     let threads = |text: &str| metric(text, "kata_shim_threads", &[&label]);
     same("the shim's threads", threads(&last)?, threads(first)?)?;
-    let large = Footprint::of(&pod.processes()).shim_kib;
+    let large = Footprint::of(&pod.processes()).shim_unshared_kib;
     claim(
         large < small + 512,
         format!("the shim has {small} KiB after one scrape, {large} KiB after twenty"),

@@ -10,8 +10,8 @@ use tests::{
     config::Runtime,
     cri::{Container, Pod},
     failure::{Failure, Result, claim, same},
+    footprint::Footprint,
     node::Node,
-    procs::Process,
     run,
 };
 
@@ -80,10 +80,12 @@ fn many_execs(node: &Node, runtime: Runtime, counts: Counts) -> Result {
     let container = pod.container("host", &["sleep", "infinity"]).run()?;
     // A tenth first: what a shim allocates at its first use is no growth.
     execs(&container, counts.execs / 10)?;
-    let before = shim_kib(&pod)?;
+    let own = || Footprint::of(&pod.processes()).shim_unshared_kib;
+    let before = own();
+    claim(before > 0, "the pod has a shim")?;
     let start = Instant::now();
     execs(&container, counts.execs - counts.execs / 10)?;
-    let after = shim_kib(&pod)?;
+    let after = own();
     println!(
         "soak: {} execs took {:?}; the shim's own memory was {before} KiB, is {after} KiB",
         counts.execs,
@@ -150,16 +152,6 @@ pub fn a_pod(node: &Node, runtime: Runtime) -> Result {
     same("exit code", container.wait_exit()?.code, 3)?;
     container.wait_for_log("hello")?;
     pod.remove()
-}
-
-/// The shim's own memory, without the program, which all pods share.
-fn shim_kib(pod: &Pod<'_>) -> Result<u64> {
-    let processes = pod.processes();
-    let shim = |process: &&Process| process.program().starts_with("containerd-shim-");
-    let memory = processes.iter().find(shim).map(Process::memory);
-    memory
-        .map(|memory| memory.own_kib - memory.files_kib)
-        .ok_or_else(|| Failure::Claim("the pod has no shim".into()))
 }
 
 /// Does the work in threads of its own, each with its number; the first failure is the answer, when all have ended.

@@ -16,6 +16,8 @@ use crate::{
 pub struct Footprint {
     /// The shim's proportional set size.
     pub shim_kib: u64,
+    /// Of it, what no other pod has a share of: all but mapped files.
+    pub shim_unshared_kib: u64,
     /// virtiofsd's, without guest RAM.
     pub virtiofsd_kib: u64,
     /// QEMU's, without guest RAM.
@@ -41,6 +43,7 @@ impl Footprint {
         let objects: BTreeMap<u64, u64> = processes.iter().flat_map(memory_objects).collect();
         Footprint {
             shim_kib: own("containerd-shim-"),
+            shim_unshared_kib: own("containerd-shim-") - files("containerd-shim-"),
             virtiofsd_kib: own("virtiofsd"),
             qemu_kib: own("qemu-system-"),
             qemu_files_kib: files("qemu-system-"),
