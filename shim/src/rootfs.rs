@@ -149,11 +149,7 @@ impl Share {
             }
             Some(maps) => {
                 let users = user_namespace(maps)?;
-                let mapped = sys::mapped_copy(&staged, volume.recursive, &users);
-                let mapped = mapped.at(
-                    "map the IDs of (`hostUsers: false` needs a file system that can) ",
-                    &volume.source,
-                )?;
+                let mapped = mapped_copy(&staged, volume.recursive, &users)?;
                 sys::mount_copy(&mapped, &target).at("move to its place", &volume.source)?;
                 detach(&staged)?;
             }
@@ -231,19 +227,17 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
     if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
     }
+    let Some(users) = users else { return Ok(()) };
     // The overlay has its own copies of the layers' mounts.
     for layer in mounts_below(layers)?.iter().rev() {
         detach(layer)?;
     }
-    match users.filter(|_| flags.contains(MsFlags::MS_BIND)) {
-        Some(users) => {
-            let mapped =
-                sys::mapped_copy(target, false, &users).at("map the IDs of the root file system on", target)?;
-            detach(target)?;
-            sys::mount_copy(&mapped, target).at("mount the root file system on", target)
-        }
-        None => Ok(()),
+    if flags.contains(MsFlags::MS_BIND) {
+        let mapped = mapped_copy(target, false, &users)?;
+        detach(target)?;
+        sys::mount_copy(&mapped, target).at("mount the root file system on", target)?;
     }
+    Ok(())
 }
 
 /// The mapping that containerd's snapshotter asks for, by the options `uidmap` and `gidmap` (`core/mount/mount_linux.go` of containerd), and the other options.
@@ -275,17 +269,18 @@ fn map_layers(data: &str, users: &OwnedFd, place: &Path) -> Result<String> {
         for (number, layer) in layers.split(':').enumerate() {
             let copy = place.join(number.to_string());
             fs::create_dir_all(&copy).at("create", &copy)?;
-            let tree = sys::mapped_copy(Path::new(layer), false, users);
-            let tree = tree.at(
-                "map the IDs of (`hostUsers: false` needs a file system that can) ",
-                layer,
-            )?;
+            let tree = mapped_copy(Path::new(layer), false, users)?;
             sys::mount_copy(&tree, &copy).at("mount", &copy)?;
             copies.push(copy.display().to_string());
         }
         mapped.push(format!("lowerdir={}", copies.join(":")));
     }
     Ok(mapped.join(","))
+}
+
+fn mapped_copy(mount: &Path, recursive: bool, users: &OwnedFd) -> Result<OwnedFd> {
+    let action = "map the IDs (`hostUsers: false` needs a file system that can) of";
+    sys::mapped_copy(mount, recursive, users).at(action, mount)
 }
 
 fn user_namespace(maps: &IdMaps) -> Result<OwnedFd> {
