@@ -1,0 +1,1 @@
+//! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
