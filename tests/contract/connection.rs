@@ -6,26 +6,29 @@ use std::{
     fmt,
     net::Shutdown,
     os::{
-        fd::IntoRawFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixStream},
     },
-    sync::mpsc,
-    thread,
+    sync::{OnceLock, mpsc},
     time::Duration,
 };
 
 use containerd_shim_protos::{
     protobuf::Message,
-    ttrpc::{self, Code},
+    ttrpc::{
+        self, Code,
+        r#async::{Client, transport::Socket},
+    },
 };
 use tests::failure::{Failure, Result, Trying};
+use tokio::runtime::{Builder, Runtime};
 
 const SERVICE: &str = "containerd.task.v2.Task";
 
 /// A connection.
 pub struct Connection {
-    client: ttrpc::Client,
+    // The one of ttrpc that waits by threads reads on from its descriptor's number after it has closed it: from the fifo that has the number next.
+    client: Client,
     socket: UnixStream,
 }
 
@@ -60,13 +63,13 @@ impl Connection {
             .and_then(|place| UnixStream::connect_addr(&place))
             .trying(dialling())?;
         let owned = socket.try_clone().trying(dialling())?;
-        let client = ttrpc::Client::new(owned.into_raw_fd())
-            .map_err(std::io::Error::other)
-            .trying(dialling())?;
+        owned.set_nonblocking(true).trying(dialling())?;
+        let _entered = runtime()?.enter();
+        let client = Client::new(Socket::try_from(owned).trying(dialling())?);
         Ok(Connection { client, socket })
     }
 
-    /// Sends a request; the answer is collected in a thread.
+    /// Sends a request; the answer is collected in the background.
     ///
     /// # Errors
     /// When the request cannot be encoded.
@@ -82,8 +85,8 @@ impl Connection {
         };
         let client = self.client.clone();
         let (told, answer) = mpsc::channel();
-        thread::spawn(move || {
-            let reply = client.request(request).map_err(Refusal::from);
+        runtime()?.spawn(async move {
+            let reply = client.request(request).await.map_err(Refusal::from);
             let decode = |reply: ttrpc::Response| {
                 A::parse_from_bytes(&reply.payload).map_err(|error| Refusal {
                     code: Some(Code::DATA_LOSS),
@@ -167,6 +170,20 @@ impl From<ttrpc::Error> for Refusal {
             },
         }
     }
+}
+
+/// What all connections run on.
+fn runtime() -> Result<&'static Runtime> {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    if let Some(runtime) = RUNTIME.get() {
+        return Ok(runtime);
+    }
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .trying("starting the connections' runtime")?;
+    Ok(RUNTIME.get_or_init(|| runtime))
 }
 
 impl fmt::Display for Refusal {
