@@ -1,1 +1,3 @@
 //! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
+
+pub mod report;
