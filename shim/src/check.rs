@@ -9,7 +9,7 @@ use std::{
 };
 
 use serde::Serialize;
-use vmm::kvm_ready;
+use vmm::kvm_ready_below;
 
 use crate::{
     cgroup::SandboxCgroup,
@@ -61,10 +61,7 @@ impl fmt::Display for Finding {
 /// Looks at everything that this configuration needs. Changes nothing.
 pub fn check(config: &Config) -> Vec<Finding> {
     let hypervisor = &config.hypervisor;
-    let mut findings = vec![
-        kernel(&text("/proc/sys/kernel/osrelease")),
-        accelerator(hypervisor.accelerator),
-    ];
+    let mut findings = node(Path::new("/"), config);
     findings.push(program("QEMU", &hypervisor.path, OLDEST_QEMU, "path"));
     findings.push(program(
         "virtiofsd",
@@ -75,16 +72,30 @@ pub fn check(config: &Config) -> Vec<Finding> {
     findings.push(file("guest kernel", &hypervisor.kernel, "kernel"));
     findings.push(file("initrd", &hypervisor.initrd, "initrd"));
     findings.push(cgroups());
+    findings
+}
+
+/// Looks at what the node whose root folder is at `root` has to have before anything is installed on it: its kernel and devices. Changes nothing.
+pub fn node(root: &Path, config: &Config) -> Vec<Finding> {
+    let mut findings = vec![
+        kernel(&text("/proc/sys/kernel/osrelease")),
+        accelerator(root, config.hypervisor.accelerator),
+    ];
     if config.runtime.network == NetworkModel::TcFilter {
-        findings.push(device("/dev/net/tun", Verdict::Missing, "load the kernel module tun"));
+        findings.push(device(
+            root,
+            "/dev/net/tun",
+            Verdict::Missing,
+            "load the kernel module tun",
+        ));
     }
     let vsock = "load the kernel module vhost_vsock; without it the agent is reached over virtio-serial";
-    findings.push(device("/dev/vhost-vsock", Verdict::Slower, vsock));
-    if hypervisor.vhost_net {
+    findings.push(device(root, "/dev/vhost-vsock", Verdict::Slower, vsock));
+    if config.hypervisor.vhost_net {
         let net = "load the kernel module vhost_net; without it QEMU itself carries the pods' packets";
-        findings.push(device("/dev/vhost-net", Verdict::Slower, net));
+        findings.push(device(root, "/dev/vhost-net", Verdict::Slower, net));
     }
-    findings.push(iommu(Path::new("/")));
+    findings.push(iommu(root));
     findings
 }
 
@@ -112,14 +123,14 @@ fn kernel(release: &str) -> Finding {
     }
 }
 
-fn accelerator(accelerator: Accelerator) -> Finding {
+fn accelerator(root: &Path, accelerator: Accelerator) -> Finding {
     match accelerator {
         Accelerator::Tcg => finding(
             "KVM",
             Verdict::Slower,
             "not asked for: `accelerator = \"tcg\"` emulates every guest",
         ),
-        Accelerator::Kvm => match kvm_ready() {
+        Accelerator::Kvm => match kvm_ready_below(root) {
             Ok(()) => finding("KVM", Verdict::Ok, "/dev/kvm has all capabilities that QEMU needs"),
             Err(error) => finding("KVM", Verdict::Missing, error.to_string()),
         },
@@ -184,8 +195,9 @@ fn file(part: &'static str, path: &Path, key: &str) -> Finding {
     }
 }
 
-fn device(path: &'static str, without: Verdict, remedy: &str) -> Finding {
-    match File::options().read(true).write(true).open(path) {
+fn device(root: &Path, path: &'static str, without: Verdict, remedy: &str) -> Finding {
+    let place = root.join(path.trim_start_matches('/'));
+    match File::options().read(true).write(true).open(place) {
         Ok(_) => finding(path, Verdict::Ok, "opens"),
         Err(error) => finding(path, without, format!("{error}; {remedy}")),
     }
@@ -235,7 +247,12 @@ mod tests {
         let old = kernel("4.18.0-553.el8.x86_64");
         let line = "MISSING  host kernel  \"4.18.0-553.el8.x86_64\" is older than 5.4; update the node";
         assert_eq!(old.to_string(), line);
-        let none = device("/dev/no-such-device", Verdict::Slower, "load the module");
+        let none = device(
+            Path::new("/"),
+            "/dev/no-such-device",
+            Verdict::Slower,
+            "load the module",
+        );
         assert_eq!(none.verdict, Verdict::Slower);
         assert!(none.detail.ends_with("; load the module"));
     }

@@ -1,6 +1,6 @@
 //! Whether this node's KVM can run our VMs.
 
-use std::{ffi::CString, fs, io};
+use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt, path::Path};
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -60,8 +60,19 @@ const NEEDED: [(Cap, &str); 6] = [
 /// # Errors
 /// The first thing that is missing, in a sentence.
 pub fn kvm_ready() -> Result<(), KvmError> {
+    kvm_ready_below(Path::new("/"))
+}
+
+/// As [`kvm_ready`], for a node whose root folder, with its `/dev`, is at `root`.
+///
+/// # Errors
+/// Those of [`kvm_ready`].
+pub fn kvm_ready_below(root: &Path) -> Result<(), KvmError> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").map_err(KvmError::CpuInfo)?;
-    check(&cpuinfo, c"/dev/kvm".into())
+    let device = root.join("dev/kvm");
+    // A path that no kernel could open is one to no device.
+    let device = CString::new(device.as_os_str().as_bytes()).map_err(|_| KvmError::NoDevice)?;
+    check(&cpuinfo, device)
 }
 
 fn check(cpuinfo: &str, device: CString) -> Result<(), KvmError> {

@@ -29,7 +29,7 @@ pub use channel::AgentStream;
 pub use disk::Disk;
 pub use error::VmError;
 pub use hotplug::MemoryState;
-pub use kvm::{KvmError, kvm_ready};
+pub use kvm::{KvmError, kvm_ready, kvm_ready_below};
 pub use process::{Child, ExitReason, Spawner};
 pub use qmp::QmpError;
 pub use virtiofsd::{Virtiofsd, VirtiofsdSpec};
