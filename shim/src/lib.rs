@@ -42,4 +42,5 @@ pub mod stats;
 pub mod sys;
 pub mod trace;
 pub mod undo;
+pub mod version;
 pub mod vfio;

@@ -25,6 +25,7 @@ use crate::{
     sandbox::Sandbox,
     service::Service,
     undo::{State, Undo},
+    version,
 };
 
 /// What the shim reports to `start` when it serves; anything else is the sentence that says why it does not.
@@ -45,6 +46,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
         .at("open", "/dev/null")?;
     dup2_stdin(&null).action("detach standard input")?;
     log::init(&cli.id, cli.debug);
+    let _version = version::hold()?;
     private_mounts()?;
     let mut state = State::create(&cli.id)?;
     if let Some(socket) = listener.local_addr().action("name the socket")?.as_pathname() {
