@@ -1,3 +1,4 @@
 //! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
 
+pub mod install;
 pub mod report;

@@ -1,0 +1,269 @@
+//! The files that tell the CRI, and the shim, of the handler and of the log level: which there should be, and with which text.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use super::cri::Kind;
+
+/// What the first line of each of our files begins with.
+pub const MARK: &str = "# Sandpod: ";
+/// Where the packages, and the payload's own files, expect the installation.
+pub const DEFAULT_PREFIX: &str = "/opt/sandpod";
+/// The administrator's folder of the shim's configuration.
+pub const CONFIG_FOLDER: &str = "/etc/sandpod/config.d";
+
+const CRIO: &str = include_str!("../../../deploy/cri/50-kata.crio.conf");
+const CONTAINERD: &str = include_str!("../../../deploy/cri/50-kata.containerd-2.toml");
+
+/// How much is logged: the words of `crio --log-level`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Only what ends the program.
+    Fatal,
+    /// Also what should never happen.
+    Panic,
+    /// Also what failed.
+    Error,
+    /// Also what may become a failure.
+    Warn,
+    /// The ordinary.
+    #[default]
+    Info,
+    /// What helps to find a fault.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+const LEVELS: [(LogLevel, &str); 7] = [
+    (LogLevel::Fatal, "fatal"),
+    (LogLevel::Panic, "panic"),
+    (LogLevel::Error, "error"),
+    (LogLevel::Warn, "warn"),
+    (LogLevel::Info, "info"),
+    (LogLevel::Debug, "debug"),
+    (LogLevel::Trace, "trace"),
+];
+
+/// A word that is no log level.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no log level: fatal, panic, error, warn, info, debug and trace are")]
+pub struct LogLevelError(String);
+
+impl FromStr for LogLevel {
+    type Err = LogLevelError;
+
+    fn from_str(word: &str) -> Result<Self, LogLevelError> {
+        let known = LEVELS.iter().find(|(_, name)| *name == word);
+        known
+            .map(|(level, _)| *level)
+            .ok_or_else(|| LogLevelError(word.to_owned()))
+    }
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = LEVELS.iter().find(|(level, _)| level == self);
+        out.write_str(known.map_or("info", |(_, name)| name))
+    }
+}
+
+/// One file that there should be, or should not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DropIn {
+    /// As the node sees it.
+    pub path: PathBuf,
+    /// Its text; none where there should be no such file.
+    pub text: Option<String>,
+    /// Where it is written before it is moved to its place: its reader reads all files of its own folder, whatever their names.
+    pub scratch: PathBuf,
+    /// The CRI reads it, and only when it starts.
+    pub of_cri: bool,
+}
+
+/// The drop-in that defines the handler.
+#[must_use]
+pub fn handler(kind: Kind, prefix: &Path) -> DropIn {
+    let (path, text) = match kind {
+        Kind::Crio => ("/etc/crio/crio.conf.d/50-kata", at_prefix(CRIO, prefix)),
+        Kind::Containerd => ("/etc/containerd/conf.d/50-kata.toml", containerd(prefix)),
+    };
+    of_cri(kind, path, Some(text))
+}
+
+/// Every file of ours outside the prefix.
+#[must_use]
+pub fn all(kind: Kind, prefix: &Path, level: LogLevel) -> Vec<DropIn> {
+    let mut files = vec![handler(kind, prefix)];
+    // containerd's level is that of its service; the shim has its own.
+    if kind == Kind::Crio {
+        let text =
+            format!("{MARK}the log level of the cluster's KataConfig.\n[crio.runtime]\nlog_level = \"{level}\"\n");
+        let text = (level != LogLevel::Info).then_some(text);
+        files.push(of_cri(kind, "/etc/crio/crio.conf.d/51-kata-log-level", text));
+    }
+    let debug = matches!(level, LogLevel::Debug | LogLevel::Trace);
+    files.push(DropIn {
+        path: Path::new(CONFIG_FOLDER).join("00-log-level.toml"),
+        text: debug.then(|| {
+            format!("{MARK}pods that start from now on log everything; a later file may say otherwise.\n[runtime]\nenable_debug = true\n")
+        }),
+        // Only files that end with .toml are read there.
+        scratch: CONFIG_FOLDER.into(),
+        of_cri: false,
+    });
+    files
+}
+
+fn of_cri(kind: Kind, path: &str, text: Option<String>) -> DropIn {
+    DropIn {
+        path: path.into(),
+        text,
+        scratch: match kind {
+            Kind::Crio => "/etc/crio",
+            Kind::Containerd => "/etc/containerd",
+        }
+        .into(),
+        of_cri: true,
+    }
+}
+
+/// A text of ours with its paths below another prefix.
+#[must_use]
+pub fn at_prefix(text: &str, prefix: &Path) -> String {
+    let current = format!("{}/current", prefix.display());
+    text.replace(&format!("{DEFAULT_PREFIX}/current"), &current)
+}
+
+/// The shim looks for its configuration below the default prefix only; elsewhere the handler has to name it, and loses what the text's last comment says.
+fn containerd(prefix: &Path) -> String {
+    let text = at_prefix(CONTAINERD, prefix);
+    if prefix == Path::new(DEFAULT_PREFIX) {
+        return text;
+    }
+    let (head, _) = text.split_once("# No options").unwrap_or((&text, ""));
+    let prefix = prefix.display();
+    format!(
+        "{head}\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata.options]\n\
+         ConfigPath = \"{prefix}/current/configuration.toml\"\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use toml::{Table, Value};
+
+    fn at<'t>(table: &'t Table, keys: &[&str]) -> Option<&'t Value> {
+        let (last, sections) = keys.split_last()?;
+        let section = sections
+            .iter()
+            .try_fold(table, |table, key| table.get(*key)?.as_table());
+        section?.get(*last)
+    }
+
+    #[test]
+    fn crios_handler_has_the_keys_that_a_vm_needs() {
+        let file = handler(Kind::Crio, Path::new("/opt/sandpod"));
+        assert_eq!(file.path, Path::new("/etc/crio/crio.conf.d/50-kata"));
+        let text = file.text.unwrap();
+        assert!(text.starts_with(MARK));
+        let table: Table = text.parse().unwrap();
+        let key = |name| at(&table, &["crio", "runtime", "runtimes", "kata", name]).cloned();
+        assert_eq!(
+            key("runtime_path"),
+            Some("/opt/sandpod/current/bin/containerd-shim-kata-v2".into())
+        );
+        assert_eq!(key("runtime_type"), Some("vm".into()));
+        assert_eq!(key("runtime_root"), Some("/run/vc".into()));
+        assert_eq!(
+            key("runtime_config_path"),
+            Some("/opt/sandpod/current/configuration.toml".into())
+        );
+        assert_eq!(key("privileged_without_host_devices"), Some(true.into()));
+        assert_eq!(key("allowed_annotations"), None);
+    }
+
+    #[test]
+    fn containerds_handler_names_its_configuration_only_where_the_shim_would_not_find_it() {
+        let runtime = |prefix: &str| {
+            let table: Table = handler(Kind::Containerd, Path::new(prefix))
+                .text
+                .unwrap()
+                .parse()
+                .unwrap();
+            let keys = [
+                "plugins",
+                "io.containerd.cri.v1.runtime",
+                "containerd",
+                "runtimes",
+                "kata",
+            ];
+            at(&table, &keys).unwrap().as_table().unwrap().clone()
+        };
+        let usual = runtime("/opt/sandpod");
+        assert_eq!(
+            usual["runtime_path"],
+            "/opt/sandpod/current/bin/containerd-shim-kata-v2".into()
+        );
+        assert_eq!(usual.get("options"), None);
+        let moved = runtime("/var/lib/sandpod");
+        assert_eq!(
+            moved["runtime_path"],
+            "/var/lib/sandpod/current/bin/containerd-shim-kata-v2".into()
+        );
+        assert_eq!(
+            moved["options"]["ConfigPath"],
+            "/var/lib/sandpod/current/configuration.toml".into()
+        );
+    }
+
+    #[test]
+    fn a_log_level_is_for_crio_and_a_verbose_one_for_the_shim() {
+        let texts = |kind, level| -> Vec<_> {
+            let files = all(kind, Path::new("/opt/sandpod"), level).into_iter().skip(1);
+            files
+                .map(|file| file.text.map(|text| text.lines().skip(1).collect::<Vec<_>>().join(";")))
+                .collect()
+        };
+        let crio = |level: &str| Some(format!("[crio.runtime];log_level = \"{level}\""));
+        let shim = || Some("[runtime];enable_debug = true".to_owned());
+        assert_eq!(texts(Kind::Crio, LogLevel::Info), [None, None]);
+        assert_eq!(texts(Kind::Crio, LogLevel::Warn), [crio("warn"), None]);
+        assert_eq!(texts(Kind::Crio, LogLevel::Debug), [crio("debug"), shim()]);
+        assert_eq!(texts(Kind::Containerd, LogLevel::Trace), [shim()]);
+    }
+
+    #[test]
+    fn nothing_is_written_first_where_its_reader_would_read_it() {
+        for kind in [Kind::Crio, Kind::Containerd] {
+            for file in all(kind, Path::new("/opt/sandpod"), LogLevel::Debug) {
+                assert!(
+                    !file.of_cri || Some(file.scratch.as_path()) != file.path.parent(),
+                    "{}",
+                    file.path.display()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn log_levels_are_words() {
+        for (level, word) in LEVELS {
+            assert_eq!(
+                (word.parse::<LogLevel>().unwrap(), level.to_string().as_str()),
+                (level, word)
+            );
+        }
+        assert!(
+            "loud"
+                .parse::<LogLevel>()
+                .unwrap_err()
+                .to_string()
+                .starts_with("\"loud\" is no log level")
+        );
+    }
+}

@@ -1,0 +1,284 @@
+//! Why an install, a verification or an uninstall did not succeed: one sentence each, and its code for the report.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::report::{Code, Problem};
+
+/// The result of everything in the installer.
+pub type Result<T> = std::result::Result<T, InstallError>;
+
+/// Why a run did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// No hardware virtualization, and nobody asked for emulation.
+    #[error(
+        "{0}; to emulate every pod instead, write `accelerator = \"tcg\"` under [hypervisor.qemu] into a file /etc/sandpod/config.d/*.toml"
+    )]
+    NoKvm(String),
+    /// A part of the node with which no pod runs.
+    #[error("{0}")]
+    NotFit(String),
+    /// There is no CRI.
+    #[error("no container runtime was found: there is neither {crio} nor {containerd}; start CRI-O or containerd")]
+    NoCri {
+        /// CRI-O's socket.
+        crio: PathBuf,
+        /// containerd's socket.
+        containerd: PathBuf,
+    },
+    /// The CRI is there and does not answer.
+    #[error("{cri} does not answer at {socket}: {why}")]
+    Silent {
+        /// Its name.
+        cri: &'static str,
+        /// Where it was asked.
+        socket: PathBuf,
+        /// What it, or the kernel, said.
+        why: String,
+    },
+    /// The CRI is too old.
+    #[error("{cri} {version} is too old: {remedy}")]
+    CriTooOld {
+        /// Its name.
+        cri: &'static str,
+        /// What it says of itself.
+        version: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Somebody else's handler.
+    #[error(
+        "{path} already defines a handler `kata`, which Sandpod did not write: remove it from there and install again"
+    )]
+    ForeignHandler {
+        /// The file, as the node sees it.
+        path: PathBuf,
+    },
+    /// Somebody else's file where ours belongs.
+    #[error("{path} exists and is not Sandpod's: move it away and install again")]
+    ForeignFile {
+        /// The file, as the node sees it.
+        path: PathBuf,
+    },
+    /// containerd does not read its drop-ins.
+    #[error(
+        "containerd does not read {folder}: add `imports = [\"{folder}/*.toml\"]` at the top of {main} and install again"
+    )]
+    NotImported {
+        /// The folder of drop-ins.
+        folder: &'static str,
+        /// containerd's configuration.
+        main: &'static str,
+    },
+    /// A configuration that its reader would refuse.
+    #[error("{what} is not valid: {why}")]
+    ConfigInvalid {
+        /// Which configuration.
+        what: String,
+        /// What its reader said.
+        why: String,
+    },
+    /// The prefix cannot be written.
+    #[error("{path} cannot be written: {source}; choose another place with --prefix")]
+    ReadOnlyPrefix {
+        /// The prefix, or the nearest folder above it that exists.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Too little space.
+    #[error(
+        "{path} has {free_mib} MiB free and the installation needs {needed_mib} MiB: make room, or choose another place with --prefix"
+    )]
+    DiskFull {
+        /// The prefix, or the nearest folder above it that exists.
+        path: PathBuf,
+        /// What is free, MiB.
+        free_mib: u64,
+        /// What is needed, MiB.
+        needed_mib: u64,
+    },
+    /// A label that an enforcing SELinux or the file system refuses.
+    #[error(
+        "SELinux is enforcing and {path} cannot have the label {label}: {source}; choose a place on a file system with labels with --prefix"
+    )]
+    Label {
+        /// The file.
+        path: PathBuf,
+        /// The label.
+        label: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The payload is not what its manifest says.
+    #[error("the payload is not usable: {0}")]
+    Payload(String),
+    /// A program of the payload does not start on this node.
+    #[error("{program} does not start on this node: {why}")]
+    DoesNotStart {
+        /// Which.
+        program: PathBuf,
+        /// What the kernel or the program said.
+        why: String,
+    },
+    /// Two at once.
+    #[error("another installer is at work on this node; wait for its end")]
+    Busy,
+    /// The restart itself.
+    #[error("`{command}` {how}; the log of {cri} says more")]
+    Restart {
+        /// The command line.
+        command: String,
+        /// How it ended.
+        how: String,
+        /// Which CRI.
+        cri: &'static str,
+    },
+    /// The handler is not there although everything was done for it.
+    #[error("{cri} runs and does not list the handler `kata`; its log says why")]
+    HandlerAbsent {
+        /// Which CRI.
+        cri: &'static str,
+    },
+    /// The handler is still there although its file is gone.
+    #[error("{cri} still lists a handler `kata` after its restart; another file of its configuration must define one")]
+    HandlerPresent {
+        /// Which CRI.
+        cri: &'static str,
+    },
+    /// Pods run.
+    #[error("{count} pods still run with the handler `kata`, such as {example}: delete them first")]
+    SandboxesExist {
+        /// How many.
+        count: usize,
+        /// Namespace and name of one.
+        example: String,
+    },
+    /// Shims run that the CRI does not know.
+    #[error("shims of version {version} still run: remove their pods or tasks first")]
+    InUse {
+        /// The version's folder.
+        version: String,
+    },
+    /// Nothing is there.
+    #[error("Sandpod is not installed in {prefix}")]
+    NotInstalled {
+        /// The prefix.
+        prefix: PathBuf,
+    },
+    /// Something is not as it was installed.
+    #[error("{path} {how}: install again")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        how: &'static str,
+    },
+    /// The command line lacks something.
+    #[error("{0}")]
+    Usage(&'static str),
+    /// A system call on a path failed.
+    #[error("cannot {action} {path}: {source}")]
+    Path {
+        /// What was tried, such as "write".
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A system call without a path failed.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Two errors: one that had to be undone, and one while undoing it.
+    #[error("{first}; putting back what was there before failed too: {then}")]
+    NotUndone {
+        /// What went wrong.
+        first: Box<InstallError>,
+        /// What went wrong after that.
+        then: Box<InstallError>,
+    },
+}
+
+impl InstallError {
+    /// The kind of this error in the report.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoKvm(_) => Code::NoKvm,
+            Self::NotFit(_) | Self::DoesNotStart { .. } => Code::NotFit,
+            Self::NoCri { .. } | Self::Silent { .. } => Code::NoCri,
+            Self::CriTooOld { .. } => Code::CriTooOld,
+            Self::ForeignHandler { .. } | Self::HandlerPresent { .. } => Code::ForeignHandler,
+            Self::ForeignFile { .. } => Code::ForeignFile,
+            Self::NotImported { .. } => Code::DropInNotRead,
+            Self::ConfigInvalid { .. } => Code::ConfigInvalid,
+            Self::ReadOnlyPrefix { .. } => Code::ReadOnlyPrefix,
+            Self::DiskFull { .. } => Code::DiskFull,
+            Self::Label { .. } => Code::SeLinux,
+            Self::Payload(_) => Code::Payload,
+            Self::Busy => Code::Busy,
+            Self::Restart { .. } => Code::RestartFailed,
+            Self::HandlerAbsent { .. } => Code::HandlerAbsent,
+            Self::SandboxesExist { .. } | Self::InUse { .. } => Code::SandboxesExist,
+            Self::NotInstalled { .. } => Code::NotInstalled,
+            Self::Damaged { .. } => Code::Damaged,
+            Self::Usage(_) => Code::Usage,
+            Self::Path { source, .. } | Self::System { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::DiskFull,
+                io::ErrorKind::ReadOnlyFilesystem => Code::ReadOnlyPrefix,
+                _ => Code::Io,
+            },
+            Self::NotUndone { first, .. } => first.code(),
+        }
+    }
+
+    /// What the report says of this error.
+    #[must_use]
+    pub fn problem(&self) -> Problem {
+        Problem {
+            code: self.code(),
+            text: self.to_string(),
+        }
+    }
+}
+
+/// Says what was tried on which path when the kernel refuses it.
+pub trait Context<T> {
+    /// Names the operation and its path.
+    ///
+    /// # Errors
+    /// The operation's own.
+    fn at(self, action: &'static str, path: impl AsRef<Path>) -> Result<T>;
+
+    /// Names an operation without a path.
+    ///
+    /// # Errors
+    /// The operation's own.
+    fn action(self, action: &'static str) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
+    fn at(self, action: &'static str, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| InstallError::Path {
+            action,
+            path: path.as_ref().to_owned(),
+            source: source.into(),
+        })
+    }
+
+    fn action(self, action: &'static str) -> Result<T> {
+        self.map_err(|source| InstallError::System {
+            action,
+            source: source.into(),
+        })
+    }
+}

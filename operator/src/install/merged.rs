@@ -1,0 +1,293 @@
+//! The CRI's configuration as a whole: who defines a handler of our name, whether our drop-in is read, and whether the CRI would start with it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use toml::{Table, Value};
+
+use super::{
+    cri::{HANDLER, Kind, Version},
+    dropin::{DropIn, MARK},
+    error::{Context, InstallError, Result},
+    files::{self, Host, SCRATCH},
+};
+
+/// CRI-O's files.
+const CRIO_MAIN: &str = "/etc/crio/crio.conf";
+const CRIO_FOLDER: &str = "/etc/crio/crio.conf.d";
+/// containerd's files.
+const CONTAINERD_MAIN: &str = "/etc/containerd/config.toml";
+const CONTAINERD_FOLDER: &str = "/etc/containerd/conf.d";
+
+/// Where a node has the programs of its administrator and of its packages, besides the PATH.
+const PROGRAMS: &[&str] = &[
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+];
+
+/// A file of the CRI's configuration.
+struct Source {
+    /// As the node sees it.
+    path: PathBuf,
+    table: Table,
+}
+
+/// Refuses a node where somebody else has a handler of our name, or where the CRI would not read ours.
+///
+/// # Errors
+/// The file that is in the way; a file that is no TOML; the line that containerd's configuration lacks.
+pub fn refuse_foreign(host: &Host, kind: Kind, ours: &[DropIn]) -> Result<()> {
+    let sources = match kind {
+        Kind::Crio => crio_sources(host)?,
+        Kind::Containerd => containerd_sources(host)?,
+    };
+    let is_ours = |path: &Path| ours.iter().any(|file| file.path == path);
+    for source in sources.iter().filter(|source| !is_ours(&source.path)) {
+        if defines_handler(kind, &source.table) {
+            let path = source.path.clone();
+            return Err(InstallError::ForeignHandler { path });
+        }
+    }
+    for file in ours.iter().filter(|file| file.of_cri) {
+        if let Some(text) = files::read_text(&host.at(&file.path))?
+            && !text.starts_with(MARK)
+        {
+            let path = file.path.clone();
+            let table = text.parse::<Table>().unwrap_or_default();
+            return Err(match defines_handler(kind, &table) {
+                true => InstallError::ForeignHandler { path },
+                false => InstallError::ForeignFile { path },
+            });
+        }
+    }
+    if kind == Kind::Containerd && !covers(&sources) {
+        return Err(InstallError::NotImported {
+            folder: CONTAINERD_FOLDER,
+            main: CONTAINERD_MAIN,
+        });
+    }
+    Ok(())
+}
+
+fn defines_handler(kind: Kind, table: &Table) -> bool {
+    let runtimes = |section: &Value| {
+        let runtimes = section.get("runtimes").and_then(Value::as_table);
+        runtimes.is_some_and(|runtimes| runtimes.contains_key(HANDLER))
+    };
+    match kind {
+        Kind::Crio => {
+            let runtime = table.get("crio").and_then(|crio| crio.get("runtime"));
+            runtime.is_some_and(runtimes)
+        }
+        // The plugin's name is another one in each version of the file.
+        Kind::Containerd => {
+            let plugins = table.get("plugins").and_then(Value::as_table);
+            let mut plugins = plugins.into_iter().flat_map(Table::values);
+            plugins.any(|plugin| plugin.get("containerd").is_some_and(runtimes))
+        }
+    }
+}
+
+fn source(host: &Host, path: &Path) -> Result<Option<Source>> {
+    let Some(text) = files::read_text(&host.at(path))? else {
+        return Ok(None);
+    };
+    let table = text
+        .parse()
+        .map_err(|error: toml::de::Error| InstallError::ConfigInvalid {
+            what: path.display().to_string(),
+            why: error.message().to_owned(),
+        })?;
+    Ok(Some(Source {
+        path: path.to_owned(),
+        table,
+    }))
+}
+
+/// CRI-O's main file and every file below its folder, whatever their names (crio.conf.d(5)).
+fn crio_sources(host: &Host) -> Result<Vec<Source>> {
+    let mut paths = vec![PathBuf::from(CRIO_MAIN)];
+    walk(host, Path::new(CRIO_FOLDER), &mut paths)?;
+    let sources: Result<Vec<_>> = paths.iter().map(|path| source(host, path)).collect();
+    Ok(sources?.into_iter().flatten().collect())
+}
+
+fn walk(host: &Host, folder: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
+    for name in files::names(&host.at(folder))? {
+        let path = folder.join(name);
+        if host.at(&path).is_dir() {
+            walk(host, &path, paths)?;
+        } else {
+            paths.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// containerd's main file and what it imports, directly or not (containerd-config.toml(5)).
+fn containerd_sources(host: &Host) -> Result<Vec<Source>> {
+    let mut pending = vec![PathBuf::from(CONTAINERD_MAIN)];
+    let mut sources: Vec<Source> = Vec::new();
+    while let Some(path) = pending.pop() {
+        if sources.iter().any(|source| source.path == path) {
+            continue;
+        }
+        let Some(source) = source(host, &path)? else {
+            continue;
+        };
+        for pattern in imports(&source) {
+            pending.extend(matches(host, &pattern)?);
+        }
+        sources.push(source);
+    }
+    Ok(sources)
+}
+
+/// The patterns of a file's imports, absolute.
+fn imports(source: &Source) -> Vec<PathBuf> {
+    let folder = source.path.parent().unwrap_or(Path::new("/"));
+    let words = source.table.get("imports").and_then(Value::as_array);
+    let words = words.into_iter().flatten().filter_map(Value::as_str);
+    words.map(|word| folder.join(word)).collect()
+}
+
+/// The files of a pattern whose last part may have stars.
+fn matches(host: &Host, pattern: &Path) -> Result<Vec<PathBuf>> {
+    let (Some(folder), Some(name)) = (pattern.parent(), pattern.file_name()) else {
+        return Ok(Vec::new());
+    };
+    let names = files::names(&host.at(folder))?.into_iter();
+    let fits = names.filter(|found| fits(&name.to_string_lossy(), found));
+    Ok(fits.map(|found| folder.join(found)).collect())
+}
+
+/// Whether a name fits a pattern with stars.
+fn fits(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => name
+            .strip_prefix(head)
+            .is_some_and(|rest| (0..=rest.len()).any(|at| rest.is_char_boundary(at) && fits(tail, &rest[at..]))),
+    }
+}
+
+/// Whether one of the imports would read our drop-in.
+fn covers(sources: &[Source]) -> bool {
+    let mut patterns = sources.iter().flat_map(imports);
+    patterns.any(|pattern| {
+        let name = pattern.file_name().unwrap_or_default().to_string_lossy();
+        pattern.parent() == Some(Path::new(CONTAINERD_FOLDER)) && fits(&name, "50-kata.toml")
+    })
+}
+
+/// Asks the CRI's own program whether it would start with these files, where the node has the program that is running.
+///
+/// # Errors
+/// It says no.
+pub fn validate(host: &Host, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
+    let Some(program) = program_of(host, kind, version) else {
+        return Ok(());
+    };
+    // Not in a folder of the CRI's: nothing of it may stay there, whatever happens to this process.
+    let scratch = host.at(format!("/run/lock/.check{SCRATCH}"));
+    files::remove_tree(&scratch)?;
+    let verdict = match kind {
+        Kind::Crio => crio_verdict(host, &program, &scratch, ours),
+        Kind::Containerd => containerd_verdict(host, &program, &scratch, ours),
+    };
+    files::remove_tree(&scratch)?;
+    verdict
+}
+
+fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(PROGRAMS.iter().map(PathBuf::from));
+    let programs = folders.map(|folder| host.at(folder.join(kind.unit())));
+    // A node may have several; another version may not know a key that the running one has.
+    let is_running = |program: &PathBuf| {
+        let said = Command::new(program).arg("--version").output();
+        said.is_ok_and(|said| String::from_utf8_lossy(&said.stdout).contains(&version.text))
+    };
+    programs.filter(|program| program.is_file()).find(is_running)
+}
+
+/// A copy of the folder of drop-ins, with ours as they shall be.
+fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
+    let mut paths = Vec::new();
+    walk(host, Path::new(CRIO_FOLDER), &mut paths)?;
+    let others = paths.iter().filter(|path| !ours.iter().any(|file| file.path == **path));
+    for path in others {
+        if let Some(bytes) = files::read(&host.at(path))? {
+            put(scratch, path.strip_prefix(CRIO_FOLDER).unwrap_or(path), &bytes)?;
+        }
+    }
+    for file in ours.iter().filter(|file| file.of_cri) {
+        if let Some(text) = &file.text {
+            put(
+                scratch,
+                Path::new(file.path.file_name().unwrap_or_default()),
+                text.as_bytes(),
+            )?;
+        }
+    }
+    let main = host.at(CRIO_MAIN);
+    let main = if main.exists() { main } else { "/dev/null".into() };
+    let mut command = Command::new(program);
+    command
+        .arg("--config")
+        .arg(main)
+        .arg("--config-dir")
+        .arg(scratch)
+        .arg("config");
+    verdict(&mut command, "CRI-O's configuration with the handler `kata`")
+}
+
+/// A file that imports the main one and ours after it.
+fn containerd_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
+    let mut imports = vec![host.at(CONTAINERD_MAIN)];
+    for file in ours.iter().filter(|file| file.of_cri) {
+        if let Some(text) = &file.text {
+            let name = Path::new(file.path.file_name().unwrap_or_default());
+            put(scratch, name, text.as_bytes())?;
+            imports.push(scratch.join(name));
+        }
+    }
+    let text = format!("version = 3\nimports = {imports:?}\n");
+    put(scratch, Path::new("main"), text.as_bytes())?;
+    let mut command = Command::new(program);
+    command
+        .arg("--config")
+        .arg(scratch.join("main"))
+        .args(["config", "dump"]);
+    verdict(&mut command, "containerd's configuration with the handler `kata`")
+}
+
+fn put(scratch: &Path, name: &Path, bytes: &[u8]) -> Result<()> {
+    let place = scratch.join(name);
+    let folder = place.parent().unwrap_or(scratch);
+    fs::create_dir_all(folder).at("create", folder)?;
+    fs::write(&place, bytes).at("write", &place)
+}
+
+fn verdict(command: &mut Command, what: &str) -> Result<()> {
+    let output = command.output().at("start", command.get_program())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(InstallError::ConfigInvalid {
+        what: what.to_owned(),
+        why: said.lines().last().unwrap_or("its program does not say why").to_owned(),
+    })
+}
+
+#[cfg(test)]
+#[path = "merged_tests.rs"]
+mod tests;

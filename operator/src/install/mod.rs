@@ -1,0 +1,192 @@
+//! Puts Sandpod on a node, looks after it, and takes it away again; without Kubernetes.
+//!
+//! A version is a folder of its own below the prefix, and `current` a link to one of them; the CRI's drop-in names paths through that link only. So an upgrade moves
+//! the link, and the CRI is restarted for the first install alone. Every step can be repeated after a death at any point: see [`state`].
+
+pub mod cri;
+pub mod dropin;
+pub mod elf;
+pub mod error;
+pub mod files;
+pub mod lock;
+pub mod merged;
+pub mod payload;
+pub mod preflight;
+pub mod restart;
+pub mod selinux;
+pub mod state;
+pub mod versions;
+
+mod sys;
+mod verb_install;
+mod verb_uninstall;
+mod verb_verify;
+
+use std::{
+    fmt::Display,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use shim::{
+    check::{self, Finding},
+    config::{self, Config},
+};
+
+use self::{
+    cri::{Cri, Kind},
+    dropin::LogLevel,
+    error::{Context, InstallError, Result},
+    files::Host,
+    payload::Payload,
+    state::Layout,
+};
+use crate::report::{Accelerator, Phase, Report, Verb};
+
+/// What the installer is asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What to do.
+    pub verb: Verb,
+    /// The folder of the payload; only an install needs one.
+    pub payload: Option<PathBuf>,
+    /// Where the node's root folder is.
+    pub host_root: PathBuf,
+    /// Where on the node it is installed.
+    pub prefix: PathBuf,
+    /// How much is logged.
+    pub log_level: LogLevel,
+    /// The CRI, if it is not to be found out.
+    pub cri: Option<Kind>,
+    /// The command that restarts the CRI, if it is not systemd.
+    pub restart: Option<Vec<String>>,
+}
+
+/// Does what it is asked for, and says what became of it.
+#[must_use]
+pub fn run(options: &Options) -> Report {
+    let mut report = Report::new(options.verb);
+    let begun = Run::begin(options, &mut report);
+    let (outcome, touched) = match begun {
+        Ok(mut run) => {
+            let outcome = match options.verb {
+                Verb::Install => verb_install::install(&mut run),
+                Verb::Verify => verb_verify::verify(&mut run),
+                Verb::Uninstall => verb_uninstall::uninstall(&mut run),
+            };
+            run.report.version = run.layout.current_version().unwrap_or_default();
+            (outcome, run.touched)
+        }
+        Err(error) => (Err(error), false),
+    };
+    match outcome {
+        Ok(phase) => report.phase = phase,
+        Err(error) => {
+            let looked = options.verb == Verb::Verify;
+            report.phase = if touched || looked {
+                Phase::Failed
+            } else {
+                Phase::Refused
+            };
+            report.error = Some(error.problem());
+        }
+    }
+    report
+}
+
+/// Says which step comes now. Tests end the installer at each of these lines.
+fn step(what: impl Display) {
+    eprintln!("installer: {what}");
+}
+
+/// One run on one node.
+struct Run<'r> {
+    options: &'r Options,
+    layout: Layout,
+    payload: Option<Payload>,
+    findings: Vec<Finding>,
+    report: &'r mut Report,
+    /// Something that was there before is not as it was.
+    touched: bool,
+}
+
+impl<'r> Run<'r> {
+    /// Opens the payload, looks at the kernel and the devices, and takes the node's root for this process's own: from then on a link of the node
+    /// leads where it leads on the node.
+    fn begin(options: &'r Options, report: &'r mut Report) -> Result<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(InstallError::Usage("the installer has to be run as root"));
+        }
+        if !options.prefix.is_absolute() || !files::is_inside(options.prefix.strip_prefix("/").unwrap_or(Path::new("")))
+        {
+            return Err(InstallError::Usage(
+                "--prefix has to be an absolute path below /, without `..`",
+            ));
+        }
+        let payload = match (options.verb, &options.payload) {
+            (Verb::Install, None) => return Err(InstallError::Usage("an install needs --payload")),
+            (Verb::Install, Some(folder)) => Some(Payload::open(folder)?),
+            _ => None,
+        };
+        report.facts.boot_id = small("/proc/sys/kernel/random/boot_id");
+        report.facts.kernel = small("/proc/sys/kernel/osrelease");
+        let defaults = Config::parse("", &[]).map_err(invalid)?;
+        let findings = check::node(&options.host_root, &defaults);
+        if options.host_root != Path::new("/") {
+            nix::unistd::chroot(&options.host_root).at("enter", &options.host_root)?;
+            nix::unistd::chdir("/").at("enter", &options.host_root)?;
+        }
+        let host = Host::new("/");
+        report.facts.selinux = selinux::Mode::of(&host) != selinux::Mode::Off;
+        Ok(Self {
+            options,
+            layout: Layout {
+                host,
+                prefix: options.prefix.clone(),
+            },
+            payload,
+            findings,
+            report,
+            touched: false,
+        })
+    }
+
+    /// The node's CRI: the one that was asked for, else the one that the last install was for, else the one that answers.
+    fn cri(&mut self, last: Option<Kind>) -> Result<Cri> {
+        let cri = Cri::find(&self.layout.host, self.options.cri.or(last))?;
+        self.report.facts.cri = cri.describe();
+        Ok(cri)
+    }
+
+    /// Whether pods can run with the node's configuration, which is `base` where the administrator has none of his own.
+    fn judge(&mut self, kind: Kind, base: Option<&str>) -> Result<()> {
+        let config = preflight::configuration(&self.layout, kind, base)?;
+        self.report.facts.accelerator = match config.hypervisor.accelerator {
+            config::Accelerator::Kvm => Accelerator::Kvm,
+            config::Accelerator::Tcg => Accelerator::Tcg,
+        };
+        let warnings = preflight::judge(&self.findings, self.report.facts.accelerator)?;
+        self.report.warnings.extend(warnings);
+        Ok(())
+    }
+
+    fn boot_id(&self) -> String {
+        self.report.facts.boot_id.clone()
+    }
+
+    fn warn(&mut self, warning: Option<String>) {
+        self.report.warnings.extend(warning);
+    }
+}
+
+fn invalid(error: config::ConfigError) -> InstallError {
+    InstallError::ConfigInvalid {
+        what: "the configuration of the node's pods".to_owned(),
+        why: error.to_string(),
+    }
+}
+
+/// A small file of the kernel's; empty when there is none.
+fn small(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}

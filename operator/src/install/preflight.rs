@@ -1,0 +1,204 @@
+//! What a node has to be before anything on it is changed.
+
+use std::path::Path;
+
+use nix::{
+    errno::Errno,
+    sys::statvfs::statvfs,
+    unistd::{AccessFlags, access},
+};
+use shim::{
+    check::{Finding, Verdict},
+    config::{self, Config},
+};
+
+use super::{
+    cri::{Cri, Kind},
+    dropin::{CONFIG_FOLDER, DEFAULT_PREFIX},
+    error::{InstallError, Result},
+    files::{self, Host},
+    invalid,
+    payload::Payload,
+    state::Layout,
+};
+use crate::report::Accelerator;
+
+/// Room for what is written besides the payload, in MiB.
+const MARGIN_MIB: u64 = 16;
+
+/// Refuses a CRI that is too old for a drop-in.
+///
+/// # Errors
+/// It is.
+pub fn refuse_old(cri: &Cri) -> Result<()> {
+    old(cri.kind, cri.version.numbers).map_or(Ok(()), |remedy| {
+        Err(InstallError::CriTooOld {
+            cri: cri.kind.name(),
+            version: cri.version.text.clone(),
+            remedy,
+        })
+    })
+}
+
+/// What to do about this version, if it is too old.
+fn old(kind: Kind, version: (u32, u32)) -> Option<&'static str> {
+    match kind {
+        // The first that finds the shims of its pods again after a restart.
+        Kind::Crio => (version < (1, 24)).then_some("update it to 1.24 or later"),
+        // Before, a drop-in's section for a plugin replaces that of the main file.
+        Kind::Containerd => (version < (2, 0)).then_some(
+            "update it to 2.0 or later, or add the handler to /etc/containerd/config.toml by hand as Sandpod's deploy/cri/50-kata.containerd-1.toml shows",
+        ),
+    }
+}
+
+/// The configuration that pods will start with: the payload's with the administrator's drop-ins, or the administrator's own
+/// where the shim prefers it ([`config::SEARCH_PATHS`]).
+///
+/// # Errors
+/// It is not valid.
+pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Result<Config> {
+    // Other handlers name their file.
+    if kind == Kind::Containerd && layout.prefix == Path::new(DEFAULT_PREFIX) {
+        let theirs = config::SEARCH_PATHS.iter().map(Path::new);
+        let theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
+        let mut theirs = theirs.map(|path| layout.host.at(path));
+        if let Some(path) = theirs.find(|path| path.exists()) {
+            return Config::load(Some(&path)).map_err(invalid);
+        }
+    }
+    let folder = layout.host.at(CONFIG_FOLDER);
+    let mut drop_ins = Vec::new();
+    for name in files::names(&folder)?.iter().filter(|name| name.ends_with(".toml")) {
+        drop_ins.extend(files::read_text(&folder.join(name))?);
+    }
+    let drop_ins: Vec<_> = drop_ins.iter().map(String::as_str).collect();
+    Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(invalid)
+}
+
+/// Judges what `shim::check` found on the node. Returns warnings.
+///
+/// # Errors
+/// No pod would run: no KVM, though pods are to have it, or a kernel that is too old.
+pub fn judge(findings: &[Finding], accelerator: Accelerator) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for finding in findings {
+        let emulated = accelerator == Accelerator::Tcg;
+        match (finding.part, finding.verdict) {
+            ("KVM", _) if emulated => {
+                warnings.push(
+                    "`accelerator = \"tcg\"`: every pod is emulated, some ten times slower than with KVM".to_owned(),
+                );
+            }
+            (_, Verdict::Ok) => {}
+            ("KVM", _) => return Err(InstallError::NoKvm(finding.detail.clone())),
+            ("host kernel", Verdict::Missing) => {
+                return Err(InstallError::NotFit(format!("the kernel {}", finding.detail)));
+            }
+            // A module that can be loaded at any time: its absence is no reason to leave the node alone.
+            _ => warnings.push(format!("{}: {}", finding.part, finding.detail)),
+        }
+    }
+    Ok(warnings)
+}
+
+/// Refuses a prefix that cannot be written, or a file system without room for the payload.
+///
+/// # Errors
+/// Either.
+pub fn refuse_full(layout: &Layout, payload: &Payload) -> Result<()> {
+    let place = files::nearest_existing(&layout.root());
+    let name = |host: &Host| host.name(&place);
+    access(&place, AccessFlags::W_OK).map_err(|error| InstallError::ReadOnlyPrefix {
+        path: name(&layout.host),
+        source: error.into(),
+    })?;
+    let room = statvfs(&place).map_err(|error: Errno| InstallError::System {
+        action: "ask for the free space",
+        source: error.into(),
+    })?;
+    let free_mib = (room.blocks_available() * room.fragment_size()) >> 20;
+    let needed_mib = (payload.manifest.bytes() >> 20) + MARGIN_MIB;
+    if free_mib < needed_mib {
+        return Err(InstallError::DiskFull {
+            path: name(&layout.host),
+            free_mib,
+            needed_mib,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shim::config::Accelerator as Wanted;
+    use std::fs;
+
+    fn layout(root: &Path, prefix: &str) -> Layout {
+        Layout {
+            host: Host::new(root),
+            prefix: prefix.into(),
+        }
+    }
+
+    fn put(layout: &Layout, path: &str, text: &str) {
+        let path = layout.host.at(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    const TCG: &str = "[hypervisor.qemu]\naccelerator = \"tcg\"\n";
+
+    #[test]
+    fn old_runtimes_are_refused_by_their_version() {
+        assert_eq!(old(Kind::Crio, (1, 23)), Some("update it to 1.24 or later"));
+        assert_eq!(old(Kind::Crio, (1, 24)), None);
+        assert!(old(Kind::Containerd, (1, 7)).is_some_and(|remedy| remedy.starts_with("update it to 2.0")));
+        assert_eq!(old(Kind::Containerd, (2, 0)), None);
+    }
+
+    #[test]
+    fn an_administrator_asks_for_emulation_where_pods_read_it() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = layout(root.path(), "/opt/sandpod");
+        let wanted = |kind| configuration(&layout, kind, Some("")).unwrap().hypervisor.accelerator;
+        assert_eq!(wanted(Kind::Crio), Wanted::Kvm);
+        put(&layout, "/etc/kata-containers/configuration.toml", TCG);
+        assert_eq!(wanted(Kind::Containerd), Wanted::Tcg);
+        // CRI-O's handler names the payload's file.
+        assert_eq!(wanted(Kind::Crio), Wanted::Kvm);
+        put(&layout, "/etc/sandpod/config.d/10-mine.toml", TCG);
+        assert_eq!(wanted(Kind::Crio), Wanted::Tcg);
+        put(
+            &layout,
+            "/etc/sandpod/config.d/20-typo.toml",
+            "[hypervisor.qemu]\nacelerator = 1\n",
+        );
+        let error = configuration(&layout, Kind::Crio, None).unwrap_err().to_string();
+        assert!(error.contains("`hypervisor.qemu.acelerator`"), "{error}");
+    }
+
+    fn finding(part: &'static str, verdict: Verdict) -> Finding {
+        Finding {
+            part,
+            verdict,
+            detail: "is absent".into(),
+        }
+    }
+
+    #[test]
+    fn only_kvm_and_the_kernel_are_strictly_needed() {
+        let module = [
+            finding("/dev/net/tun", Verdict::Missing),
+            finding("/dev/vhost-net", Verdict::Slower),
+        ];
+        assert_eq!(judge(&module, Accelerator::Kvm).unwrap().len(), 2);
+        let kvm = [finding("KVM", Verdict::Missing)];
+        let error = judge(&kvm, Accelerator::Kvm).unwrap_err().to_string();
+        assert!(error.starts_with("is absent; to emulate every pod instead"), "{error}");
+        assert!(judge(&kvm, Accelerator::Tcg).unwrap()[0].contains("every pod is emulated"));
+        let kernel = [finding("host kernel", Verdict::Missing)];
+        assert!(judge(&kernel, Accelerator::Tcg).is_err());
+    }
+}

@@ -1,0 +1,354 @@
+//! `install`: this payload's version becomes the current one, and the CRI has the handler.
+
+use std::{collections::BTreeMap, path::PathBuf, process::Command};
+
+use super::{
+    Run,
+    cri::{Cri, HANDLER},
+    dropin::{self, DropIn, MARK},
+    error::{InstallError, Result},
+    files, lock, merged, preflight,
+    restart::restart,
+    selinux,
+    state::{Pending, State},
+    step,
+    verb_uninstall::clear,
+    versions,
+};
+use crate::report::Phase;
+
+/// What the look at the node has brought.
+struct Job {
+    cri: Cri,
+    /// The name of the version to install.
+    version: String,
+    /// It is there already, as it should be.
+    intact: bool,
+    /// Files outside the prefix that are not as they should be.
+    changes: Vec<Change>,
+}
+
+/// A file outside the prefix that is to change.
+struct Change {
+    file: DropIn,
+    before: Option<String>,
+}
+
+/// Installs. Whatever fails is undone.
+///
+/// # Errors
+/// Why the node is not fit, or what failed.
+pub fn install(run: &mut Run) -> Result<Phase> {
+    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    step("checking the node");
+    run.layout.sweep_beside()?;
+    let job = check(run)?;
+    let mut state = run.layout.load_or_make()?;
+    sweep_scratch(run)?;
+    if let Err(error) = place(run, &job) {
+        return Err(undone(error, forsake(run, &state, &job)));
+    }
+    let changed = change(run, &job, &mut state)?;
+    step("sweeping old versions");
+    let keep = [Some(job.version.as_str()), state.previous.as_deref()];
+    let keep: Vec<_> = keep.into_iter().flatten().collect();
+    let swept = versions::sweep(&run.layout, &keep)?;
+    run.report.changed = changed || swept || !job.intact;
+    Ok(Phase::Installed)
+}
+
+/// Looks at everything that could be in the way. Changes nothing.
+fn check(run: &mut Run) -> Result<Job> {
+    let state = run.layout.load()?;
+    let cri = run.cri(None)?;
+    preflight::refuse_old(&cri)?;
+    let payload = run
+        .payload
+        .as_ref()
+        .ok_or(InstallError::Usage("an install needs --payload"))?;
+    let version = payload.name.clone();
+    let base = payload.text("configuration.toml")?;
+    run.judge(cri.kind, base.as_deref())?;
+    let wanted = dropin::all(cri.kind, &run.layout.prefix, run.options.log_level);
+    merged::refuse_foreign(&run.layout.host, cri.kind, &wanted)?;
+    let intact = versions::inspect(&run.layout, &version).is_ok();
+    if let Some(payload) = run.payload.as_ref().filter(|_| !intact) {
+        preflight::refuse_full(&run.layout, payload)?;
+    }
+    let written = state.map(|state| state.written).unwrap_or_default();
+    let mut changes = Vec::new();
+    for file in wanted.clone() {
+        let before = files::read_text(&run.layout.host.at(&file.path))?;
+        match verdict(&file, before.as_deref(), &written) {
+            Verdict::Same => {}
+            Verdict::Change => changes.push(Change { file, before }),
+            Verdict::Theirs => run.warn(Some(format!("{} was edited; it stays as it is", file.path.display()))),
+        }
+    }
+    if changes.iter().any(|change| change.file.of_cri) {
+        merged::validate(&run.layout.host, cri.kind, &cri.version, &wanted)?;
+    }
+    Ok(Job {
+        cri,
+        version,
+        intact,
+        changes,
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Same,
+    Change,
+    /// An administrator's own, or one that he has edited.
+    Theirs,
+}
+
+/// What is to be done about a file. The CRI's are ours alone; the others lie among the administrator's.
+fn verdict(file: &DropIn, before: Option<&str>, written: &BTreeMap<PathBuf, String>) -> Verdict {
+    match (before, &file.text) {
+        (None, None) => Verdict::Same,
+        (Some(before), Some(text)) if before == text => Verdict::Same,
+        (None, Some(_)) => Verdict::Change,
+        (Some(before), _) if file.of_cri && before.starts_with(MARK) => Verdict::Change,
+        (Some(before), _) if written.get(&file.path) == Some(&files::sha256(before.as_bytes())) => Verdict::Change,
+        // A name that we would use too, where we want nothing.
+        (Some(_), None) => Verdict::Same,
+        (Some(_), Some(_)) => Verdict::Theirs,
+    }
+}
+
+/// The version's files, with their name, tried.
+fn place(run: &mut Run, job: &Job) -> Result<()> {
+    let Some(payload) = run.payload.take().filter(|_| !job.intact) else {
+        return Ok(());
+    };
+    step(format_args!("staging {}", job.version));
+    let selinux = selinux::Mode::of(&run.layout.host);
+    let warning = versions::stage(&run.layout, &payload, selinux)?;
+    run.warn(warning);
+    step(format_args!("placing {}", job.version));
+    versions::seal(&run.layout, &job.version)?;
+    step(format_args!("trying {}", job.version));
+    // QEMU finds its libraries by its own path, which the kernel tells in /proc: a folder that only stands for a node has none.
+    if !run.layout.host.at("/proc/self/exe").exists() {
+        return Ok(());
+    }
+    let folder = run.layout.versions().join(&job.version);
+    for program in ["bin/containerd-shim-kata-v2", "bin/qemu-system-x86_64", "virtiofsd"] {
+        if payload.manifest.has(program) {
+            starts(folder.join(program))?;
+        }
+    }
+    Ok(())
+}
+
+/// A file system may be mounted without the right to execute, and a program may lack its libraries: better known before pods are started.
+fn starts(program: PathBuf) -> Result<()> {
+    let why = match Command::new(&program).arg("--version").output() {
+        Ok(output) if output.status.success() => return Ok(()),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            format!(
+                "it ended with {}: {}",
+                output.status,
+                said.lines().last().unwrap_or_default()
+            )
+        }
+        Err(error) => error.to_string(),
+    };
+    Err(InstallError::DoesNotStart { program, why })
+}
+
+/// Takes away a version that did not get as far as to be used.
+fn forsake(run: &mut Run, state: &State, job: &Job) -> Result<()> {
+    let current = run.layout.current_version();
+    if current.is_none() && state.pending.is_none() {
+        return clear(run, state);
+    }
+    let keep = [current.as_deref(), state.previous.as_deref()];
+    let keep: Vec<_> = keep
+        .into_iter()
+        .flatten()
+        .filter(|name| *name != job.version || job.intact)
+        .collect();
+    versions::sweep(&run.layout, &keep).map(drop)
+}
+
+/// The first error, and the one that came while undoing what led to it.
+fn undone(first: InstallError, then: Result<()>) -> InstallError {
+    match then {
+        Ok(()) => first,
+        Err(then) => InstallError::NotUndone {
+            first: first.into(),
+            then: then.into(),
+        },
+    }
+}
+
+/// Makes the version the current one and the files as they should be, and restarts the CRI if it has to know. Whether anything was done.
+fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
+    let current = run.layout.current_version();
+    let flip = current.as_deref() != Some(&job.version);
+    let listed = job.cri.lists_handler()?;
+    let left = state.pending.take();
+    // After a death between a change and its restart the files are as they should be, and the CRI does not know of them.
+    let owed = left
+        .as_ref()
+        .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
+    let restart = owed || listed == Some(false) || job.changes.iter().any(|change| change.file.of_cri);
+    run.report.handler_seen = listed == Some(true);
+    if !flip && !restart && job.changes.is_empty() && left.is_none() {
+        return Ok(false);
+    }
+    let mut pending = left.unwrap_or_else(|| Pending {
+        current,
+        ..Pending::default()
+    });
+    pending.boot_id = run.boot_id();
+    pending.restart = restart;
+    for change in &job.changes {
+        let before = || change.before.clone();
+        pending.files.entry(change.file.path.clone()).or_insert_with(before);
+    }
+    state.pending = Some(pending.clone());
+    state.cri = Some(job.cri.kind);
+    run.layout.save(state)?;
+    run.touched = true;
+    if let Err(error) = advance(run, job, state, flip, restart) {
+        return Err(undone(error, roll_back(run, job, state)));
+    }
+    if pending.current.as_deref() != Some(&job.version) {
+        state.previous = pending.current;
+    }
+    state.pending = None;
+    run.layout.save(state)?;
+    Ok(true)
+}
+
+fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: bool) -> Result<()> {
+    let name = job.cri.kind.name();
+    if flip {
+        step(format_args!("making {} current", job.version));
+        versions::make_current(&run.layout, Some(&job.version))?;
+    }
+    for Change { file, .. } in &job.changes {
+        let verb = if file.text.is_some() { "writing" } else { "removing" };
+        step(format_args!("{verb} {}", file.path.display()));
+        put(run, state, file)?;
+    }
+    if restart_it {
+        step(format_args!("restarting {name}"));
+        run.report.restarted = true;
+        restart(&job.cri, run.options.restart.as_deref())?;
+    }
+    step(format_args!("asking {name} for the handler {HANDLER}"));
+    match job.cri.lists_handler()? {
+        Some(true) => run.report.handler_seen = true,
+        Some(false) => {
+            run.report.handler_seen = false;
+            return Err(InstallError::HandlerAbsent { cri: name });
+        }
+        None => run.warn(Some(format!(
+            "{} does not tell its handlers; that it has `{HANDLER}` shows when a pod asks for it",
+            job.cri.describe()
+        ))),
+    }
+    Ok(())
+}
+
+fn put(run: &mut Run, state: &mut State, file: &DropIn) -> Result<()> {
+    let place = run.layout.host.at(&file.path);
+    let Some(text) = &file.text else {
+        state.written.remove(&file.path);
+        return files::remove(&place).map(drop);
+    };
+    if let Some(folder) = place.parent() {
+        run.layout.make_folder(state, folder)?;
+    }
+    if !file.of_cri {
+        // Known to be ours before it is there.
+        state.written.insert(file.path.clone(), files::sha256(text.as_bytes()));
+        run.layout.save(state)?;
+    }
+    files::replace(&place, text.as_bytes(), &run.layout.host.at(&file.scratch))
+}
+
+/// Puts back what was there before the change that is pending.
+fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
+    step("putting back what was there before");
+    let pending = state.pending.clone().unwrap_or_default();
+    let ours = dropin::all(job.cri.kind, &run.layout.prefix, run.options.log_level);
+    let mut of_cri = false;
+    for (path, before) in &pending.files {
+        let place = run.layout.host.at(path);
+        let file = ours.iter().find(|file| file.path == *path);
+        of_cri |= file.is_none_or(|file| file.of_cri);
+        let scratch = file.map_or_else(|| run.layout.root(), |file| run.layout.host.at(&file.scratch));
+        match before {
+            Some(text) => files::replace(&place, text.as_bytes(), &scratch)?,
+            None => drop(files::remove(&place)?),
+        }
+        state.written.remove(path);
+    }
+    versions::make_current(&run.layout, pending.current.as_deref())?;
+    if of_cri {
+        step(format_args!("restarting {}", job.cri.kind.name()));
+        restart(&job.cri, run.options.restart.as_deref())?;
+    }
+    state.pending = None;
+    if pending.current.is_none() {
+        return clear(run, state);
+    }
+    run.layout.save(state)?;
+    let keep = [pending.current.as_deref(), state.previous.as_deref()];
+    let keep: Vec<_> = keep.into_iter().flatten().collect();
+    versions::sweep(&run.layout, &keep).map(drop)
+}
+
+/// Removes files that a run which was killed had written and not yet moved to their places.
+fn sweep_scratch(run: &Run) -> Result<()> {
+    let host = &run.layout.host;
+    for kind in [super::Kind::Crio, super::Kind::Containerd] {
+        for file in dropin::all(kind, &run.layout.prefix, run.options.log_level) {
+            files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::install::{cri::Kind, dropin::LogLevel};
+    use std::path::Path;
+
+    fn files_of(level: LogLevel) -> [DropIn; 2] {
+        let mut files = dropin::all(Kind::Containerd, Path::new("/opt/sandpod"), level).into_iter();
+        [files.next().unwrap(), files.next().unwrap()]
+    }
+
+    #[test]
+    fn the_cris_file_is_always_made_right() {
+        let [handler, _] = files_of(LogLevel::Info);
+        let text = handler.text.clone().unwrap();
+        let verdict = |before: Option<&str>| verdict(&handler, before, &BTreeMap::new());
+        assert_eq!(verdict(None), Verdict::Change);
+        assert_eq!(verdict(Some(&text)), Verdict::Same);
+        assert_eq!(verdict(Some("# Sandpod: of another version\n")), Verdict::Change);
+    }
+
+    #[test]
+    fn an_administrators_file_is_left_alone() {
+        let ([_, off], [_, on]) = (files_of(LogLevel::Info), files_of(LogLevel::Debug));
+        let text = on.text.clone().unwrap();
+        let ours = BTreeMap::from([(on.path.clone(), files::sha256(text.as_bytes()))]);
+        let none = BTreeMap::new();
+        assert_eq!(verdict(&on, None, &none), Verdict::Change);
+        assert_eq!(verdict(&on, Some("mine"), &none), Verdict::Theirs);
+        assert_eq!(verdict(&on, Some("edited"), &ours), Verdict::Theirs);
+        assert_eq!(verdict(&off, Some(&text), &ours), Verdict::Change);
+        assert_eq!(verdict(&off, Some("edited"), &ours), Verdict::Same);
+        assert_eq!(verdict(&off, None, &ours), Verdict::Same);
+    }
+}

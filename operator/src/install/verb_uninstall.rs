@@ -1,0 +1,146 @@
+//! `uninstall`: nothing of ours is left, and everything else is as it was.
+
+use super::{
+    Run,
+    cri::{Cri, HANDLER, Kind},
+    dropin::{self, DropIn, LogLevel, MARK},
+    error::{InstallError, Result},
+    files, lock,
+    restart::restart,
+    state::{Pending, State},
+    step, versions,
+};
+use crate::report::Phase;
+
+/// Uninstalls; a node without Sandpod is left as it is.
+///
+/// # Errors
+/// Pods run, or something cannot be taken away.
+pub fn uninstall(run: &mut Run) -> Result<Phase> {
+    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    step("checking the node");
+    let swept = run.layout.sweep_beside()?;
+    let state = run.layout.load()?;
+    let of_cri = present(run)?;
+    if state.is_none() && of_cri.is_empty() {
+        run.report.changed = swept;
+        return Ok(Phase::Uninstalled);
+    }
+    let state = state.unwrap_or_default();
+    let owed = state
+        .pending
+        .as_ref()
+        .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
+    // A CRI without our drop-in has nothing to be asked, and need not be there.
+    let cri = match of_cri.is_empty() && !owed {
+        true => None,
+        false => Some(run.cri(state.cri)?),
+    };
+    refuse_in_use(run, cri.as_ref())?;
+    let mut state = run.layout.load_or_make()?;
+    run.touched = true;
+    if let Some(cri) = cri {
+        disconnect(run, &cri, &of_cri, &mut state)?;
+    }
+    remove_written(run, &state)?;
+    step(format_args!("removing {}", run.layout.prefix.display()));
+    clear(run, &state)?;
+    run.report.changed = true;
+    Ok(Phase::Uninstalled)
+}
+
+/// Our files that a CRI reads, whichever it is.
+fn present(run: &Run) -> Result<Vec<DropIn>> {
+    let mut present = Vec::new();
+    for kind in [Kind::Crio, Kind::Containerd] {
+        for file in dropin::all(kind, &run.layout.prefix, LogLevel::Info) {
+            let text = files::read_text(&run.layout.host.at(&file.path))?;
+            if file.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
+                present.push(file);
+            }
+        }
+    }
+    Ok(present)
+}
+
+fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
+    if let Some(cri) = cri {
+        run.report.handler_seen = cri.lists_handler()? == Some(true);
+        let ready = cri.ready_sandboxes()?;
+        if let Some(first) = ready.first() {
+            return Err(InstallError::SandboxesExist {
+                count: ready.len(),
+                example: first.pod.clone(),
+            });
+        }
+    }
+    // Tasks without a pod, which the CRI does not know.
+    match versions::in_use(&run.layout)? {
+        Some(version) => Err(InstallError::InUse { version }),
+        None => Ok(()),
+    }
+}
+
+/// Takes the handler away from the CRI. From here on only forward: a node without the handler is what was asked for.
+fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) -> Result<()> {
+    let left = state.pending.take().unwrap_or_default();
+    state.pending = Some(Pending {
+        boot_id: run.boot_id(),
+        restart: true,
+        ..left
+    });
+    run.layout.save(state)?;
+    for file in of_cri {
+        step(format_args!("removing {}", file.path.display()));
+        files::remove(&run.layout.host.at(&file.path))?;
+    }
+    step(format_args!("restarting {}", cri.kind.name()));
+    run.report.restarted = true;
+    restart(cri, run.options.restart.as_deref())?;
+    step(format_args!("asking {} for the handler {HANDLER}", cri.kind.name()));
+    run.report.handler_seen = cri.lists_handler()? == Some(true);
+    if run.report.handler_seen {
+        return Err(InstallError::HandlerPresent { cri: cri.kind.name() });
+    }
+    state.pending = None;
+    run.layout.save(state)
+}
+
+/// Removes the files that we wrote among the administrator's, unless he has edited them.
+fn remove_written(run: &mut Run, state: &State) -> Result<()> {
+    for (path, sha256) in &state.written {
+        let place = run.layout.host.at(path);
+        match files::read(&place)? {
+            Some(bytes) if files::sha256(&bytes) == *sha256 => {
+                step(format_args!("removing {}", path.display()));
+                files::remove(&place)?;
+            }
+            Some(_) => run.warn(Some(format!("{} was edited; it stays", path.display()))),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Takes away everything below the prefix, and the folders that were made. The CRI's files are gone already.
+///
+/// # Errors
+/// The kernel's.
+pub fn clear(run: &mut Run, state: &State) -> Result<()> {
+    let layout = run.layout.clone();
+    versions::make_current(&layout, None)?;
+    for name in versions::all(&layout)? {
+        let warning = versions::remove(&layout, &name)?;
+        run.warn(warning);
+    }
+    versions::sweep(&layout, &[])?;
+    files::remove_empty(&layout.versions())?;
+    for scratch in ["current", "state.json"] {
+        files::remove(&files::scratch_name(&layout.root().join(scratch), &layout.root()))?;
+    }
+    let elsewhere = state.made.iter().rev().filter(|made| !layout.prefix.starts_with(made));
+    for folder in elsewhere {
+        files::remove_empty(&layout.host.at(folder))?;
+    }
+    layout.forget(state)
+}

@@ -1,0 +1,49 @@
+//! `verify`: whether the node is as the last install left it.
+
+use super::{
+    Run, dropin,
+    error::{InstallError, Result},
+    files, lock, step, versions,
+};
+use crate::report::Phase;
+
+/// Looks at the version's files, the drop-in and the running CRI. Changes nothing.
+///
+/// # Errors
+/// The first thing that is not as it should be.
+pub fn verify(run: &mut Run) -> Result<Phase> {
+    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    step("looking at what is installed");
+    let prefix = run.layout.prefix.clone();
+    let absent = || InstallError::NotInstalled { prefix: prefix.clone() };
+    let state = run.layout.load()?.ok_or_else(absent)?;
+    let version = run.layout.current_version().ok_or_else(absent)?;
+    if state.pending.is_some() {
+        return Err(InstallError::Damaged {
+            path: prefix.join("state.json"),
+            how: "tells of an install that was cut off",
+        });
+    }
+    versions::inspect(&run.layout, &version)?;
+    let cri = run.cri(state.cri)?;
+    let handler = dropin::handler(cri.kind, &prefix);
+    if files::read_text(&run.layout.host.at(&handler.path))? != handler.text {
+        return Err(InstallError::Damaged {
+            path: handler.path,
+            how: "is not what was installed",
+        });
+    }
+    let base = files::read_text(&run.layout.current().join("configuration.toml"))?;
+    run.judge(cri.kind, base.as_deref())?;
+    step(format_args!(
+        "asking {} for the handler {}",
+        cri.kind.name(),
+        super::cri::HANDLER
+    ));
+    let listed = cri.lists_handler()?;
+    run.report.handler_seen = listed == Some(true);
+    if listed == Some(false) {
+        return Err(InstallError::HandlerAbsent { cri: cri.kind.name() });
+    }
+    Ok(Phase::Verified)
+}
