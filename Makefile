@@ -6,8 +6,6 @@ SHELL := /bin/bash
 .SILENT:
 MAKEFLAGS += --no-print-directory
 
-VERSION := $(shell sed -n '/^\[workspace.package\]/,/^$$/s/^version = "\(.*\)"/\1/p' Cargo.toml)
-PREFIX ?= /usr/local
 RELEASE := $(CURDIR)/target/x86_64-unknown-linux-gnu/release
 TOOLS := $(CURDIR)/target/tools
 
@@ -18,10 +16,11 @@ export SANDPOD_GUEST_OWN := $(CURDIR)/target/guest/own
 export SANDPOD_GUEST_DEBIAN := $(CURDIR)/target/guest/debian
 export SANDPOD_PEERS := $(TOOLS)/peers
 export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
+export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo test soak bench lint build guest guest-own guest-debian install clean
+.PHONY: help demo test soak bench lint build guest guest-own guest-debian payload payload-files install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak
 
 help: ## list the targets
@@ -35,6 +34,7 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
+	$(MAKE) payload-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract suite-soak
@@ -62,17 +62,15 @@ build: deps-test ## our programs, virtiofsd and both guest images
 
 guest: guest-own guest-debian ## the guest images target/guest/own and target/guest/debian
 
-install: ## put a finished build under $(DESTDIR): shim and kata-ctl in $(PREFIX)/bin, the rest in /opt/sandpod
-	for built in $(RELEASE)/{containerd-shim-kata-v2,kata-ctl} $(SANDPOD_GUEST_OWN)/{vmlinux,initrd} $(SANDPOD_VIRTIOFSD); do
-	  [ -f "$$built" ] || { echo "install: $$built is not built; run make build first" >&2; exit 1; }
-	done
-	# A new version never touches the files of the running one: only the link moves, in one step.
-	version='$(DESTDIR)/opt/sandpod/versions/$(VERSION)'
-	install -D -t '$(DESTDIR)$(PREFIX)/bin' $(RELEASE)/{containerd-shim-kata-v2,kata-ctl}
-	install -D -t "$$version" $(SANDPOD_VIRTIOFSD)
-	install -D -m 644 -t "$$version" $(SANDPOD_GUEST_OWN)/{vmlinux,initrd,manifest.json} deploy/configuration.toml
-	ln -sfnT 'versions/$(VERSION)' '$(DESTDIR)/opt/sandpod/.current'
-	mv -T '$(DESTDIR)/opt/sandpod/.current' '$(DESTDIR)/opt/sandpod/current'
+payload: build ## target/payload: everything that a node needs, as the installer carries it
+	$(MAKE) payload-files
+
+payload-files:
+	deploy/deps.sh payload
+	deploy/payload.sh $(RELEASE) $(SANDPOD_GUEST_OWN) $(SANDPOD_VIRTIOFSD) $(SANDPOD_PAYLOAD)
+
+install: payload ## put it on this node, and the handler `kata` into its CRI; INSTALL_FLAGS are those of deploy/install.sh
+	deploy/install.sh $(INSTALL_FLAGS)
 
 clean: ## remove what was built here (not $(SANDPOD_CACHE))
 	cargo clean --quiet

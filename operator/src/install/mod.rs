@@ -130,7 +130,7 @@ impl<'r> Run<'r> {
         };
         report.facts.boot_id = small("/proc/sys/kernel/random/boot_id");
         report.facts.kernel = small("/proc/sys/kernel/osrelease");
-        let defaults = Config::parse("", &[]).map_err(invalid)?;
+        let defaults = Config::parse("", &[]).map_err(|error| invalid(&error))?;
         let findings = check::node(&options.host_root, &defaults);
         if options.host_root != Path::new("/") {
             nix::unistd::chroot(&options.host_root).at("enter", &options.host_root)?;
@@ -179,7 +179,7 @@ impl<'r> Run<'r> {
     }
 }
 
-fn invalid(error: config::ConfigError) -> InstallError {
+fn invalid(error: &config::ConfigError) -> InstallError {
     InstallError::ConfigInvalid {
         what: "the configuration of the node's pods".to_owned(),
         why: error.to_string(),

@@ -64,7 +64,7 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Resu
         let theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
         let mut theirs = theirs.map(|path| layout.host.at(path));
         if let Some(path) = theirs.find(|path| path.exists()) {
-            return Config::load(Some(&path)).map_err(invalid);
+            return Config::load(Some(&path)).map_err(|error| invalid(&error));
         }
     }
     let folder = layout.host.at(CONFIG_FOLDER);
@@ -73,7 +73,7 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Resu
         drop_ins.extend(files::read_text(&folder.join(name))?);
     }
     let drop_ins: Vec<_> = drop_ins.iter().map(String::as_str).collect();
-    Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(invalid)
+    Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(|error| invalid(&error))
 }
 
 /// Judges what `shim::check` found on the node. Returns warnings.
