@@ -12,6 +12,7 @@ use tests::{
 
 mod disks;
 mod insight;
+mod install;
 mod isolation;
 mod lifecycle;
 mod memory;
@@ -111,5 +112,13 @@ fn main() {
             }
         }
     }
-    stage::perform(trials, &stages)
+    let bare = Stage::new(NodeSpec {
+        bare: true,
+        ..NodeSpec::new(Containerd::Newest)
+    });
+    for (story, tell) in install::ON_A_BARE_NODE.iter().copied() {
+        let name = format!("{}/bare/{story}", Containerd::Newest.name());
+        trials.push(stage::trial(name, &bare, tell));
+    }
+    stage::perform(trials, &[&stages[..], &[bare]].concat())
 }

@@ -44,6 +44,7 @@ mount --make-shared /run/netns
 ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1
 mount --bind \"$OPT\" /opt
+[ -z \"$ETC\" ] || mount -t overlay -o \"lowerdir=/etc,upperdir=$ETC/upper,workdir=$ETC/work\" overlay /etc
 [ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
 echo ready
 cat >/dev/null || :
@@ -94,6 +95,8 @@ pub struct NodeSpec {
     pub handlers: Vec<(String, String)>,
     /// Hides /dev/kvm.
     pub without_kvm: bool,
+    /// Has an `/etc` of its own, with containerd's configuration at its usual place, and nothing of Sandpod's: no handler, nothing in `/opt` and in the PATH.
+    pub bare: bool,
 }
 
 impl NodeSpec {
@@ -104,6 +107,7 @@ impl NodeSpec {
             containerd,
             handlers: Vec::new(),
             without_kvm: false,
+            bare: false,
         }
     }
 }
@@ -113,6 +117,7 @@ impl NodeSpec {
 pub struct Node {
     folder: TempDir,
     programs: PathBuf,
+    bare: bool,
     cgroup: String,
     init: i32,
     first: Option<(Child, ChildStdin)>,
@@ -134,11 +139,13 @@ impl Node {
             .trying("making a folder for the node")?;
         sweep_cgroups_of_the_dead();
         // What is installed there is the node's own.
-        let opt = folder.path().join("opt");
-        fs::create_dir(&opt).trying("making the node's /opt")?;
-        let (first, init) = first_process(spec.without_kvm, &opt)?;
+        for own in ["opt", "etc/upper", "etc/work"] {
+            fs::create_dir_all(folder.path().join(own)).trying(format!("making the node's {own}"))?;
+        }
+        let (first, init) = first_process(spec, folder.path())?;
         let node = Node {
             programs: spec.containerd.folder()?,
+            bare: spec.bare,
             cgroup: format!(
                 "/{CGROUP}{}-{}",
                 std::process::id(),
@@ -172,6 +179,12 @@ impl Node {
     }
 
     fn configure(&self, spec: &NodeSpec) -> Result {
+        self.write(&self.path("cni/pods.conflist"), &config::cni())?;
+        if self.bare {
+            let text = config::containerd(self.folder.path(), &[]);
+            let text = format!("imports = [\"/etc/containerd/conf.d/*.toml\"]\n{text}");
+            return self.write(&self.inside(&self.containerd_configuration()), &text);
+        }
         let mut handlers = Vec::new();
         let known = [Guest::Own, Guest::Debian].map(|guest| {
             // A guest that is not built fails the stories that ask for it (see Runtime::require), not those with runc.
@@ -188,11 +201,18 @@ impl Node {
         handlers.push((INSTALLED.to_owned(), None));
         let installed = Guest::Own.configuration().unwrap_or_default();
         self.write(&self.path("opt/sandpod/current/configuration.toml"), &installed)?;
-        self.write(&self.path("cni/pods.conflist"), &config::cni())?;
         self.write(
-            &self.path("containerd.toml"),
+            Path::new(&self.containerd_configuration()),
             &config::containerd(self.folder.path(), &handlers),
         )
+    }
+
+    /// The path of containerd's configuration, as the node sees it.
+    fn containerd_configuration(&self) -> String {
+        if self.bare {
+            return "/etc/containerd/config.toml".into();
+        }
+        self.path("containerd.toml").display().to_string()
     }
 
     /// The path of a handler's configuration.toml.
@@ -243,9 +263,8 @@ impl Node {
 
     /// The peers' programs first, then ours (1.6 finds a shim by its name only), then the system's.
     fn search_path(&self) -> String {
-        let ours = places::binaries()
-            .map(|folder| format!("{}:", folder.display()))
-            .unwrap_or_default();
+        let ours = places::binaries().ok().filter(|_| !self.bare);
+        let ours = ours.map(|folder| format!("{}:", folder.display())).unwrap_or_default();
         format!("{}:{ours}/usr/sbin:/usr/bin:/sbin:/bin", self.programs.display())
     }
 
@@ -429,12 +448,14 @@ impl Drop for Node {
 }
 
 /// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
-fn first_process(without_kvm: bool, opt: &Path) -> Result<((Child, ChildStdin), i32)> {
+fn first_process(spec: &NodeSpec, folder: &Path) -> Result<((Child, ChildStdin), i32)> {
+    let etc = if spec.bare { folder.join("etc") } else { PathBuf::new() };
     let mut command = run::in_new_namespaces();
     command
         .args(["sh", "-c", FIRST])
-        .env("OPT", opt)
-        .env("MASK_KVM", if without_kvm { "yes" } else { "" });
+        .env("OPT", folder.join("opt"))
+        .env("ETC", etc)
+        .env("MASK_KVM", if spec.without_kvm { "yes" } else { "" });
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

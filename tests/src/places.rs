@@ -47,6 +47,15 @@ pub fn virtiofsd() -> Result<PathBuf> {
     }
 }
 
+/// The payload of the installer: `$SANDPOD_PAYLOAD`, else `target/payload`.
+///
+/// # Errors
+/// When it has not been made.
+pub fn payload() -> Result<PathBuf> {
+    let folder = env::var_os("SANDPOD_PAYLOAD").map_or_else(|| workspace().join("target/payload"), PathBuf::from);
+    holding(folder, "MANIFEST", "make payload")
+}
+
 /// The folder with containerd 2.4, its runc shim, ctr and crictl: `$SANDPOD_PEERS`, else the cached one.
 ///
 /// # Errors

@@ -292,18 +292,23 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
         state.written.remove(path);
     }
     versions::make_current(&run.layout, pending.current.as_deref())?;
-    if of_cri {
-        step(format_args!("restarting {}", job.cri.kind.name()));
-        restart(&job.cri, run.options.restart.as_deref())?;
-    }
+    // One that cannot be restarted now starts with the right files whenever it does.
+    let restarted = match of_cri {
+        true => {
+            step(format_args!("restarting {}", job.cri.kind.name()));
+            restart(&job.cri, run.options.restart.as_deref())
+        }
+        false => Ok(()),
+    };
     state.pending = None;
     if pending.current.is_none() {
-        return clear(run, state);
+        return clear(run, state).and(restarted);
     }
     run.layout.save(state)?;
     let keep = [pending.current.as_deref(), state.previous.as_deref()];
     let keep: Vec<_> = keep.into_iter().flatten().collect();
-    versions::sweep(&run.layout, &keep).map(drop)
+    versions::sweep(&run.layout, &keep)?;
+    restarted
 }
 
 /// Removes files that a run which was killed had written and not yet moved to their places.

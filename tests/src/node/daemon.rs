@@ -66,7 +66,7 @@ impl Node {
     pub(super) fn start_containerd(&self) -> Result {
         let program = self.programs.join("containerd").display().to_string();
         let mut command = self.command(&program);
-        command.arg("--config").arg(self.path("containerd.toml"));
+        command.arg("--config").arg(self.containerd_configuration());
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())

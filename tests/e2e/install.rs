@@ -1,0 +1,416 @@
+//! A node that has nothing but containerd: Sandpod comes to it, is replaced while pods run, and goes again.
+
+use std::{fs, path::Path, process::Command};
+
+use operator::report::{Accelerator, Code, Phase, Report};
+use tests::{
+    config,
+    failure::{Result, Trying, claim, contains, same},
+    installer::Installer,
+    node::Node,
+    run,
+    tree::Tree,
+};
+
+/// Stories of the installer.
+pub const ON_A_BARE_NODE: &[(&str, fn(&Node) -> Result)] = &[
+    ("one_command_brings_pods_and_another_takes_them_away", one_command),
+    ("a_pod_outlives_three_versions", a_pod_outlives_three_versions),
+    ("an_installer_that_is_killed_is_run_again", killed_and_run_again),
+    ("what_fails_is_undone", what_fails_is_undone),
+    ("a_bad_node_gets_one_sentence_and_no_change", bad_nodes),
+    ("files_are_labelled_where_selinux_is_enabled", labels),
+];
+
+const HANDLER: &str = "kata";
+const DROP_IN: &str = "/etc/containerd/conf.d/50-kata.toml";
+
+/// The administrator says that guests are emulated, where this machine has no KVM.
+fn administrator(node: &Node) -> Result {
+    match config::accelerator() {
+        "tcg" => node.write(
+            &node.inside("/etc/sandpod/config.d/10-tcg.toml"),
+            "[hypervisor.qemu]\naccelerator = \"tcg\"\n",
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Ends a story: what the administrator wrote goes, too.
+fn forget_administrator(node: &Node) -> Result {
+    match fs::remove_dir_all(node.inside("/etc/sandpod")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).trying("removing /etc/sandpod"),
+        _ => Ok(()),
+    }
+}
+
+/// Plays on a node whose administrator has said how guests run, and claims that its files are as they were in the end.
+fn play(node: &Node, tell: impl FnOnce(&Installer) -> Result) -> Result {
+    administrator(node)?;
+    let told = node.with_installer(|installer| {
+        let before = installer.tree()?;
+        tell(installer)?;
+        installer.tree()?.same_as(&before)
+    });
+    told.and(forget_administrator(node))
+}
+
+/// Only what starts pods is left out: what there is is installed in a moment.
+fn small(path: &str) -> bool {
+    path.starts_with("bin/containerd-shim") || path == "configuration.toml" || path.starts_with("share/doc")
+}
+
+fn one_command(node: &Node) -> Result {
+    play(node, |installer| {
+        installer.script(&[])?;
+        let pod = node.pod_with_handler(HANDLER, "first").run()?;
+        let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+        let here = fs::read_to_string("/proc/sys/kernel/osrelease").trying("reading the kernel's release")?;
+        let there = container.shell("uname -r")?;
+        claim(
+            there != here.trim(),
+            format!("the pod runs on the node's kernel, {there}"),
+        )?;
+        let qemu = pod
+            .processes()
+            .into_iter()
+            .find(|process| process.program().starts_with("qemu"));
+        let qemu = qemu.map(|process| process.arguments[0].clone()).unwrap_or_default();
+        same("QEMU", qemu.as_str(), "/opt/sandpod/current/bin/qemu-system-x86_64")?;
+        pod.remove()?;
+        same("restarts", installer.restarts(), 1)?;
+        installer.script(&["--uninstall"])?;
+        same("restarts", installer.restarts(), 2)
+    })
+}
+
+/// Upgrades neither restart containerd nor disturb a pod, whose version stays as long as it runs.
+fn a_pod_outlives_three_versions(node: &Node) -> Result {
+    play(node, |installer| {
+        let payloads: Result<Vec<_>> = ["1.0.0", "2.0.0", "3.0.0"]
+            .map(|version| installer.payload(version, |_| true))
+            .into_iter()
+            .collect();
+        let payloads = payloads?;
+        let install = |index: usize| installer.succeed(&["install", "--payload", &payloads[index]]);
+        let first = install(0)?;
+        same("the phase", first.phase, Phase::Installed)?;
+        same(
+            "changed, restarted, seen",
+            (first.changed, first.restarted, first.handler_seen),
+            (true, true, true),
+        )?;
+        contains("the CRI", &first.facts.cri, "containerd 2.4")?;
+        let accelerator = if config::accelerator() == "tcg" {
+            Accelerator::Tcg
+        } else {
+            Accelerator::Kvm
+        };
+        same("the accelerator", first.facts.accelerator, accelerator)?;
+        let again = install(0)?;
+        same("changed, restarted", (again.changed, again.restarted), (false, false))?;
+        same("verified", installer.succeed(&["verify"])?.phase, Phase::Verified)?;
+
+        let old = node.pod_with_handler(HANDLER, "old").run()?;
+        let container = old.container("sleeper", &["sleep", "infinity"]).run()?;
+        for (index, version) in [(1, "2.0.0"), (2, "3.0.0")] {
+            let upgrade = install(index)?;
+            contains("the version", &upgrade.version, version)?;
+            same(
+                "changed, restarted",
+                (upgrade.changed, upgrade.restarted),
+                (true, false),
+            )?;
+            same("an exec", container.shell("echo here")?.as_str(), "here")?;
+        }
+        let late = old.container("late", &["true"]).run()?;
+        same("the exit code of a container made later", late.wait_exit()?.code, 0)?;
+        let names = || versions(node);
+        same("versions", names()?.len(), 3)?;
+        refused_while_pods_run(installer)?;
+        old.remove()?;
+        // Its shim ends a moment after its pod; the lock goes with it.
+        node.events().bell.until("the end of the shim", run::ORDINARY, || {
+            let shims = node
+                .processes()
+                .into_iter()
+                .filter(|process| process.program().starts_with("containerd-shim-kata"));
+            match shims.count() {
+                0 => Ok(()),
+                count => Err(format!("{count} shims")),
+            }
+        })?;
+        let swept = install(2)?;
+        same("changed, restarted", (swept.changed, swept.restarted), (true, false))?;
+        let left = names()?;
+        claim(
+            left.len() == 2 && !left.iter().any(|name| name.starts_with("1.0.0-")),
+            format!("the first version should have gone: {left:?}"),
+        )?;
+        let back = install(1)?;
+        contains("the version", &back.version, "2.0.0")?;
+        let gone = installer.succeed(&["uninstall"])?;
+        same("the phase", gone.phase, Phase::Uninstalled)?;
+        same("restarts", installer.restarts(), 2)?;
+        let again = installer.succeed(&["uninstall"])?;
+        same("changed, restarted", (again.changed, again.restarted), (false, false))
+    })
+}
+
+fn refused_while_pods_run(installer: &Installer) -> Result {
+    let before = installer.tree()?;
+    let refusal = installer.run(&["uninstall"])?;
+    same("the phase", refusal.phase, Phase::Refused)?;
+    sentence(
+        &refusal,
+        Code::SandboxesExist,
+        "1 pods still run with the handler `kata`, such as default/old-",
+    )?;
+    installer.tree()?.same_as(&before)
+}
+
+fn versions(node: &Node) -> Result<Vec<String>> {
+    let folder = node.inside("/opt/sandpod/versions");
+    let entries = fs::read_dir(&folder).trying(format!("reading {}", folder.display()))?;
+    Ok(entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect())
+}
+
+/// Fails unless the report has this error.
+fn sentence(report: &Report, code: Code, beginning: &str) -> Result {
+    let problem = report.error.as_ref();
+    let got = problem.map(|problem| (problem.code, problem.text.clone()));
+    claim(
+        got.as_ref()
+            .is_some_and(|(kind, text)| *kind == code && text.starts_with(beginning) && !text.contains('\n')),
+        format!("expected {code:?}, {beginning:?}, got {got:?}"),
+    )
+}
+
+/// At each line that it says, both on the way in and on the way out.
+fn killed_and_run_again(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let install = ["install", "--payload", &payload, "--log-level", "debug"];
+        let absent = installer.tree()?;
+        installer.succeed(&install)?;
+        let present = installer.tree()?;
+        installer.succeed(&["uninstall"])?;
+        for at in 0.. {
+            let Some(line) = installer.kill_at(at, &install)? else {
+                break;
+            };
+            let at_line = |failure| tests::failure::Failure::Claim(format!("after a death at {line:?}: {failure}"));
+            if at % 2 == 0 {
+                installer.succeed(&install).map_err(at_line)?;
+                installer.tree()?.same_as(&present).map_err(at_line)?;
+            }
+            installer.succeed(&["uninstall"]).map_err(at_line)?;
+            installer.tree()?.same_as(&absent).map_err(at_line)?;
+        }
+        for at in 0.. {
+            installer.succeed(&install)?;
+            let line = installer.kill_at(at, &["uninstall"])?;
+            let at_line = |failure| tests::failure::Failure::Claim(format!("after a death at {line:?}: {failure}"));
+            installer.succeed(&["uninstall"]).map_err(at_line)?;
+            installer.tree()?.same_as(&absent).map_err(at_line)?;
+            if line.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A restart that does not happen, or fails: the node is as it was before, with or without an earlier version.
+fn what_fails_is_undone(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let before = installer.tree()?;
+        let install = |more: &[&str]| installer.run(&[&["install", "--payload", &payload], more].concat());
+        let absent = install(&["--restart-command", "true"])?;
+        same("the phase", absent.phase, Phase::Failed)?;
+        sentence(
+            &absent,
+            Code::HandlerAbsent,
+            "containerd runs and does not list the handler `kata`",
+        )?;
+        installer.tree()?.same_as(&before)?;
+        let failing = install(&["--restart-command", "false"])?;
+        sentence(
+            &failing,
+            Code::RestartFailed,
+            "`false` ended with exit status: 1; the log of containerd says more",
+        )?;
+        installer.tree()?.same_as(&before)?;
+
+        installer.succeed(&["install", "--payload", &payload])?;
+        let installed = installer.tree()?;
+        fs::write(node.inside(DROP_IN), "# Sandpod: edited\n").trying("editing the drop-in")?;
+        let verified = installer.run(&["verify"])?;
+        sentence(
+            &verified,
+            Code::Damaged,
+            "/etc/containerd/conf.d/50-kata.toml is not what was installed",
+        )?;
+        let repaired = installer.succeed(&["install", "--payload", &payload])?;
+        same(
+            "changed, restarted",
+            (repaired.changed, repaired.restarted),
+            (true, true),
+        )?;
+        installer.tree()?.same_as(&installed)?;
+        let broken = installer.payload("2.0.0", |path| small(path) || path == "virtiofsd")?;
+        damage(Path::new(&broken))?;
+        let refused = installer.run(&["install", "--payload", &broken])?;
+        same("the phase", refused.phase, Phase::Refused)?;
+        sentence(
+            &refused,
+            Code::Payload,
+            "the payload is not usable: the contents of virtiofsd are not",
+        )?;
+        installer.tree()?.same_as(&installed)?;
+        installer.succeed(&["uninstall"]).map(drop)
+    })
+}
+
+/// Other bytes in a file of a payload; what has the same bytes under other names keeps them.
+fn damage(payload: &Path) -> Result {
+    let file = payload.join("virtiofsd");
+    fs::remove_file(&file)
+        .and_then(|()| fs::write(&file, "something else"))
+        .trying("damaging a payload")
+}
+
+/// What is wrong with a node, what puts it right, and what the installer says of it.
+struct Bad {
+    what: &'static str,
+    right: &'static str,
+    arguments: &'static [&'static str],
+    code: Code,
+    sentence: &'static str,
+}
+
+const BAD: &[Bad] = &[
+    Bad {
+        what: "mv /run/containerd/containerd.sock /run/containerd/away",
+        right: "mv /run/containerd/away /run/containerd/containerd.sock",
+        arguments: &[],
+        code: Code::NoCri,
+        sentence: "no container runtime was found: there is neither /run/crio/crio.sock nor /run/containerd/containerd.sock",
+    },
+    Bad {
+        what: "mkdir /etc/containerd/conf.d && printf '[plugins.x.containerd.runtimes.kata]\\n' >/etc/containerd/conf.d/99-theirs.toml",
+        right: "rm -r /etc/containerd/conf.d",
+        arguments: &[],
+        code: Code::ForeignHandler,
+        sentence: "/etc/containerd/conf.d/99-theirs.toml already defines a handler `kata`",
+    },
+    Bad {
+        what: "sed -i 1d /etc/containerd/config.toml",
+        right: "sed -i '1i imports = [\"/etc/containerd/conf.d/*.toml\"]' /etc/containerd/config.toml",
+        arguments: &[],
+        code: Code::DropInNotRead,
+        sentence: "containerd does not read /etc/containerd/conf.d: add `imports = ",
+    },
+    Bad {
+        what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro tmpfs /opt/read-only",
+        right: "umount /opt/read-only && rmdir /opt/read-only",
+        arguments: &["--prefix", "/opt/read-only/sandpod"],
+        code: Code::ReadOnlyPrefix,
+        sentence: "/opt/read-only cannot be written: Read-only file system",
+    },
+    Bad {
+        what: "mkdir -p /opt/full && mount -t tmpfs -o size=8m tmpfs /opt/full",
+        right: "umount /opt/full && rmdir /opt/full",
+        arguments: &["--prefix", "/opt/full/sandpod"],
+        code: Code::DiskFull,
+        sentence: "/opt/full has 8 MiB free and the installation needs ",
+    },
+    Bad {
+        what: "mkdir -p /etc/sandpod/config.d && echo '[runtime]' >/etc/sandpod/config.d/90.toml && echo 'enable_bug = 1' >>/etc/sandpod/config.d/90.toml",
+        right: "rm /etc/sandpod/config.d/90.toml; rmdir /etc/sandpod/config.d /etc/sandpod || :",
+        arguments: &[],
+        code: Code::ConfigInvalid,
+        sentence: "the configuration of the node's pods is not valid: unknown configuration key `runtime.enable_bug`",
+    },
+    Bad {
+        what: "mkdir -p /etc/sandpod/config.d && printf '[hypervisor.qemu]\\naccelerator = \"kvm\"\\n' >/etc/sandpod/config.d/90.toml; mount --bind /dev/null /proc/cpuinfo",
+        right: "umount /proc/cpuinfo; rm /etc/sandpod/config.d/90.toml; rmdir /etc/sandpod/config.d /etc/sandpod || :",
+        arguments: &[],
+        code: Code::NoKvm,
+        sentence: "the CPU offers no hardware virtualisation",
+    },
+];
+
+fn bad_nodes(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        for bad in BAD {
+            let before = installer.tree()?;
+            shell(node, bad.what)?;
+            let wrong = installer.tree();
+            let report = installer.run(&[&["install", "--payload", &payload], bad.arguments].concat());
+            let after = installer.tree();
+            shell(node, bad.right)?;
+            let report = report?;
+            sentence(&report, bad.code, bad.sentence)?;
+            same("the phase", report.phase, Phase::Refused)?;
+            same("changed, restarted", (report.changed, report.restarted), (false, false))?;
+            after?.same_as(&wrong?)?;
+            installer.tree()?.same_as(&before)?;
+        }
+        same("restarts", installer.restarts(), 0)
+    })
+}
+
+fn shell(node: &Node, script: &str) -> Result {
+    let mut command: Command = node.command("sh");
+    run::succeed(command.args(["-c", script]), run::ORDINARY).map(drop)
+}
+
+/// The labels of a distribution's policy, as an enforcing kernel would ask for them; where the file system has none, one sentence and no change.
+fn labels(node: &Node) -> Result {
+    const ON: &str = "mount -t tmpfs tmpfs /sys/fs && mkdir /sys/fs/selinux && echo 1 >/sys/fs/selinux/enforce";
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        shell(node, ON)?;
+        let before = installer.tree()?;
+        let done = labelled(node, installer, &payload, &before);
+        shell(node, "umount /sys/fs")?;
+        done
+    })
+}
+
+fn labelled(node: &Node, installer: &Installer, payload: &str, before: &Tree) -> Result {
+    let report = installer.succeed(&["install", "--payload", payload])?;
+    claim(report.facts.selinux, "SELinux should be among the facts")?;
+    let shim = "/opt/sandpod/current/bin/containerd-shim-kata-v2";
+    let mut command = node.command("getfattr");
+    let label = run::succeed(
+        command.args(["--only-values", "--absolute-names", "-n", "security.selinux", shim]),
+        run::ORDINARY,
+    )?;
+    contains(
+        "the shim's label",
+        &label.text(),
+        "system_u:object_r:container_runtime_exec_t:s0",
+    )?;
+    installer.succeed(&["uninstall"])?;
+    installer.tree()?.same_as(before)?;
+    // A file system without labels.
+    shell(node, "mkdir /opt/plain && mount -t ramfs ramfs /opt/plain")?;
+    let report = installer.run(&["install", "--payload", payload, "--prefix", "/opt/plain/sandpod"]);
+    let after = fs::read_dir(node.inside("/opt/plain")).map(Iterator::count);
+    shell(node, "umount /opt/plain && rmdir /opt/plain")?;
+    let report = report?;
+    sentence(
+        &report,
+        Code::SeLinux,
+        "SELinux is enforcing and /opt/plain/sandpod/versions/",
+    )?;
+    same("the phase", report.phase, Phase::Refused)?;
+    same("what is left", after.trying("looking at the prefix")?, 0)
+}
