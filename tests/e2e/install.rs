@@ -12,8 +12,11 @@ use tests::{
     tree::Tree,
 };
 
+/// A story and its name.
+type Story = (&'static str, fn(&Node) -> Result);
+
 /// Stories of the installer.
-pub const ON_A_BARE_NODE: &[(&str, fn(&Node) -> Result)] = &[
+pub const ON_A_BARE_NODE: &[Story] = &[
     ("one_command_brings_pods_and_another_takes_them_away", one_command),
     ("a_pod_outlives_three_versions", a_pod_outlives_three_versions),
     ("an_installer_that_is_killed_is_run_again", killed_and_run_again),
@@ -147,9 +150,9 @@ fn a_pod_outlives_three_versions(node: &Node) -> Result {
             left.len() == 2 && !left.iter().any(|name| name.starts_with("1.0.0-")),
             format!("the first version should have gone: {left:?}"),
         )?;
-        let back = install(1)?;
+        let back = installer.run_from_outside(&["install", "--payload", &payloads[1]])?;
         contains("the version", &back.version, "2.0.0")?;
-        let gone = installer.succeed(&["uninstall"])?;
+        let gone = installer.run_from_outside(&["uninstall"])?;
         same("the phase", gone.phase, Phase::Uninstalled)?;
         same("restarts", installer.restarts(), 2)?;
         let again = installer.succeed(&["uninstall"])?;

@@ -15,7 +15,7 @@ pub const OF_A_VM: &[Story] = &[("a_pod_outlives_its_installation", a_pod_outliv
 
 /// The handler that runs pods with what is installed below [`INSTALLATION`].
 const HANDLER: &str = "kata-versioned";
-/// In the node's own `/opt`, with a folder for each version and a link to the current one, as `make install` lays it out.
+/// In the node's own `/opt`, with a folder for each version and a link to the current one, as the installer lays it out.
 const INSTALLATION: &str = "opt/versioned";
 
 /// The handler of these stories.

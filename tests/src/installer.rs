@@ -131,6 +131,24 @@ impl Installer<'_> {
         Ok(report)
     }
 
+    /// Runs the installer as in a pod: in the machine's own namespaces, with the node's root below another folder, and the report in a file.
+    ///
+    /// # Errors
+    /// When it leaves none.
+    pub fn run_from_outside(&self, arguments: &[&str]) -> Result<Report> {
+        let result = self.node.path("termination-log");
+        let mut command = Command::new(places::binaries()?.join("sandpod-installer"));
+        command.args(arguments).arg("--host-root").arg(self.node.inside("/"));
+        command
+            .arg("--restart-command")
+            .arg(self.restart_command())
+            .arg("--result")
+            .arg(&result);
+        run::finish(&mut command, None, DEADLINE)?;
+        let text = fs::read_to_string(&result).trying("reading the report")?;
+        Report::parse(&text).map_err(|error| Failure::Claim(error.to_string()))
+    }
+
     /// As [`Installer::run`]; it must succeed.
     ///
     /// # Errors
