@@ -1,4 +1,5 @@
 //! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
 
+pub mod api;
 pub mod install;
 pub mod report;

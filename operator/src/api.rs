@@ -1,0 +1,214 @@
+//! The KataConfig resource, `kataconfigs.kataconfiguration.openshift.io/v1`, as users write it and as they read it back.
+//!
+//! Its schema is `deploy/operator/crd.yaml`, written by hand: a derived one cannot say that `spec` may be left out and still has defaults. The tests here
+//! hold the two against each other.
+
+use std::borrow::Cow;
+
+use k8s_openapi::{
+    ClusterResourceScope,
+    apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time},
+};
+use kube::Resource;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// The API group.
+pub const GROUP: &str = "kataconfiguration.openshift.io";
+/// Its only version.
+pub const VERSION: &str = "v1";
+/// The kind.
+pub const KIND: &str = "KataConfig";
+/// The only condition type there is.
+pub const IN_PROGRESS: &str = "InProgress";
+
+/// What an administrator asks for, and how far it is. Cluster-scoped; one is in force at a time.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KataConfig {
+    /// Always `kataconfiguration.openshift.io/v1`.
+    #[serde(default = "api_version")]
+    pub api_version: String,
+    /// Always `KataConfig`.
+    #[serde(default = "kind")]
+    pub kind: String,
+    /// Name, annotations, finalizers.
+    pub metadata: ObjectMeta,
+    /// What is asked for. Left out and null both mean the defaults.
+    #[serde(default, deserialize_with = "or_default")]
+    pub spec: KataConfigSpec,
+    /// How far it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<KataConfigStatus>,
+}
+
+/// `spec` of a KataConfig.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KataConfigSpec {
+    /// Only nodes with the NFD label `feature.node.kubernetes.io/runtime.kata=true`.
+    #[serde(deserialize_with = "or_default")]
+    pub check_node_eligibility: bool,
+    /// Pods in cloud VMs, which Sandpod does not run: `true` is refused in the status.
+    #[serde(deserialize_with = "or_default")]
+    pub enable_peer_pods: bool,
+    /// How much the nodes' container runtime and our shim log.
+    #[serde(deserialize_with = "or_default")]
+    pub log_level: LogLevel,
+    /// Which nodes; all workers when absent or null.
+    pub kata_config_pool_selector: Option<LabelSelector>,
+}
+
+/// The levels of `crio --log-level`, crio(8).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Only what ends the daemon.
+    Fatal,
+    /// What ends the daemon at once.
+    Panic,
+    /// Errors.
+    Error,
+    /// And warnings.
+    Warn,
+    /// The daemon's own default.
+    #[default]
+    Info,
+    /// For must-gather.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The word that users write.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            LogLevel::Fatal => "fatal",
+            LogLevel::Panic => "panic",
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+            LogLevel::Trace => "trace",
+        }
+    }
+}
+
+/// `status` of a KataConfig.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KataConfigStatus {
+    /// The RuntimeClasses that can be used.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub runtime_classes: Vec<String>,
+    /// At most one: `InProgress`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// Which node is in which state.
+    pub kata_nodes: KataNodes,
+    /// Always false here: there is no MachineConfigOperator to wait for.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub waiting_for_mco_to_start: bool,
+}
+
+impl KataConfigStatus {
+    /// The condition `InProgress`.
+    #[must_use]
+    pub fn in_progress(&self) -> Option<&Condition> {
+        self.conditions.iter().find(|condition| condition.kind == IN_PROGRESS)
+    }
+}
+
+/// A condition. Unlike metav1.Condition it has no observedGeneration, and `reason` may be empty.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    /// `InProgress`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `True` or `False`.
+    pub status: String,
+    /// When `status` changed last.
+    pub last_transition_time: Time,
+    /// One word, or nothing.
+    pub reason: String,
+    /// A sentence, or nothing.
+    pub message: String,
+}
+
+/// Node names by state, each list sorted and absent when empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct KataNodes {
+    /// Nodes that have or will have kata.
+    pub node_count: i64,
+    /// Nodes that have it.
+    pub ready_node_count: i64,
+    /// Those that have it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub installed: Vec<String>,
+    /// Those that the installer works on.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub installing: Vec<String>,
+    /// Those whose turn comes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub waiting_to_install: Vec<String>,
+    /// Those on which the installer failed; it is tried again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failed_to_install: Vec<String>,
+    /// Those that kata is being removed from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub uninstalling: Vec<String>,
+    /// Those that kata will be removed from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub waiting_to_uninstall: Vec<String>,
+    /// Those that kata could not be removed from; it is tried again.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub failed_to_uninstall: Vec<String>,
+}
+
+impl Resource for KataConfig {
+    type DynamicType = ();
+    type Scope = ClusterResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        KIND.into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        GROUP.into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        VERSION.into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        "kataconfigs".into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+fn api_version() -> String {
+    format!("{GROUP}/{VERSION}")
+}
+
+fn kind() -> String {
+    KIND.to_owned()
+}
+
+/// Null means the same as absent.
+fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests;
