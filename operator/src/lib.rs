@@ -1,5 +1,6 @@
 //! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
 
 pub mod api;
+pub mod decide;
 pub mod install;
 pub mod report;

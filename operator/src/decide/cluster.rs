@@ -1,0 +1,329 @@
+//! A cluster that does what decisions say, for tests: the API server's part, the installer's and the scheduler's, in as few lines as will do. It watches over what
+//! must never happen.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt;
+
+use super::{
+    Action, Decision, FINALIZER, KataPod, Node, Progress, Run, RuntimeClass, World, decide,
+    fixtures::{self, success},
+};
+use crate::{
+    api::{KataConfig, KataConfigStatus, KataNodes},
+    report::{Code, Verb},
+};
+
+pub struct Cluster {
+    pub world: World,
+    pub pods: Vec<KataPod>,
+    /// Hosts, by their nodes' uids, on which kata was seen to work after the last change.
+    pub verified: BTreeSet<String>,
+    /// Nodes that were told to be left alone once: what runs there does not count.
+    pub skipped: BTreeSet<String>,
+    /// Every status that was written.
+    pub written: Vec<(String, KataConfigStatus)>,
+    serial: u32,
+}
+
+impl Cluster {
+    pub fn new(nodes: &[&str]) -> Cluster {
+        Cluster {
+            world: fixtures::world(nodes),
+            pods: Vec::new(),
+            verified: BTreeSet::new(),
+            skipped: BTreeSet::new(),
+            written: Vec::new(),
+            serial: 0,
+        }
+    }
+
+    pub fn create(&mut self, name: &str, spec: serde_json::Value) {
+        if self.world.configs.iter().all(|config| config.name_any() != name) {
+            let mut config = fixtures::config(name, spec);
+            config.metadata.creation_timestamp = Some(Time(self.world.now));
+            self.world.configs.push(config);
+        }
+    }
+
+    pub fn config(&mut self, name: &str) -> Option<&mut KataConfig> {
+        self.world.configs.iter_mut().find(|config| config.name_any() == name)
+    }
+
+    pub fn respec(&mut self, name: &str, change: impl FnOnce(&mut KataConfig)) {
+        if let Some(config) = self.config(name) {
+            change(config);
+            config.metadata.generation = config.metadata.generation.map(|generation| generation + 1);
+        }
+    }
+
+    pub fn delete(&mut self, name: &str) {
+        let now = Time(self.world.now);
+        self.respec(name, |config| {
+            config.metadata.deletion_timestamp.get_or_insert(now);
+        });
+        self.collect();
+    }
+
+    /// What has a deletion timestamp and no finalizer is gone.
+    fn collect(&mut self) {
+        self.world
+            .configs
+            .retain(|config| config.metadata.deletion_timestamp.is_none() || !config.finalizers().is_empty());
+    }
+
+    pub fn node(&mut self, name: &str) -> &mut Node {
+        self.world.nodes.iter_mut().find(|node| node.name == name).unwrap()
+    }
+
+    pub fn lists(&mut self, name: &str) -> KataNodes {
+        let config = self.config(name).unwrap();
+        config.status.clone().unwrap_or_default().kata_nodes
+    }
+
+    /// The condition's status, reason and message.
+    pub fn condition(&mut self, name: &str) -> (String, String, String) {
+        let status = self.config(name).unwrap().status.clone().unwrap_or_default();
+        let condition = status.in_progress().unwrap().clone();
+        (condition.status, condition.reason, condition.message)
+    }
+
+    pub fn decide(&mut self) -> Decision {
+        let mut decision = decide(&self.world);
+        if decision.awaits_pods {
+            self.world.kata_pods = Some(Ok(self.pods.clone()));
+            decision = decide(&self.world);
+            self.world.kata_pods = None;
+        }
+        assert_eq!(
+            decision.statuses.len(),
+            decision
+                .statuses
+                .iter()
+                .map(|(name, _)| name)
+                .collect::<BTreeSet<_>>()
+                .len()
+        );
+        decision
+    }
+
+    /// Reads, decides and acts, and is killed after so many steps. Returns the decision.
+    pub fn pass(&mut self, steps: usize) -> Decision {
+        let decision = self.decide();
+        let written = decision.statuses.iter().take(steps);
+        let taken = decision
+            .actions
+            .iter()
+            .take(steps.saturating_sub(decision.statuses.len()));
+        for (name, status) in written {
+            self.write(name, status);
+        }
+        for action in taken {
+            self.act(action);
+            self.watch_over();
+        }
+        decision
+    }
+
+    /// Passes until there is nothing to do.
+    pub fn rest(&mut self) -> Decision {
+        for _ in 0..50 {
+            let decision = self.pass(usize::MAX);
+            if decision.statuses.is_empty() && decision.actions.is_empty() {
+                return decision;
+            }
+        }
+        panic!("no rest: {:?}", self.decide());
+    }
+
+    fn write(&mut self, name: &str, status: &KataConfigStatus) {
+        if let Some(config) = self.config(name) {
+            let before = config.status.replace(status.clone());
+            let now = status.in_progress().unwrap().clone();
+            let then = before.as_ref().and_then(|status| status.in_progress());
+            if let Some(then) = then.filter(|then| then.status == now.status) {
+                assert_eq!(then.last_transition_time, now.last_transition_time, "no transition");
+            }
+            assert_ne!(before.as_ref(), Some(status), "written without need");
+            orderly(&status.kata_nodes);
+            self.written.push((name.to_owned(), status.clone()));
+        }
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            Action::AddFinalizer(name) => {
+                let config = self.config(name).unwrap();
+                assert!(config.metadata.deletion_timestamp.is_none());
+                config.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+            }
+            Action::RemoveFinalizer(name) => {
+                self.config(name).unwrap().metadata.finalizers = None;
+                self.collect();
+            }
+            Action::Mark { node, record } => self.mark(node, record),
+            Action::StartRun { name, order } => {
+                assert!(
+                    self.world.runs.iter().all(|run| run.name != *name),
+                    "{name} is there already"
+                );
+                if order.verb == Verb::Uninstall {
+                    assert!(
+                        self.pods.iter().all(|pod| pod.node.as_ref() != Some(&order.node)),
+                        "sandboxes on {}",
+                        order.node
+                    );
+                }
+                self.serial += 1;
+                self.world.runs.push(Run {
+                    name: name.clone(),
+                    uid: format!("run-{}", self.serial),
+                    order: order.clone(),
+                    created: self.world.now,
+                    deleted: false,
+                    progress: Progress::Pending(None),
+                });
+            }
+            Action::DeleteRun { name, uid } => self.world.runs.retain(|run| (&run.name, &run.uid) != (name, uid)),
+            Action::CreateRuntimeClass(_) => self.world.runtime_class = Some(RuntimeClass { ours: true }),
+            Action::DeleteRuntimeClass => {
+                assert!(self.pods.is_empty(), "pods use the RuntimeClass");
+                self.world.runtime_class = None;
+            }
+        }
+    }
+
+    fn mark(&mut self, name: &str, record: &super::Record) {
+        let verified = self.verified.clone();
+        let node = self.node(name);
+        if record.ready == Some(true) && node.record.ready != Some(true) {
+            assert!(
+                verified.contains(&node.uid),
+                "{name} is called ready, and nobody has looked"
+            );
+        }
+        assert_ne!(node.record, *record, "marked without need");
+        node.record = record.clone();
+    }
+
+    /// Never more than one node in flight.
+    fn watch_over(&self) {
+        let counts = |run: &&Run| {
+            let under_way = matches!(run.progress, Progress::Pending(_) | Progress::Running);
+            let there = self.world.nodes.iter().any(|node| node.uid == run.order.node_uid);
+            under_way && there && !self.skipped.contains(&run.order.node)
+        };
+        let under_way: Vec<&Run> = self.world.runs.iter().filter(counts).collect();
+        assert!(under_way.len() <= 1, "several at once: {under_way:?}");
+    }
+
+    pub fn tick(&mut self, by: SignedDuration) {
+        self.world.now += by;
+    }
+
+    /// The first run that is under way.
+    fn under_way(&mut self) -> Option<&mut Run> {
+        let mut runs = self.world.runs.iter_mut();
+        runs.find(|run| matches!(run.progress, Progress::Pending(_) | Progress::Running))
+    }
+
+    /// A kubelet starts the installer.
+    pub fn run_starts(&mut self) {
+        let Some(run) = self.under_way() else { return };
+        run.progress = Progress::Running;
+        if run.order.verb != Verb::Verify {
+            let uid = run.order.node_uid.clone();
+            self.verified.remove(&uid);
+        }
+    }
+
+    /// The installer does as it was told, unless sandboxes are in its way.
+    pub fn run_succeeds(&mut self) {
+        let now = self.world.now;
+        let pods = self.pods.clone();
+        let Some(run) = self.under_way() else { return };
+        let order = run.order.clone();
+        if order.verb == Verb::Uninstall && pods.iter().any(|pod| pod.node.as_ref() == Some(&order.node)) {
+            return self.run_fails(Some(Code::SandboxesExist), "sandboxes exist");
+        }
+        run.progress = Progress::Done {
+            ended: now,
+            report: success(order.verb, &order.version),
+        };
+        match order.verb {
+            Verb::Install | Verb::Verify => drop(self.verified.insert(order.node_uid)),
+            Verb::Uninstall => drop(self.verified.remove(&order.node_uid)),
+        }
+    }
+
+    pub fn run_fails(&mut self, code: Option<Code>, text: &str) {
+        let now = self.world.now;
+        let Some(run) = self.under_way() else { return };
+        run.progress = Progress::Failed {
+            ended: now,
+            code,
+            text: text.to_owned(),
+        };
+        let uid = run.order.node_uid.clone();
+        self.verified.remove(&uid);
+    }
+
+    /// Everything that has to happen happens, in the shortest time.
+    pub fn run_all(&mut self) {
+        for _ in 0..400 {
+            let decision = self.rest();
+            if self.under_way().is_some() {
+                self.tick(SignedDuration::from_secs(1));
+                self.run_starts();
+                self.run_succeeds();
+                continue;
+            }
+            // What is to come within minutes; the daily look is not waited for.
+            let soon = self.world.now + SignedDuration::from_mins(20);
+            match decision.wake.filter(|wake| *wake <= soon) {
+                Some(wake) => self.world.now = wake.max(self.world.now),
+                None => return,
+            }
+        }
+        panic!("no end: {:?}", self.decide());
+    }
+
+    /// The statuses of a KataConfig since it was created: the condition's reason and the lists, without repetitions.
+    pub fn history(&self, name: &str) -> Vec<(String, KataNodes)> {
+        let told = self.written.iter().filter(|(config, _)| config == name);
+        told.map(|(_, status)| (status.in_progress().unwrap().reason.clone(), status.kata_nodes.clone()))
+            .collect()
+    }
+
+    pub fn at(&self) -> Timestamp {
+        self.world.now
+    }
+
+    pub fn ready_nodes(&self) -> BTreeMap<String, Option<bool>> {
+        let nodes = self.world.nodes.iter();
+        nodes.map(|node| (node.name.clone(), node.record.ready)).collect()
+    }
+}
+
+fn orderly(nodes: &KataNodes) {
+    let lists = [
+        &nodes.installed,
+        &nodes.installing,
+        &nodes.waiting_to_install,
+        &nodes.failed_to_install,
+        &nodes.uninstalling,
+        &nodes.waiting_to_uninstall,
+        &nodes.failed_to_uninstall,
+    ];
+    let mut seen = BTreeSet::new();
+    for list in lists {
+        assert!(list.is_sorted(), "{list:?}");
+        for name in list {
+            assert!(seen.insert(name), "{name} is in two lists");
+        }
+    }
+    assert_eq!(nodes.ready_node_count, i64::try_from(nodes.installed.len()).unwrap());
+    assert!(nodes.ready_node_count <= nodes.node_count);
+}

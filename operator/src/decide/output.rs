@@ -1,0 +1,93 @@
+//! What a decision says: statuses to write, then actions to take one after another, then events to tell.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::world::{Order, Record};
+use crate::{
+    api::KataConfigStatus,
+    report::{Code, Verb},
+};
+
+/// What to do now. Whoever acts writes the statuses first and takes the actions in their order; after a failure it stops, reads the world again and decides anew.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// By the name of the KataConfig; only those that differ from what is there. They describe the world that was read.
+    pub statuses: Vec<(String, KataConfigStatus)>,
+    /// In order.
+    pub actions: Vec<Action>,
+    /// To be told when all actions have succeeded.
+    pub notes: Vec<Note>,
+    /// Runs whose end was taken note of for the first time.
+    pub ends: Vec<End>,
+    /// When to decide again although nothing happens.
+    pub wake: Option<Timestamp>,
+    /// Pods that use kata are waited for: their ends have to be watched.
+    pub awaits_pods: bool,
+}
+
+/// One step. Each is idempotent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Puts the finalizer on the KataConfig.
+    AddFinalizer(String),
+    /// Takes it off.
+    RemoveFinalizer(String),
+    /// Writes our labels and annotations on a node.
+    Mark {
+        /// The node.
+        node: String,
+        /// All of them.
+        record: Record,
+    },
+    /// Makes a pod of the installer.
+    StartRun {
+        /// The pod's name.
+        name: String,
+        /// What for.
+        order: Order,
+    },
+    /// Deletes a pod of the installer, if it still is the one with this uid.
+    DeleteRun {
+        /// The pod's name.
+        name: String,
+        /// And uid.
+        uid: String,
+    },
+    /// Makes the RuntimeClass `kata`, owned by the KataConfig.
+    CreateRuntimeClass(String),
+    /// Deletes it.
+    DeleteRuntimeClass,
+}
+
+/// How a run ended, for the metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// What it was asked for.
+    pub verb: Verb,
+    /// From the pod's creation to its end.
+    pub took: SignedDuration,
+    /// Why it failed, where it failed; [`Code::Other`] where it did not say.
+    pub failure: Option<Code>,
+}
+
+/// An event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What it is about.
+    pub about: About,
+    /// Something is not as it should be.
+    pub warning: bool,
+    /// One word.
+    pub reason: &'static str,
+    /// A sentence.
+    pub text: String,
+}
+
+/// What an event is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum About {
+    /// The KataConfig of this name.
+    Config(String),
+    /// The node of this name.
+    Node(String),
+}

@@ -1,0 +1,407 @@
+//! The KataConfig that is in force: what it asks for, what is there, and the next steps from one to the other.
+
+use std::collections::BTreeSet;
+
+use jiff::SignedDuration;
+use kube::ResourceExt;
+use sha2::{Digest, Sha256};
+
+use super::{
+    clock::Clock,
+    has_finalizer,
+    output::{About, Action, Decision, End, Note},
+    pool::Pool,
+    results::{self, Outcome},
+    selector::SelectorError,
+    standing::{Measure, Place, Standing},
+    status::{self, Reason},
+    tell_status, turn,
+    world::{Node, RETRY, Record, Run, SKIP_NODES, World},
+};
+use crate::{
+    api::{KataConfig, KataNodes},
+    report::Verb,
+};
+
+/// What stands in the way of any change.
+#[derive(Debug, PartialEq, Eq)]
+enum Hold {
+    PeerPods,
+    Selector(SelectorError),
+    /// It is being deleted, and pods use kata.
+    Pods,
+}
+
+pub(super) struct Scene<'a> {
+    world: &'a World,
+    config: &'a KataConfig,
+    clock: &'a Clock,
+    /// Nodes that are to be left alone.
+    skipped: BTreeSet<&'a str>,
+    purpose: String,
+}
+
+/// The nodes, each in its place, for a KataConfig that has its finalizer.
+struct Cast<'a> {
+    pool: Pool,
+    hold: Option<Hold>,
+    standings: Vec<Standing<'a>>,
+    /// Pods that use kata are known, and there are none.
+    free_of_pods: bool,
+}
+
+impl<'a> Scene<'a> {
+    pub(super) fn new(world: &'a World, config: &'a KataConfig, clock: &'a Clock) -> Scene<'a> {
+        let skipped = config.annotations().get(SKIP_NODES).map_or("", String::as_str);
+        Scene {
+            world,
+            config,
+            clock,
+            skipped: skipped
+                .split(',')
+                .map(str::trim)
+                .filter(|name| !name.is_empty())
+                .collect(),
+            purpose: purpose(config, &world.settings.version),
+        }
+    }
+
+    pub(super) fn play(&self, decision: &mut Decision) {
+        match (has_finalizer(self.config), self.deleting()) {
+            (false, true) => {}
+            (false, false) => self.begin(decision),
+            (true, _)
+                if self
+                    .config
+                    .status
+                    .as_ref()
+                    .is_none_or(|status| status.conditions.is_empty())
+                    && !self.deleting() =>
+            {
+                self.tell(&Reason::Installing, KataNodes::default(), decision);
+            }
+            (true, _) => self.go_on(decision),
+        }
+    }
+
+    fn deleting(&self) -> bool {
+        self.config.metadata.deletion_timestamp.is_some()
+    }
+
+    fn measure(&self) -> Measure<'_> {
+        Measure {
+            settings: &self.world.settings,
+            log_level: self.config.spec.log_level.name(),
+            purpose: &self.purpose,
+            clock: self.clock,
+        }
+    }
+
+    /// No node is touched before the finalizer is there. What makes no sense does not get one.
+    fn begin(&self, decision: &mut Decision) {
+        if self.config.spec.enable_peer_pods {
+            return self.tell(&Reason::PeerPods, KataNodes::default(), decision);
+        }
+        self.tell(&Reason::Installing, KataNodes::default(), decision);
+        decision.actions.push(Action::AddFinalizer(self.config.name_any()));
+    }
+
+    fn tell(&self, reason: &Reason, lists: KataNodes, decision: &mut Decision) {
+        let runtime_class = self.world.runtime_class.is_some();
+        tell_status(self.config, reason, lists, runtime_class, self.clock, decision);
+    }
+
+    fn go_on(&self, decision: &mut Decision) {
+        let cast = self.cast();
+        let removal = self.deleting()
+            || cast
+                .standings
+                .iter()
+                .any(|standing| !standing.wanted && standing.node.record.claimed());
+        decision.awaits_pods = removal;
+        let lists = status::lists(&cast.standings);
+        self.tell_of_left_out(&cast, &lists, decision);
+        self.tell(&self.reason(&cast), lists, decision);
+        let noted = self.take_note(&cast, decision);
+        if cast.hold.is_some() || noted {
+            return;
+        }
+        if self.mark(&cast, decision) || self.runtime_class(&cast, decision) {
+            return;
+        }
+        if self.deleting() && !cast.standings.iter().any(|standing| standing.node.record.claimed()) {
+            return self.finish(decision);
+        }
+        turn::take(
+            &cast.standings,
+            self.measure(),
+            &|node| self.removable(&cast, node),
+            decision,
+        );
+    }
+
+    /// Puts every node in its place.
+    fn cast(&self) -> Cast<'a> {
+        let world = self.world;
+        let (mut pool, refusal) = match Pool::choose(&self.config.spec, &world.nodes) {
+            Ok(pool) => (pool, None),
+            Err(error) => (Pool::default(), Some(Hold::Selector(error))),
+        };
+        pool.wanted.retain(|name| !self.skipped.contains(name.as_str()));
+        let refusal = if self.config.spec.enable_peer_pods {
+            Some(Hold::PeerPods)
+        } else {
+            refusal
+        };
+        let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if pods.is_empty());
+        let begun = !self.world.runtime_class.is_some_and(|class| class.ours);
+        let hold = match self.deleting() {
+            true => (!free_of_pods && !begun).then_some(Hold::Pods),
+            false => refusal,
+        };
+        let wanted = |node: &Node| match &hold {
+            // As it is.
+            Some(Hold::PeerPods | Hold::Selector(_)) => node.record.claimed(),
+            Some(Hold::Pods) => pool.wanted.contains(&node.name),
+            None => !self.deleting() && pool.wanted.contains(&node.name),
+        };
+        let touched = world
+            .nodes
+            .iter()
+            .filter(|node| !self.skipped.contains(node.name.as_str()));
+        let standings = touched
+            .map(|node| Standing::of(node, wanted(node), &world.runs, self.measure()))
+            .collect();
+        Cast {
+            pool,
+            hold,
+            standings,
+            free_of_pods,
+        }
+    }
+
+    fn reason(&self, cast: &Cast<'_>) -> Reason {
+        if self.deleting() {
+            match &self.world.kata_pods {
+                Some(Err(error)) => return Reason::Unlisted(error.clone()),
+                Some(Ok(pods)) if !pods.is_empty() => return Reason::Blocked,
+                _ => {}
+            }
+        }
+        match &cast.hold {
+            Some(Hold::PeerPods) => return Reason::PeerPods,
+            Some(Hold::Selector(error)) => return Reason::InvalidSelector(error.to_string()),
+            Some(Hold::Pods) | None => {}
+        }
+        let failed = cast
+            .standings
+            .iter()
+            .filter_map(|standing| Some((standing, standing.trouble.as_ref()?)));
+        if let Some((standing, text)) = failed.min_by_key(|(standing, _)| &standing.node.name) {
+            return Reason::Failed {
+                node: standing.node.name.clone(),
+                text: text.clone(),
+            };
+        }
+        let class = self.world.runtime_class;
+        let at_work = |standing: &Standing<'_>| !matches!(standing.place, Place::Nowhere | Place::Installed);
+        match (self.deleting(), cast.standings.iter().any(at_work)) {
+            (true, _) => Reason::Uninstalling,
+            (false, false) if cast.pool.wanted.is_empty() => Reason::NoEligibleNodes(cast.pool.why_empty()),
+            (false, false) if class.is_some() => Reason::Steady,
+            _ if self.installed_before() => Reason::Updating,
+            _ => Reason::Installing,
+        }
+    }
+
+    /// The first installation is over once the RuntimeClass is there. One that somebody else made was there from the start.
+    fn installed_before(&self) -> bool {
+        let ours = self.world.runtime_class.is_some_and(|class| class.ours);
+        let status = self.config.status.as_ref();
+        let steady = status.and_then(|status| status.in_progress());
+        ours || steady.is_some_and(|condition| condition.reason == "Updating" || condition.reason.is_empty())
+    }
+
+    /// Nodes of a kind that cannot have kata: told of when the pool changes, not each time it is looked at.
+    fn tell_of_left_out(&self, cast: &Cast<'_>, lists: &KataNodes, decision: &mut Decision) {
+        let before = self
+            .config
+            .status
+            .as_ref()
+            .map_or(0, |status| status.kata_nodes.node_count);
+        let first = before == 0 && self.reason_is_installing();
+        if self.deleting() || !(first || before != lists.node_count) {
+            return;
+        }
+        for (node, what) in &cast.pool.unsupported {
+            let text = format!("Node {node} does not get kata: {what}");
+            for about in [About::Node(node.clone()), About::Config(self.config.name_any())] {
+                decision.notes.push(warning(about, "NodeNotSupported", text.clone()));
+            }
+        }
+    }
+
+    fn reason_is_installing(&self) -> bool {
+        let condition = self.config.status.as_ref().and_then(|status| status.in_progress());
+        condition.is_some_and(|condition| condition.reason == "Installing")
+    }
+
+    /// Notes on the nodes how runs ended, and deletes their pods. Tells whether there was something new.
+    fn take_note(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+        let mut news = false;
+        for run in &self.world.runs {
+            let there = self.world.nodes.iter().any(|node| node.uid == run.order.node_uid);
+            if !there && !run.deleted {
+                decision.actions.push(delete(run));
+            }
+        }
+        for standing in &cast.standings {
+            let Some((run, Some(outcome))) = &standing.run else {
+                continue;
+            };
+            if !standing.noted {
+                news = true;
+                self.note(standing, run, outcome, decision);
+            }
+            // Its pod stands for a node that may still be shaken by what was done to it.
+            let shaken = outcome.failure.is_none()
+                && run.order.verb != Verb::Verify
+                && !standing.settled(outcome, self.measure());
+            if !run.deleted && !shaken {
+                decision.actions.push(delete(run));
+            }
+        }
+        news
+    }
+
+    fn note(&self, standing: &Standing<'_>, run: &Run, outcome: &Outcome, decision: &mut Decision) {
+        let node = &standing.node.name;
+        decision.actions.push(Action::Mark {
+            node: node.clone(),
+            record: results::record(run, outcome, standing.node, standing.wanted, &self.world.settings),
+        });
+        decision.ends.push(End {
+            verb: run.order.verb,
+            took: outcome.ended.duration_since(run.created).max(SignedDuration::ZERO),
+            failure: outcome.failure.as_ref().map(|failure| failure.code),
+        });
+        let (word, text) = match (&outcome.failure, run.order.verb) {
+            (None, Verb::Verify) => return,
+            (None, Verb::Install) => ("Installed", format!("Node {node} has kata {}", run.order.version)),
+            (None, Verb::Uninstall) => ("Uninstalled", format!("Node {node} has no kata any more")),
+            (Some(failure), Verb::Install) => ("InstallFailed", format!("Node {node} Degraded: {}", failure.text)),
+            (Some(failure), Verb::Uninstall) => ("UninstallFailed", format!("Node {node} Degraded: {}", failure.text)),
+            (Some(failure), Verb::Verify) => (
+                "VerificationFailed",
+                format!("Node {node} is installed anew: {}", failure.text),
+            ),
+        };
+        let mut tell = |about| {
+            decision.notes.push(Note {
+                about,
+                warning: outcome.failure.is_some(),
+                reason: word,
+                text: text.clone(),
+            });
+        };
+        tell(About::Node(node.clone()));
+        tell(About::Config(self.config.name_any()));
+    }
+
+    /// Notes on nodes that they are wanted, or not any more. Tells whether something was to be noted.
+    fn mark(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+        let before = decision.actions.len();
+        for Standing { node, wanted, .. } in &cast.standings {
+            let record = &node.record;
+            let marked = match (wanted, record.claimed()) {
+                (true, _) => Record {
+                    member: true,
+                    ..record.clone()
+                },
+                (false, false) => Record::default(),
+                // No new pods from here on.
+                (false, true) => Record {
+                    ready: Some(false),
+                    ..record.clone()
+                },
+            };
+            if marked != *record {
+                decision.actions.push(Action::Mark {
+                    node: node.name.clone(),
+                    record: marked,
+                });
+            }
+        }
+        decision.actions.len() > before
+    }
+
+    /// The RuntimeClass comes last and goes first. Tells whether it has to.
+    fn runtime_class(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+        let wanted = || cast.standings.iter().filter(|standing| standing.wanted);
+        let complete = wanted().next().is_some() && wanted().all(|standing| standing.place == Place::Installed);
+        match (self.deleting(), self.world.runtime_class) {
+            (true, Some(class)) if class.ours => decision.actions.push(Action::DeleteRuntimeClass),
+            (false, None) if complete => {
+                let name = self.config.name_any();
+                decision.actions.push(Action::CreateRuntimeClass(name.clone()));
+                decision.notes.push(Note {
+                    about: About::Config(name),
+                    warning: false,
+                    reason: "RuntimeClassCreated",
+                    text: "Pods can use runtimeClassName: kata".into(),
+                });
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// Whether kata may be taken from this node.
+    fn removable(&self, cast: &Cast<'_>, node: &Node) -> bool {
+        match (&self.world.kata_pods, self.deleting()) {
+            (_, true) => cast.free_of_pods,
+            (Some(Ok(pods)), false) => !pods.iter().any(|pod| pod.node.as_deref() == Some(&node.name)),
+            (Some(Err(_)) | None, false) => false,
+        }
+    }
+
+    /// No node has anything of ours any more.
+    fn finish(&self, decision: &mut Decision) {
+        let left = self.world.runs.iter().filter(|run| !run.deleted);
+        decision.actions.extend(left.map(delete));
+        decision.actions.push(Action::RemoveFinalizer(self.config.name_any()));
+    }
+}
+
+fn delete(run: &Run) -> Action {
+    Action::DeleteRun {
+        name: run.name.clone(),
+        uid: run.uid.clone(),
+    }
+}
+
+fn warning(about: About, reason: &'static str, text: String) -> Note {
+    Note {
+        about,
+        warning: true,
+        reason,
+        text,
+    }
+}
+
+/// What a run is made for. When it changes, an earlier failure says nothing about the next run.
+fn purpose(config: &KataConfig, version: &str) -> String {
+    let retry = config.annotations().get(RETRY).map_or("", String::as_str);
+    let uid = config.uid().unwrap_or_default();
+    let generation = config.metadata.generation.unwrap_or_default();
+    short_hash(&format!("{uid}\n{generation}\n{retry}\n{version}"))
+}
+
+/// Eight digits that stand for a text.
+pub(super) fn short_hash(text: &str) -> String {
+    Sha256::digest(text)
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}

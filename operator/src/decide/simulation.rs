@@ -1,0 +1,270 @@
+//! Anything may happen in any order, the controller may die after any step, and still: what [`Cluster`] watches over never happens, and there is always progress or a
+//! reason that is told.
+
+use jiff::SignedDuration;
+use kube::ResourceExt;
+use proptest::prelude::*;
+
+use super::{
+    RETRY, SKIP_NODES,
+    cluster::Cluster,
+    fixtures,
+    world::{KATA, KataPod, Progress},
+};
+use crate::{api::LogLevel, report::Code};
+
+#[derive(Debug, Clone)]
+enum Happening {
+    /// The controller reads, decides, acts, and dies after so many steps.
+    Pass(usize),
+    RunStarts,
+    RunSucceeds,
+    RunFails(bool),
+    RunCannotStart,
+    RunIsLost,
+    Time(i64),
+    Ready(usize, bool),
+    Cordon(usize, bool),
+    Reboot(usize),
+    NodeGoes(usize),
+    NodeComes(usize),
+    NodeLosesLabel(usize),
+    PodComes(usize),
+    PodGoes,
+    Create(usize),
+    Delete(usize),
+    Select(Option<usize>),
+    Level(bool),
+    PeerPods(bool),
+    Retry(u8),
+    Skip(usize),
+    Upgrade(u8),
+    ClassGoes,
+}
+
+const NODES: [&str; 4] = ["worker-0", "worker-1", "worker-2", "worker-3"];
+const CONFIGS: [&str; 2] = ["cluster-kataconfig", "example-kataconfig"];
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let node = 0..NODES.len();
+    prop_oneof![
+        12 => prop_oneof![3 => Just(usize::MAX), 1 => 0..6_usize].prop_map(Happening::Pass),
+        5 => Just(Happening::RunStarts),
+        6 => Just(Happening::RunSucceeds),
+        2 => any::<bool>().prop_map(Happening::RunFails),
+        1 => Just(Happening::RunCannotStart),
+        1 => Just(Happening::RunIsLost),
+        4 => prop_oneof![1..10_i64, 60..1200_i64, Just(90_000)].prop_map(Happening::Time),
+        2 => (node.clone(), any::<bool>()).prop_map(|(node, ready)| Happening::Ready(node, ready)),
+        1 => (node.clone(), any::<bool>()).prop_map(|(node, cordoned)| Happening::Cordon(node, cordoned)),
+        1 => node.clone().prop_map(Happening::Reboot),
+        1 => node.clone().prop_map(Happening::NodeGoes),
+        1 => node.clone().prop_map(Happening::NodeComes),
+        1 => node.clone().prop_map(Happening::NodeLosesLabel),
+        2 => node.clone().prop_map(Happening::PodComes),
+        2 => Just(Happening::PodGoes),
+        2 => (0..CONFIGS.len()).prop_map(Happening::Create),
+        1 => (0..CONFIGS.len()).prop_map(Happening::Delete),
+        1 => proptest::option::of(node.clone()).prop_map(Happening::Select),
+        1 => any::<bool>().prop_map(Happening::Level),
+        1 => any::<bool>().prop_map(Happening::PeerPods),
+        1 => any::<u8>().prop_map(Happening::Retry),
+        1 => node.prop_map(Happening::Skip),
+        1 => (0..3_u8).prop_map(Happening::Upgrade),
+        1 => Just(Happening::ClassGoes),
+    ]
+}
+
+fn happens(cluster: &mut Cluster, happening: &Happening) {
+    match happening {
+        Happening::Pass(steps) => drop(cluster.pass(*steps)),
+        Happening::RunStarts => cluster.run_starts(),
+        Happening::RunSucceeds => cluster.run_succeeds(),
+        Happening::RunFails(sandboxes) => cluster.run_fails(sandboxes.then_some(Code::SandboxesExist), "no"),
+        Happening::RunCannotStart => {
+            for run in &mut cluster.world.runs {
+                if run.progress == Progress::Pending(None) {
+                    run.progress = Progress::Pending(Some("the image cannot be pulled".into()));
+                }
+            }
+        }
+        Happening::RunIsLost => drop(cluster.world.runs.pop()),
+        Happening::Time(seconds) => cluster.tick(SignedDuration::from_secs(*seconds)),
+        Happening::Create(index) => cluster.create(CONFIGS[*index], serde_json::json!({})),
+        Happening::Delete(index) => cluster.delete(CONFIGS[*index]),
+        Happening::Upgrade(version) => cluster.world.settings.version = format!("0.{version}.0-1a2b3c4d"),
+        // Somebody deletes it by hand; pods that run do not mind.
+        Happening::ClassGoes => cluster.world.runtime_class = None,
+        Happening::PodGoes => drop(cluster.pods.pop()),
+        other => happens_to_node(cluster, other),
+    }
+}
+
+fn happens_to_node(cluster: &mut Cluster, happening: &Happening) {
+    let now = cluster.at();
+    let there = |cluster: &Cluster, index: usize| cluster.world.nodes.iter().any(|node| node.name == NODES[index]);
+    match *happening {
+        Happening::NodeComes(index) if !there(cluster, index) => {
+            let mut node = fixtures::node(NODES[index]);
+            node.uid = format!("{}-{now}", node.name);
+            node.since = Some(now);
+            cluster.world.nodes.push(node);
+        }
+        Happening::NodeGoes(index) => {
+            cluster.world.nodes.retain(|node| node.name != NODES[index]);
+            cluster.pods.retain(|pod| pod.node.as_deref() != Some(NODES[index]));
+        }
+        Happening::PodComes(index) if there(cluster, index) => {
+            let class = cluster.world.runtime_class.is_some();
+            let record = &cluster.node(NODES[index]).record;
+            if class && record.member && record.ready == Some(true) {
+                cluster.pods.push(KataPod {
+                    name: "default/hello".into(),
+                    node: Some(NODES[index].to_owned()),
+                });
+            }
+        }
+        Happening::Ready(index, ready) if there(cluster, index) => {
+            let node = cluster.node(NODES[index]);
+            if node.ready != ready {
+                (node.ready, node.since) = (ready, Some(now));
+            }
+        }
+        Happening::Cordon(index, cordoned) if there(cluster, index) => {
+            cluster.node(NODES[index]).unschedulable = cordoned
+        }
+        Happening::Reboot(index) if there(cluster, index) => {
+            cluster.node(NODES[index]).host.boot_id = format!("boot at {now}");
+        }
+        Happening::NodeLosesLabel(index) if there(cluster, index) => cluster.node(NODES[index]).record.member = false,
+        ref other => happens_to_configs(cluster, other),
+    }
+}
+
+fn happens_to_configs(cluster: &mut Cluster, happening: &Happening) {
+    for name in CONFIGS {
+        match *happening {
+            Happening::Select(index) => cluster.respec(name, |config| {
+                let expression = index.map(|index| {
+                    serde_json::json!({"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [NODES[index]]}]})
+                });
+                config.spec.kata_config_pool_selector = expression.map(|json| serde_json::from_value(json).unwrap());
+            }),
+            Happening::Level(debug) => cluster.respec(name, |config| {
+                config.spec.log_level = if debug { LogLevel::Debug } else { LogLevel::Info };
+            }),
+            Happening::PeerPods(on) => cluster.respec(name, |config| config.spec.enable_peer_pods = on),
+            Happening::Retry(word) => {
+                if let Some(config) = cluster.config(name) {
+                    config.annotations_mut().insert(RETRY.into(), word.to_string());
+                }
+            }
+            Happening::Skip(index) => {
+                cluster.skipped.insert(NODES[index].to_owned());
+                if let Some(config) = cluster.config(name) {
+                    config.annotations_mut().insert(SKIP_NODES.into(), NODES[index].to_owned());
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Nothing to do now: then something is under way, or a time is known, or the status says why not.
+fn progress_or_a_reason(cluster: &mut Cluster) {
+    let decision = cluster.rest();
+    let Some(config) = cluster
+        .world
+        .configs
+        .iter()
+        .find(|config| !config.finalizers().is_empty())
+    else {
+        return;
+    };
+    let name = config.name_any();
+    let (in_progress, reason, message) = cluster.condition(&name);
+    let lists = cluster.lists(&name);
+    if in_progress == "False" || reason == "Failed" {
+        assert!(
+            !message.is_empty() || lists.node_count == lists.ready_node_count,
+            "{lists:?}"
+        );
+        return;
+    }
+    let waiting = [&lists.waiting_to_install, &lists.waiting_to_uninstall];
+    let mut nodes = waiting.into_iter().flatten();
+    let unfit = nodes.any(|name| {
+        let node = cluster.world.nodes.iter().find(|node| node.name == *name).unwrap();
+        !node.ready || node.unschedulable || cluster.pods.iter().any(|pod| pod.node.as_ref() == Some(name))
+    });
+    let under_way = !cluster.world.runs.is_empty();
+    assert!(
+        unfit || under_way || decision.wake.is_some(),
+        "stuck: {reason} {lists:?}"
+    );
+}
+
+/// All is well with the nodes, and nobody asks for what cannot be.
+fn calm_down(cluster: &mut Cluster) {
+    let now = cluster.at();
+    for node in &mut cluster.world.nodes {
+        (node.ready, node.unschedulable) = (true, false);
+        node.since = Some(now);
+    }
+    cluster.pods.clear();
+    for name in CONFIGS {
+        cluster.respec(name, |config| {
+            config.spec.enable_peer_pods = false;
+            config.annotations_mut().remove(SKIP_NODES);
+        });
+    }
+}
+
+fn all_is_well(cluster: &mut Cluster) {
+    let decision = cluster.rest();
+    assert!(decision.actions.is_empty());
+    assert!(
+        cluster
+            .world
+            .configs
+            .iter()
+            .all(|config| config.metadata.deletion_timestamp.is_none()),
+        "a KataConfig is still being deleted"
+    );
+    let active = cluster
+        .world
+        .configs
+        .iter()
+        .find(|config| !config.finalizers().is_empty());
+    let Some(name) = active.map(|config| config.name_any()) else {
+        return;
+    };
+    let (in_progress, reason, _) = cluster.condition(&name);
+    let lists = cluster.lists(&name);
+    assert_eq!(in_progress, "False", "{reason} {lists:?}");
+    if reason == "NoEligibleNodes" {
+        return assert_eq!(lists.node_count, 0);
+    }
+    assert_eq!(reason, "");
+    assert_eq!(lists.node_count, lists.ready_node_count);
+    assert!(cluster.world.runtime_class.is_some());
+    let status = cluster.config(&name).unwrap().status.clone().unwrap();
+    assert_eq!(status.runtime_classes, [KATA]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_nothing_forbidden_does_and_all_ends_well(happenings in proptest::collection::vec(happening(), 1..80)) {
+        let mut cluster = Cluster::new(&NODES[..3]);
+        cluster.create(CONFIGS[0], serde_json::json!({}));
+        for happening in &happenings {
+            happens(&mut cluster, happening);
+        }
+        progress_or_a_reason(&mut cluster);
+        calm_down(&mut cluster);
+        cluster.run_all();
+        all_is_well(&mut cluster);
+    }
+}

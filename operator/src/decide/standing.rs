@@ -1,0 +1,181 @@
+//! Where a node is on its way.
+
+use jiff::SignedDuration;
+
+use super::{
+    clock::Clock,
+    results::{self, Outcome},
+    world::{KATA, Node, Record, Run, Settings},
+};
+use crate::report::Verb;
+
+/// How long a node may be not Ready before that is called a failure of what was done to it.
+const UNREADY: SignedDuration = SignedDuration::from_mins(5);
+/// How long after a run a kubelet may take to list the handler.
+const LISTED: SignedDuration = SignedDuration::from_mins(10);
+/// How often a node is looked at although nothing happened.
+const DAILY: SignedDuration = SignedDuration::from_hours(24);
+
+/// The list of `status.kataNodes` that a node is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In none.
+    Nowhere,
+    Installed,
+    Installing,
+    WaitingToInstall,
+    FailedToInstall,
+    Uninstalling,
+    WaitingToUninstall,
+    FailedToUninstall,
+}
+
+/// What every node is measured against.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Measure<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) log_level: &'a str,
+    pub(super) purpose: &'a str,
+    pub(super) clock: &'a Clock,
+}
+
+/// A node and where it is.
+#[derive(Debug)]
+pub(super) struct Standing<'a> {
+    pub(super) node: &'a Node,
+    pub(super) wanted: bool,
+    pub(super) place: Place,
+    /// What is wrong with it, when its place is a failed one.
+    pub(super) trouble: Option<String>,
+    /// The installer's pod on it, with how it ended.
+    pub(super) run: Option<(&'a Run, Option<Outcome>)>,
+    /// It ended, and the node's record tells of it.
+    pub(super) noted: bool,
+}
+
+impl<'a> Standing<'a> {
+    pub(super) fn of(node: &'a Node, wanted: bool, runs: &'a [Run], measure: Measure<'_>) -> Standing<'a> {
+        // There is one at most; were there two, the one that is not over would count.
+        let run = runs
+            .iter()
+            .filter(|run| run.order.node_uid == node.uid)
+            .map(|run| (run, results::outcome(run, measure.clock)))
+            .min_by_key(|(_, outcome)| outcome.is_some());
+        let noted = match &run {
+            Some((run, Some(outcome))) => results::noted(run, outcome, node, measure.settings),
+            _ => false,
+        };
+        let mut standing = Standing {
+            node,
+            wanted,
+            place: Place::Nowhere,
+            trouble: None,
+            run,
+            noted,
+        };
+        (standing.place, standing.trouble) = standing.place(measure);
+        standing
+    }
+
+    fn place(&self, measure: Measure<'_>) -> (Place, Option<String>) {
+        match &self.run {
+            Some((run, _)) if !self.noted && run.order.verb == Verb::Install => (Place::Installing, None),
+            Some((run, _)) if !self.noted && run.order.verb == Verb::Uninstall => (Place::Uninstalling, None),
+            Some((_, Some(outcome))) if self.noted && self.lost(outcome, measure.clock) => {
+                let text = "it is not Ready since the installer ended".to_owned();
+                (self.failed(), Some(text))
+            }
+            // Whatever it is wanted for now, nothing happens before the pod is gone.
+            Some((_, Some(outcome))) if self.noted && outcome.given_up => {
+                let text = outcome.failure.as_ref().map(|failure| failure.text.clone());
+                (self.failed(), text)
+            }
+            _ => self.place_by_record(measure),
+        }
+    }
+
+    /// The run worked, and the node did not come back.
+    fn lost(&self, outcome: &Outcome, clock: &Clock) -> bool {
+        outcome.failure.is_none() && !self.node.ready && clock.passed(outcome.ended, UNREADY)
+    }
+
+    fn failed(&self) -> Place {
+        if self.wanted {
+            Place::FailedToInstall
+        } else {
+            Place::FailedToUninstall
+        }
+    }
+
+    fn place_by_record(&self, measure: Measure<'_>) -> (Place, Option<String>) {
+        let record = &self.node.record;
+        if self.wanted && self.current(measure) {
+            return (Place::Installed, None);
+        }
+        if !self.wanted && !record.claimed() {
+            return (Place::Nowhere, None);
+        }
+        if self.failures(measure) > 0 {
+            return (self.failed(), record.last_error.clone());
+        }
+        if self.wanted {
+            return (Place::WaitingToInstall, None);
+        }
+        let unready = !self.node.ready && self.node.since.is_none_or(|since| measure.clock.passed(since, UNREADY));
+        if unready {
+            let text = "it is not Ready; kata is removed when it is, or stays if the KataConfig's annotation sandpod.io/skip-nodes names the node";
+            return (Place::FailedToUninstall, Some(text.to_owned()));
+        }
+        (Place::WaitingToUninstall, None)
+    }
+
+    /// What it lacks.
+    pub(super) fn needs(&self) -> Verb {
+        if self.wanted { Verb::Install } else { Verb::Uninstall }
+    }
+
+    /// It has what is asked for, verified.
+    fn current(&self, measure: Measure<'_>) -> bool {
+        let record = &self.node.record;
+        record.ready == Some(true)
+            && record.version.as_deref() == Some(&measure.settings.version)
+            && record.log_level.as_deref() == Some(measure.log_level)
+    }
+
+    /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no reason to wait.
+    pub(super) fn failures(&self, measure: Measure<'_>) -> u32 {
+        let last = self.node.record.last_run.as_ref();
+        last.filter(|last| last.verb == self.needs() && last.purpose == measure.purpose)
+            .map_or(0, |last| last.failures)
+    }
+
+    /// A failed node may be tried again.
+    pub(super) fn due(&self, clock: &Clock) -> bool {
+        let last = self.node.record.last_run.as_ref();
+        last.is_none_or(|last| clock.passed(last.due.0, SignedDuration::ZERO))
+    }
+
+    /// The run on it has ended, and the node has been Ready for a while since.
+    pub(super) fn settled(&self, outcome: &Outcome, measure: Measure<'_>) -> bool {
+        let settle = measure.settings.settle;
+        let ready = self.node.ready && self.node.since.is_none_or(|since| measure.clock.passed(since, settle));
+        measure.clock.passed(outcome.ended, settle) && ready
+    }
+
+    /// Something about the node is not as it was when it was verified last, or that is a day ago.
+    pub(super) fn to_be_verified(&self, clock: &Clock) -> bool {
+        let Node {
+            record, host, handlers, ..
+        } = self.node;
+        let Record { boot_id, software, .. } = record;
+        let changed = |now: &str, then: &Option<String>| !now.trim().is_empty() && then.as_deref() != Some(now);
+        let Some(last) = &record.last_run else {
+            return true;
+        };
+        let forgotten = !handlers.is_empty() && !handlers.contains(KATA) && clock.passed(last.ended.0, LISTED);
+        forgotten
+            || changed(&host.boot_id, boot_id)
+            || changed(&host.software(), software)
+            || clock.passed(last.ended.0, DAILY)
+    }
+}

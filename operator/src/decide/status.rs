@@ -1,0 +1,152 @@
+//! The status that users read, word for word as the guide has it.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::{
+    standing::{Place, Standing},
+    world::KATA,
+};
+use crate::api::{Condition, IN_PROGRESS, KataConfigStatus, KataNodes};
+
+/// Why the condition `InProgress` is as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// Kata is on all wanted nodes.
+    Steady,
+    /// The first installation.
+    Installing,
+    /// Nodes come, go or get another version.
+    Updating,
+    /// The KataConfig is being deleted.
+    Uninstalling,
+    /// A node did not do what it should.
+    Failed { node: String, text: String },
+    /// Pods use kata.
+    Blocked,
+    /// Nobody knows whether pods use kata.
+    Unlisted(String),
+    /// No node is wanted.
+    NoEligibleNodes(String),
+    /// The selector makes no sense.
+    InvalidSelector(String),
+    /// Peer pods are asked for.
+    PeerPods,
+    /// Another KataConfig is in force.
+    Duplicate(String),
+}
+
+impl Reason {
+    /// Status, reason and message.
+    fn words(&self) -> (bool, &'static str, String) {
+        match self {
+            Reason::Steady => (false, "", String::new()),
+            Reason::Installing => (
+                true,
+                "Installing",
+                "Performing initial installation of kata on cluster".into(),
+            ),
+            Reason::Updating => (true, "Updating", "Adding and/or removing kata-enabled nodes".into()),
+            Reason::Uninstalling => (true, "Uninstalling", "Removing kata from cluster".into()),
+            Reason::Failed { node, text } => (true, "Failed", format!("Node {node} Degraded: {text}")),
+            Reason::Blocked => {
+                let text = "Existing pods using \"kata\" RuntimeClass found. Please delete the pods manually for KataConfig deletion to proceed";
+                (false, "BlockedByExistingKataPods", text.into())
+            }
+            Reason::Unlisted(error) => (
+                false,
+                "BlockedByExistingKataPods",
+                format!("Failed to list kata pods: {error}"),
+            ),
+            Reason::NoEligibleNodes(why) => (false, "NoEligibleNodes", why.clone()),
+            Reason::InvalidSelector(why) => (false, "InvalidSelector", why.clone()),
+            Reason::PeerPods => {
+                let text = "enablePeerPods: true asks for pods in virtual machines of a cloud, which are not supported; set it to false";
+                (false, "PeerPodsNotSupported", text.into())
+            }
+            Reason::Duplicate(name) => {
+                let text = format!(
+                    "A KataConfig instance already exists: {name} is in force; delete this one, or that one first"
+                );
+                (false, "Duplicate", text)
+            }
+        }
+    }
+
+    /// The word, for an event about what an administrator has to see to.
+    pub(super) fn calls_for_help(&self) -> Option<(&'static str, String)> {
+        let (_, reason, message) = self.words();
+        match self {
+            Reason::Steady | Reason::Installing | Reason::Updating | Reason::Uninstalling | Reason::Failed { .. } => {
+                None
+            }
+            _ => Some((reason, message)),
+        }
+    }
+}
+
+/// The status with this reason; the time of the last transition is kept while the condition's status stays.
+pub(super) fn status(
+    reason: &Reason,
+    kata_nodes: KataNodes,
+    runtime_class: bool,
+    before: Option<&KataConfigStatus>,
+    now: Timestamp,
+) -> KataConfigStatus {
+    let (in_progress, word, message) = reason.words();
+    let status = if in_progress { "True" } else { "False" };
+    let since = before
+        .and_then(KataConfigStatus::in_progress)
+        .filter(|condition| condition.status == status)
+        .map_or_else(
+            || Time(to_the_second(now)),
+            |condition| condition.last_transition_time.clone(),
+        );
+    KataConfigStatus {
+        runtime_classes: if runtime_class {
+            vec![KATA.to_owned()]
+        } else {
+            Vec::new()
+        },
+        conditions: vec![Condition {
+            kind: IN_PROGRESS.to_owned(),
+            status: status.to_owned(),
+            last_transition_time: since,
+            reason: word.to_owned(),
+            message,
+        }],
+        kata_nodes,
+        waiting_for_mco_to_start: false,
+    }
+}
+
+/// As the API shows times.
+fn to_the_second(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
+}
+
+/// The lists, each sorted by name.
+pub(super) fn lists(standings: &[Standing<'_>]) -> KataNodes {
+    let names = |place: Place| -> Vec<String> {
+        let mut names: Vec<String> = standings
+            .iter()
+            .filter(|standing| standing.place == place)
+            .map(|standing| standing.node.name.clone())
+            .collect();
+        names.sort();
+        names
+    };
+    let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+    let installed = names(Place::Installed);
+    KataNodes {
+        node_count: count(standings.iter().filter(|standing| standing.wanted).count()),
+        ready_node_count: count(installed.len()),
+        installed,
+        installing: names(Place::Installing),
+        waiting_to_install: names(Place::WaitingToInstall),
+        failed_to_install: names(Place::FailedToInstall),
+        uninstalling: names(Place::Uninstalling),
+        waiting_to_uninstall: names(Place::WaitingToUninstall),
+        failed_to_uninstall: names(Place::FailedToUninstall),
+    }
+}

@@ -1,0 +1,603 @@
+//! The guide's tables, and each thing that can stand in the way.
+
+use jiff::SignedDuration;
+use kube::ResourceExt;
+use serde_json::json;
+
+use super::{
+    About, Action, Decision, Progress, RETRY, RuntimeClass, SKIP_NODES,
+    cluster::Cluster,
+    decide, fixtures,
+    world::{Host, KataPod},
+};
+use crate::{
+    api::KataNodes,
+    report::{Code, Verb},
+};
+
+const NAME: &str = "cluster-kataconfig";
+
+/// The guide's way to write lists.
+fn lists(json: serde_json::Value) -> KataNodes {
+    serde_json::from_value(json).unwrap()
+}
+
+/// A cluster with kata on all of its nodes.
+fn installed(nodes: &[&str]) -> Cluster {
+    let mut cluster = Cluster::new(nodes);
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    assert_eq!(
+        cluster.condition(NAME),
+        (String::from("False"), String::new(), String::new())
+    );
+    cluster
+}
+
+fn select(cluster: &mut Cluster, selector: serde_json::Value) {
+    let selector = serde_json::from_value(selector).unwrap();
+    cluster.respec(NAME, |config| config.spec.kata_config_pool_selector = selector);
+}
+
+fn reasons(decision: &Decision) -> Vec<&'static str> {
+    decision.notes.iter().map(|note| note.reason).collect()
+}
+
+fn pod(node: &str) -> KataPod {
+    KataPod {
+        name: "default/hello".into(),
+        node: Some(node.into()),
+    }
+}
+
+#[test]
+fn table_2_1() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    let history = cluster.history(NAME);
+    let installing = |json| ("Installing".to_owned(), lists(json));
+    let expected = [
+        installing(json!({"nodeCount": 0, "readyNodeCount": 0})),
+        installing(json!({"nodeCount": 2, "readyNodeCount": 0, "waitingToInstall": ["worker-0", "worker-1"]})),
+        installing(
+            json!({"installing": ["worker-1"], "nodeCount": 2, "readyNodeCount": 0, "waitingToInstall": ["worker-0"]}),
+        ),
+        installing(
+            json!({"installed": ["worker-1"], "nodeCount": 2, "readyNodeCount": 1, "waitingToInstall": ["worker-0"]}),
+        ),
+        installing(json!({"installed": ["worker-1"], "installing": ["worker-0"], "nodeCount": 2, "readyNodeCount": 1})),
+        installing(json!({"installed": ["worker-0", "worker-1"], "nodeCount": 2, "readyNodeCount": 2})),
+        (
+            String::new(),
+            lists(json!({"installed": ["worker-0", "worker-1"], "nodeCount": 2, "readyNodeCount": 2})),
+        ),
+    ];
+    assert_eq!(history, expected);
+    let (_, first) = &cluster.written[0];
+    let condition = first.in_progress().unwrap();
+    assert_eq!(condition.message, "Performing initial installation of kata on cluster");
+    assert_eq!(condition.status, "True");
+}
+
+#[test]
+fn table_2_2() {
+    let mut cluster = installed(&["worker-0", "worker-1"]);
+    cluster.written.clear();
+    cluster.delete(NAME);
+    cluster.run_all();
+    let uninstalling = |json| ("Uninstalling".to_owned(), lists(json));
+    let expected = [
+        uninstalling(json!({"nodeCount": 0, "readyNodeCount": 0, "waitingToUninstall": ["worker-0", "worker-1"]})),
+        // The RuntimeClass has gone in between.
+        uninstalling(json!({"nodeCount": 0, "readyNodeCount": 0, "waitingToUninstall": ["worker-0", "worker-1"]})),
+        uninstalling(
+            json!({"nodeCount": 0, "readyNodeCount": 0, "uninstalling": ["worker-1"], "waitingToUninstall": ["worker-0"]}),
+        ),
+        uninstalling(json!({"nodeCount": 0, "readyNodeCount": 0, "waitingToUninstall": ["worker-0"]})),
+        uninstalling(json!({"nodeCount": 0, "readyNodeCount": 0, "uninstalling": ["worker-0"]})),
+    ];
+    let history = cluster.history(NAME);
+    assert_eq!(history[..5], expected);
+    let message = cluster.written[0].1.in_progress().unwrap().message.clone();
+    assert_eq!(message, "Removing kata from cluster");
+    assert!(cluster.world.configs.is_empty());
+    assert!(cluster.world.runs.is_empty());
+    assert!(cluster.world.runtime_class.is_none());
+    assert!(
+        cluster
+            .world
+            .nodes
+            .iter()
+            .all(|node| node.record == super::Record::default())
+    );
+}
+
+#[test]
+fn a_node_is_claimed_before_it_is_touched_and_ready_after_it_was_verified() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    let record = cluster.node("worker-0").record.clone();
+    assert_eq!((record.member, record.ready, record.version), (true, Some(false), None));
+    cluster.run_starts();
+    cluster.run_succeeds();
+    cluster.rest();
+    let record = cluster.node("worker-0").record.clone();
+    assert_eq!(
+        (record.ready, record.version.as_deref()),
+        (Some(true), Some(fixtures::VERSION))
+    );
+    assert_eq!(record.boot_id.as_deref(), Some("first boot of worker-0"));
+}
+
+#[test]
+fn the_next_node_waits_until_the_last_one_has_been_ready_for_a_while() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    cluster.run_starts();
+    cluster.run_succeeds();
+    let ended = cluster.at();
+    let (ready, since) = (false, Some(ended));
+    (cluster.node("worker-1").ready, cluster.node("worker-1").since) = (ready, since);
+    cluster.tick(SignedDuration::from_secs(60));
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).waiting_to_install, ["worker-0"]);
+    let back = cluster.at();
+    (cluster.node("worker-1").ready, cluster.node("worker-1").since) = (true, Some(back));
+    cluster.tick(SignedDuration::from_secs(4));
+    let decision = cluster.rest();
+    assert_eq!(decision.wake, Some(back + SignedDuration::from_secs(5)));
+    cluster.tick(SignedDuration::from_secs(1));
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).installing, ["worker-0"]);
+}
+
+#[test]
+fn a_node_that_does_not_come_back_is_told_of_and_stops_the_others() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    cluster.run_succeeds();
+    let now = cluster.at();
+    (cluster.node("worker-1").ready, cluster.node("worker-1").since) = (false, Some(now));
+    cluster.rest();
+    cluster.tick(SignedDuration::from_mins(5));
+    cluster.rest();
+    let message = "Node worker-1 Degraded: it is not Ready since the installer ended";
+    assert_eq!(cluster.condition(NAME).2, message);
+    assert_eq!(cluster.lists(NAME).failed_to_install, ["worker-1"]);
+    let now = cluster.at();
+    (cluster.node("worker-1").ready, cluster.node("worker-1").since) = (true, Some(now));
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+}
+
+#[test]
+fn a_failure_is_told_stops_the_others_and_is_tried_again_later_and_later() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    for minutes in [1, 2, 4, 8, 15, 15] {
+        assert_eq!(cluster.lists(NAME).installing, ["worker-1"]);
+        cluster.run_fails(
+            Some(Code::NoKvm),
+            "/dev/kvm is absent; enable virtualization in the firmware",
+        );
+        let decision = cluster.pass(usize::MAX);
+        assert_eq!(reasons(&decision), ["InstallFailed", "InstallFailed"]);
+        assert_eq!(decision.notes[0].about, About::Node("worker-1".into()));
+        assert_eq!(decision.ends[0].failure, Some(Code::NoKvm));
+        let failed = cluster.at();
+        let decision = cluster.rest();
+        let message = "Node worker-1 Degraded: /dev/kvm is absent; enable virtualization in the firmware";
+        assert_eq!(
+            cluster.condition(NAME),
+            ("True".into(), "Failed".into(), message.into())
+        );
+        let nodes = cluster.lists(NAME);
+        assert_eq!(
+            (nodes.failed_to_install, nodes.waiting_to_install),
+            (vec!["worker-1".into()], vec!["worker-0".into()])
+        );
+        assert_eq!(decision.wake, Some(failed + SignedDuration::from_mins(minutes)));
+        cluster.world.now = decision.wake.unwrap();
+        cluster.rest();
+    }
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+}
+
+#[test]
+fn a_retry_annotation_and_a_change_of_the_spec_try_at_once() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    cluster.run_fails(None, "no");
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).failed_to_install, ["worker-0"]);
+    let config = cluster.config(NAME).unwrap();
+    config.annotations_mut().insert(RETRY.into(), "now".into());
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).installing, ["worker-0"]);
+    assert_eq!(cluster.world.runs[0].order.failures, 0);
+    cluster.run_fails(None, "no");
+    cluster.rest();
+    cluster.respec(NAME, |config| config.spec.check_node_eligibility = false);
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).installing, ["worker-0"]);
+}
+
+#[test]
+fn a_pod_that_cannot_start_is_a_failure() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    cluster.world.runs[0].progress = Progress::Pending(Some("ErrImagePull: not found".into()));
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).installing, ["worker-0"]);
+    cluster.tick(SignedDuration::from_mins(2));
+    cluster.rest();
+    let message = "Node worker-0 Degraded: the installer's pod does not start: ErrImagePull: not found";
+    assert_eq!(cluster.condition(NAME).2, message);
+    assert!(cluster.world.runs.is_empty());
+}
+
+#[test]
+fn an_image_of_another_version_is_named() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    let now = cluster.at();
+    cluster.world.runs[0].progress = Progress::Done {
+        ended: now,
+        report: fixtures::success(Verb::Install, "0.2.0-ffffffff"),
+    };
+    cluster.rest();
+    let message = "Node worker-0 Degraded: the installer's image carries version 0.2.0-ffffffff, and the controller was told 0.1.0-1a2b3c4d; give both the same";
+    assert_eq!(cluster.condition(NAME).2, message);
+}
+
+#[test]
+fn nodes_that_are_not_ready_or_cordoned_wait_and_stop_nobody() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1", "worker-2"]);
+    cluster.node("worker-2").ready = false;
+    cluster.node("worker-1").unschedulable = true;
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    let expected = json!({"installed": ["worker-0"], "nodeCount": 3, "readyNodeCount": 1, "waitingToInstall": ["worker-1", "worker-2"]});
+    assert_eq!(cluster.lists(NAME), lists(expected));
+    assert!(cluster.world.runtime_class.is_none());
+    cluster.node("worker-2").ready = true;
+    cluster.node("worker-1").unschedulable = false;
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 3);
+}
+
+#[test]
+fn the_pool_may_change_later() {
+    let mut cluster = installed(&["worker-0", "worker-1"]);
+    cluster.written.clear();
+    cluster.world.nodes.push(fixtures::node("worker-2"));
+    cluster.pods.push(pod("worker-0"));
+    let expression =
+        json!({"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["worker-0"]}]});
+    select(&mut cluster, expression);
+    cluster.run_all();
+    let (in_progress, reason, message) = cluster.condition(NAME);
+    assert_eq!((in_progress.as_str(), reason.as_str()), ("True", "Updating"));
+    assert_eq!(message, "Adding and/or removing kata-enabled nodes");
+    // The pod keeps its node's kata, and no other pod comes to it.
+    let expected = json!({"installed": ["worker-1", "worker-2"], "nodeCount": 2, "readyNodeCount": 2, "waitingToUninstall": ["worker-0"]});
+    assert_eq!(cluster.lists(NAME), lists(expected));
+    assert_eq!(cluster.ready_nodes()["worker-0"], Some(false));
+    assert!(cluster.rest().awaits_pods);
+    cluster.pods.clear();
+    cluster.run_all();
+    assert_eq!(cluster.condition(NAME).0, "False");
+    assert_eq!(cluster.node("worker-0").record, super::Record::default());
+}
+
+#[test]
+fn a_new_version_and_another_log_level_go_from_node_to_node() {
+    let mut cluster = installed(&["worker-0", "worker-1"]);
+    cluster.written.clear();
+    cluster.world.settings.version = "0.2.0-9f8e7d6c".into();
+    cluster.run_all();
+    let words: Vec<String> = cluster.history(NAME).into_iter().map(|(reason, _)| reason).collect();
+    assert!(
+        words.iter().rev().skip(1).all(|reason| reason == "Updating"),
+        "{words:?}"
+    );
+    assert_eq!(
+        cluster.node("worker-0").record.version.as_deref(),
+        Some("0.2.0-9f8e7d6c")
+    );
+    cluster.respec(NAME, |config| config.spec.log_level = crate::api::LogLevel::Debug);
+    cluster.rest();
+    assert_eq!(cluster.world.runs[0].order.log_level, "debug");
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+}
+
+#[test]
+fn a_boot_another_kubelet_a_lost_handler_and_a_day_are_looked_at() {
+    let mut cluster = installed(&["worker-0"]);
+    let changes: [fn(&mut Cluster); 4] = [
+        |cluster| cluster.node("worker-0").host.boot_id = "second".into(),
+        |cluster| cluster.node("worker-0").host.kubelet = "v1.37.0".into(),
+        |cluster| {
+            cluster.node("worker-0").handlers.insert("runc".into());
+            cluster.tick(SignedDuration::from_mins(10));
+        },
+        |cluster| cluster.tick(SignedDuration::from_hours(24)),
+    ];
+    for change in changes {
+        change(&mut cluster);
+        cluster.rest();
+        assert_eq!(cluster.world.runs[0].order.verb, Verb::Verify);
+        // Nobody sees it, and pods go on.
+        assert_eq!(cluster.condition(NAME).0, "False");
+        assert_eq!(cluster.ready_nodes()["worker-0"], Some(true));
+        cluster.run_starts();
+        cluster.run_succeeds();
+        cluster.rest();
+        assert!(cluster.world.runs.is_empty());
+        cluster.node("worker-0").handlers.clear();
+    }
+}
+
+#[test]
+fn what_does_not_stand_a_look_is_installed_anew() {
+    let mut cluster = installed(&["worker-0"]);
+    cluster.node("worker-0").host.boot_id = "second".into();
+    cluster.rest();
+    cluster.run_fails(Some(Code::HandlerAbsent), "the handler is gone");
+    let decision = cluster.pass(usize::MAX);
+    assert_eq!(reasons(&decision), ["VerificationFailed", "VerificationFailed"]);
+    assert_eq!(cluster.ready_nodes()["worker-0"], Some(false));
+    cluster.rest();
+    assert_eq!(cluster.condition(NAME).1, "Updating");
+    assert_eq!(cluster.lists(NAME).installing, ["worker-0"]);
+    cluster.run_all();
+    assert_eq!(cluster.condition(NAME).0, "False");
+}
+
+#[test]
+fn deletion_waits_for_pods_and_says_so() {
+    let mut cluster = installed(&["worker-0", "worker-1"]);
+    cluster.pods.push(pod("worker-1"));
+    cluster.delete(NAME);
+    let decision = cluster.pass(usize::MAX);
+    assert_eq!(reasons(&decision), ["BlockedByExistingKataPods"]);
+    let message = "Existing pods using \"kata\" RuntimeClass found. Please delete the pods manually for KataConfig deletion to proceed";
+    let blocked = (
+        "False".to_owned(),
+        "BlockedByExistingKataPods".to_owned(),
+        message.to_owned(),
+    );
+    assert_eq!(cluster.condition(NAME), blocked);
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+    assert!(cluster.rest().awaits_pods);
+    assert_eq!(cluster.world.runtime_class, Some(RuntimeClass { ours: true }));
+    cluster.pods.clear();
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+}
+
+#[test]
+fn pods_that_cannot_be_listed_may_exist() {
+    let mut cluster = installed(&["worker-0"]);
+    cluster.delete(NAME);
+    cluster.world.kata_pods = Some(Err("etcd is gone".into()));
+    let decision = decide(&cluster.world);
+    assert!(decision.actions.is_empty());
+    let condition = decision.statuses[0].1.in_progress().unwrap();
+    assert_eq!(condition.reason, "BlockedByExistingKataPods");
+    assert_eq!(condition.message, "Failed to list kata pods: etcd is gone");
+}
+
+#[test]
+fn deletion_lets_a_running_installer_finish() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    cluster.run_starts();
+    cluster.delete(NAME);
+    cluster.rest();
+    assert_eq!(
+        cluster.lists(NAME),
+        lists(json!({"installing": ["worker-1"], "nodeCount": 0, "readyNodeCount": 0}))
+    );
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+    assert!(cluster.ready_nodes().values().all(Option::is_none));
+}
+
+#[test]
+fn a_dead_node_keeps_a_deletion_until_it_is_named_or_gone() {
+    for way in ["named", "gone"] {
+        let mut cluster = installed(&["worker-0", "worker-1"]);
+        let now = cluster.at();
+        (cluster.node("worker-0").ready, cluster.node("worker-0").since) = (false, Some(now));
+        cluster.delete(NAME);
+        cluster.run_all();
+        assert_eq!(cluster.condition(NAME).1, "Failed");
+        assert_eq!(
+            cluster.lists(NAME),
+            lists(json!({"nodeCount": 0, "readyNodeCount": 0, "failedToUninstall": ["worker-0"]}))
+        );
+        if way == "gone" {
+            cluster.world.nodes.retain(|node| node.name != "worker-0");
+        } else {
+            let config = cluster.config(NAME).unwrap();
+            config
+                .annotations_mut()
+                .insert(SKIP_NODES.into(), "other, worker-0".into());
+        }
+        cluster.run_all();
+        assert!(cluster.world.configs.is_empty(), "{way}");
+    }
+}
+
+#[test]
+fn sandboxes_that_are_still_ending_are_waited_for_briefly() {
+    let mut cluster = installed(&["worker-0"]);
+    cluster.delete(NAME);
+    cluster.rest();
+    cluster.run_fails(
+        Some(Code::SandboxesExist),
+        "the container runtime still has 1 sandbox of kata",
+    );
+    let decision = cluster.rest();
+    assert_eq!(cluster.condition(NAME).1, "Failed");
+    assert_eq!(decision.wake, Some(cluster.at() + SignedDuration::from_secs(10)));
+}
+
+#[test]
+fn nobody_eligible_is_said() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({"checkNodeEligibility": true}));
+    cluster.pass(usize::MAX);
+    let decision = cluster.pass(usize::MAX);
+    assert_eq!(reasons(&decision), ["NoEligibleNodes"]);
+    cluster.rest();
+    let (in_progress, reason, message) = cluster.condition(NAME);
+    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "NoEligibleNodes"));
+    assert!(
+        message.starts_with("No node can have kata: 1 workers, 1 matched"),
+        "{message}"
+    );
+    cluster
+        .node("worker-0")
+        .labels
+        .insert(super::ELIGIBLE.into(), "true".into());
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
+}
+
+#[test]
+fn a_selector_that_makes_no_sense_is_said_and_changes_nothing() {
+    let mut cluster = installed(&["worker-0"]);
+    let selector = json!({"matchExpressions": [{"key": "a", "operator": "In"}]});
+    select(&mut cluster, selector);
+    cluster.rest();
+    let (in_progress, reason, message) = cluster.condition(NAME);
+    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "InvalidSelector"));
+    assert!(message.ends_with("needs values with In and NotIn"), "{message}");
+    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
+}
+
+#[test]
+fn peer_pods_are_refused_by_name() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({"enablePeerPods": true}));
+    cluster.rest();
+    let (in_progress, reason, message) = cluster.condition(NAME);
+    assert_eq!(
+        (in_progress.as_str(), reason.as_str()),
+        ("False", "PeerPodsNotSupported")
+    );
+    assert!(message.starts_with("enablePeerPods: true asks for"), "{message}");
+    assert!(cluster.config(NAME).unwrap().finalizers().is_empty());
+    cluster.respec(NAME, |config| config.spec.enable_peer_pods = false);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
+}
+
+#[test]
+fn the_first_of_two_is_in_force_and_the_other_follows_it() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create("b", json!({}));
+    cluster.create("a", json!({}));
+    let decision = cluster.rest();
+    assert!(decision.notes.is_empty());
+    assert_eq!(cluster.lists("a").installing, ["worker-0"]);
+    let (in_progress, reason, message) = cluster.condition("b");
+    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "Duplicate"));
+    assert_eq!(
+        message,
+        "A KataConfig instance already exists: a is in force; delete this one, or that one first"
+    );
+    cluster.run_all();
+    cluster.delete("a");
+    cluster.run_all();
+    assert_eq!(cluster.lists("b").ready_node_count, 1);
+}
+
+#[test]
+fn an_earlier_name_does_not_take_over() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create("b", json!({}));
+    cluster.rest();
+    cluster.create("a", json!({}));
+    cluster.run_all();
+    assert_eq!(cluster.condition("a").1, "Duplicate");
+    assert_eq!(cluster.lists("b").ready_node_count, 1);
+}
+
+#[test]
+fn a_runtime_class_of_somebody_else_is_neither_changed_nor_deleted() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    let theirs = Some(RuntimeClass { ours: false });
+    cluster.world.runtime_class = theirs;
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    assert_eq!(cluster.condition(NAME).0, "False");
+    assert!(cluster.history(NAME).iter().all(|(reason, _)| reason != "Updating"));
+    cluster.delete(NAME);
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+    assert_eq!(cluster.world.runtime_class, theirs);
+}
+
+#[test]
+fn a_node_of_another_kind_is_told_of_once() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.node("worker-1").host = Host {
+        architecture: "arm64".into(),
+        ..Host::default()
+    };
+    cluster.create(NAME, json!({}));
+    let mut told = Vec::new();
+    for _ in 0..10 {
+        told.extend(cluster.pass(usize::MAX).notes);
+    }
+    let told: Vec<_> = told
+        .into_iter()
+        .filter(|note| note.reason == "NodeNotSupported")
+        .collect();
+    assert_eq!(told.len(), 2);
+    assert_eq!(
+        told[0].text,
+        "Node worker-1 does not get kata: its architecture is arm64, not amd64"
+    );
+    assert_eq!(cluster.lists(NAME).node_count, 1);
+}
+
+#[test]
+fn two_controllers_cannot_make_two_pods_for_the_same_run() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    let started = loop {
+        let decision = cluster.decide();
+        let start = decision
+            .actions
+            .iter()
+            .find(|action| matches!(action, Action::StartRun { .. }));
+        if let Some(start) = start {
+            break start.clone();
+        }
+        cluster.pass(usize::MAX);
+    };
+    cluster.tick(SignedDuration::from_secs(1));
+    assert!(cluster.decide().actions.contains(&started));
+    let Action::StartRun { name, .. } = started else {
+        unreachable!()
+    };
+    assert!(
+        name.starts_with("kata-install-worker-0-") && name.len() == "kata-install-worker-0-12345678".len(),
+        "{name}"
+    );
+}
