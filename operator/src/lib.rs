@@ -1,6 +1,7 @@
 //! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
 
 pub mod api;
+pub mod control;
 pub mod decide;
 pub mod install;
 pub mod report;

@@ -1,0 +1,194 @@
+//! The controller: reads the cluster, lets [`crate::decide`] decide, and does what it says.
+//!
+//! ```text
+//!  watches ──ring──▶ read everything ──▶ decide ──▶ write statuses, act, tell events ──▶ again, until nothing is left to do ──▶ wait for a ring or the time
+//!                         ▲                                      │ an error: wait a little
+//!                         └──────────────────────────────────────┘
+//! ```
+//!
+//! Watches only wake it. What it decides on is read anew each time, so that it never decides on a cluster that does not show yet what it has done itself.
+
+mod act;
+mod events;
+mod lease;
+mod metrics;
+mod options;
+mod pod;
+mod read;
+mod record;
+mod serve;
+mod watch;
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use kube::Client;
+use tokio::{
+    select,
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
+use tracing::{error, info, warn};
+
+pub use self::options::Options;
+use self::{act::Hands, lease::Leadership, metrics::Metrics, read::Eyes, serve::Health, watch::Watches};
+use crate::decide::{Settings, decide};
+
+/// The name under which we write: field manager, reporting controller, lease, managed-by label.
+const NAME: &str = "sandpod-operator";
+/// How long after a first error, in a row twice as long each time.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// And at most.
+const LONGEST: Duration = Duration::from_secs(30);
+/// Passes in a row that found something to do, after which one pauses: many more than any story needs.
+const BUSY: u32 = 50;
+
+/// Why the controller ends.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// No cluster is configured.
+    #[error("no way to the API server: {0}")]
+    Config(#[from] kube::config::InferConfigError),
+    /// The client cannot be made.
+    #[error("the client of the API server cannot be made: {0}")]
+    Client(#[source] Box<kube::Error>),
+    /// Its address cannot be listened on.
+    #[error("--listen {address}: {source}")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The kernel does not deliver signals.
+    #[error("signals cannot be waited for: {0}")]
+    Signal(#[source] std::io::Error),
+    /// Another one leads.
+    #[error("the lease was lost to another controller or could not be renewed in time")]
+    Lost,
+}
+
+/// Runs the controller until SIGTERM, or until it does not lead any more.
+///
+/// # Errors
+/// What keeps it from starting, and [`ControlError::Lost`]: whoever sees that has to end the process, because another controller acts from then on.
+pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
+    let config = kube::Config::infer().await?;
+    let client = Client::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;
+    let metrics = Arc::new(Metrics::new(&options.version));
+    let health = Arc::new(Health::default());
+    let leadership = Leadership::new(client.clone(), &options, Arc::clone(&health));
+    let mut terminate = signal(SignalKind::terminate()).map_err(ControlError::Signal)?;
+    let served = serve::serve(options.listen, Arc::clone(&metrics), Arc::clone(&health)).await?;
+    let work = async {
+        let lease = leadership.acquire().await;
+        info!(identity = options.identity, "leading");
+        select! {
+            () = leadership.hold(lease) => {}
+            () = Controller::new(client, options, metrics).go() => {}
+        }
+    };
+    let ended = select! {
+        () = work => Err(ControlError::Lost),
+        _ = terminate.recv() => Ok(ExitCode::SUCCESS),
+    };
+    served.abort();
+    if ended.is_ok() {
+        leadership.release().await;
+    }
+    ended
+}
+
+struct Controller {
+    eyes: Eyes,
+    hands: Hands,
+    watches: Watches,
+    metrics: Arc<Metrics>,
+    settings: Settings,
+}
+
+/// What a pass came to.
+enum Pass {
+    /// It did something: what comes next is to be seen.
+    Busy,
+    /// There is nothing to do before this time.
+    Rest(Option<Timestamp>),
+}
+
+impl Controller {
+    fn new(client: Client, options: Options, metrics: Arc<Metrics>) -> Controller {
+        Controller {
+            eyes: Eyes::new(client.clone(), &options.namespace),
+            watches: Watches::new(client.clone(), &options.namespace),
+            metrics,
+            settings: Settings {
+                version: options.version.clone(),
+                retry_first: options.retry_first,
+                settle: options.settle,
+            },
+            hands: Hands::new(client, options),
+        }
+    }
+
+    async fn go(mut self) {
+        let mut errors = 0_u32;
+        let mut busy = 0_u32;
+        loop {
+            let pause = match self.pass().await {
+                Ok(Pass::Busy) if busy < BUSY => {
+                    (errors, busy) = (0, busy + 1);
+                    continue;
+                }
+                Ok(Pass::Busy) => {
+                    error!("{BUSY} passes in a row found something to do; pausing");
+                    PATIENCE
+                }
+                Ok(Pass::Rest(wake)) => {
+                    errors = 0;
+                    wake.map_or(Duration::MAX, until)
+                }
+                Err(error) => {
+                    self.metrics.reconcile_errors.inc();
+                    errors = errors.saturating_add(1);
+                    warn!(%error, "a pass failed");
+                    let factor = 1_u32 << errors.saturating_sub(1).min(6);
+                    sleep(PATIENCE.saturating_mul(factor).min(LONGEST)).await;
+                    continue;
+                }
+            };
+            busy = 0;
+            select! {
+                () = self.watches.rung() => {}
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn pass(&mut self) -> Result<Pass, kube::Error> {
+        let mut world = self.eyes.read(&self.settings).await?;
+        let mut decision = decide(&world);
+        if decision.awaits_pods {
+            self.watches.watch_pods();
+            world.kata_pods = Some(self.eyes.kata_pods().await.map_err(|error| error.to_string()));
+            decision = decide(&world);
+        } else {
+            self.watches.leave_pods();
+        }
+        self.metrics.observe(&world, &decision);
+        self.hands.carry_out(&world, &decision).await?;
+        self.metrics.count(&decision.ends);
+        if decision.statuses.is_empty() && decision.actions.is_empty() {
+            // Pods that could not be listed ring no bell.
+            let unlisted = matches!(world.kata_pods, Some(Err(_)));
+            let soon = unlisted.then(|| Timestamp::now() + jiff::SignedDuration::from_secs(5));
+            return Ok(Pass::Rest(soon.or(decision.wake)));
+        }
+        Ok(Pass::Busy)
+    }
+}
+
+fn until(time: Timestamp) -> Duration {
+    // A little later, so that the time has really passed then.
+    let wait = time.duration_since(Timestamp::now());
+    Duration::try_from(wait).unwrap_or_default() + Duration::from_millis(10)
+}

@@ -1,0 +1,232 @@
+//! Doing what was decided. Everything that is there already, or gone already, is done.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::{
+    core::v1::{Node as ApiNode, Pod},
+    node::v1::RuntimeClass as ApiRuntimeClass,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+};
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use super::{
+    NAME, Options,
+    events::Voice,
+    pod,
+    read::MANAGED_BY,
+    record::{self, MEMBER, READY},
+};
+use crate::{
+    api::{GROUP, KIND, KataConfig, KataConfigStatus, VERSION},
+    decide::{Action, Decision, FINALIZER, KATA, World},
+};
+
+/// The guide's overhead of a pod: what its virtual machine takes besides its containers.
+const OVERHEAD: (&str, &str) = ("500m", "500Mi");
+
+pub(super) struct Hands {
+    configs: Api<KataConfig>,
+    nodes: Api<ApiNode>,
+    runs: Api<Pod>,
+    runtime_classes: Api<ApiRuntimeClass>,
+    voice: Voice,
+    options: Options,
+}
+
+impl Hands {
+    pub(super) fn new(client: Client, options: Options) -> Hands {
+        Hands {
+            configs: Api::all(client.clone()),
+            nodes: Api::all(client.clone()),
+            runs: Api::namespaced(client.clone(), &options.namespace),
+            runtime_classes: Api::all(client.clone()),
+            voice: Voice::new(client, options.identity.clone()),
+            options,
+        }
+    }
+
+    /// Writes the statuses, takes the actions in their order, and tells the events.
+    ///
+    /// # Errors
+    /// The API server's first one; what comes after it is left out.
+    pub(super) async fn carry_out(&self, world: &World, decision: &Decision) -> Result<(), kube::Error> {
+        let mut configs: BTreeMap<String, KataConfig> = world
+            .configs
+            .iter()
+            .map(|config| (config.name_any(), config.clone()))
+            .collect();
+        for (name, status) in &decision.statuses {
+            if let Some(written) = self.write_status(name, status).await? {
+                configs.insert(name.clone(), written);
+            }
+        }
+        for action in &decision.actions {
+            info!(?action, "acting");
+            self.act(action, &configs).await?;
+        }
+        for note in &decision.notes {
+            // An event is news, not state: a lost one stops nothing.
+            if let Err(error) = self.voice.tell(note, world).await {
+                warn!(%error, reason = note.reason, "an event could not be told");
+            }
+        }
+        Ok(())
+    }
+
+    /// By server-side apply: lists that we leave out are removed, and nobody else's fields are touched.
+    async fn write_status(&self, name: &str, status: &KataConfigStatus) -> Result<Option<KataConfig>, kube::Error> {
+        let apply = json!({
+            "apiVersion": format!("{GROUP}/{VERSION}"),
+            "kind": KIND,
+            "metadata": {"name": name},
+            "status": status,
+        });
+        let manager = PatchParams::apply(NAME).force();
+        unless_gone(self.configs.patch_status(name, &manager, &Patch::Apply(&apply)).await)
+    }
+
+    async fn act(&self, action: &Action, configs: &BTreeMap<String, KataConfig>) -> Result<(), kube::Error> {
+        match action {
+            Action::AddFinalizer(name) => {
+                let with = |finalizers: &mut Vec<String>| finalizers.push(FINALIZER.to_owned());
+                self.finalizers(configs.get(name), with).await
+            }
+            Action::RemoveFinalizer(name) => {
+                let without = |finalizers: &mut Vec<String>| finalizers.retain(|finalizer| finalizer != FINALIZER);
+                self.finalizers(configs.get(name), without).await
+            }
+            Action::Mark { node, record } => {
+                let patch = record::patch(record);
+                let patched = self
+                    .nodes
+                    .patch(node, &PatchParams::default(), &Patch::Merge(&patch))
+                    .await;
+                unless_gone(patched).map(drop)
+            }
+            Action::StartRun { name, order } => {
+                let pod = pod::pod(name, order, &self.options);
+                self.create(&self.runs, pod).await
+            }
+            Action::DeleteRun { name, uid } => {
+                let this = Preconditions {
+                    uid: Some(uid.clone()),
+                    ..Preconditions::default()
+                };
+                let deleted = self
+                    .runs
+                    .delete(name, &DeleteParams::default().preconditions(this))
+                    .await;
+                unless_gone(deleted).map(drop)
+            }
+            Action::CreateRuntimeClass(owner) => match configs.get(owner) {
+                Some(owner) => self.create(&self.runtime_classes, runtime_class(owner)).await,
+                None => Ok(()),
+            },
+            Action::DeleteRuntimeClass => {
+                let deleted = self.runtime_classes.delete(KATA, &DeleteParams::default()).await;
+                unless_gone(deleted).map(drop)
+            }
+        }
+    }
+
+    /// Changes the finalizers of the KataConfig as it was read: an error, if somebody has changed it since.
+    async fn finalizers(
+        &self,
+        config: Option<&KataConfig>,
+        change: impl FnOnce(&mut Vec<String>),
+    ) -> Result<(), kube::Error> {
+        let Some(config) = config else {
+            return Ok(());
+        };
+        let mut finalizers = config.finalizers().to_vec();
+        change(&mut finalizers);
+        let patch = json!({"metadata": {"resourceVersion": config.resource_version(), "finalizers": finalizers}});
+        let name = config.name_any();
+        unless_gone(
+            self.configs
+                .patch(&name, &PatchParams::default(), &Patch::Merge(&patch))
+                .await,
+        )
+        .map(drop)
+    }
+
+    async fn create<K>(&self, api: &Api<K>, object: Value) -> Result<(), kube::Error>
+    where
+        K: Resource + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
+    {
+        let object: K = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+        let manager = PostParams {
+            field_manager: Some(NAME.to_owned()),
+            ..PostParams::default()
+        };
+        match api.create(&manager, &object).await {
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+            created => created.map(drop),
+        }
+    }
+}
+
+/// The RuntimeClass `kata`: the guide's overhead, which is the administrator's to change from here on, and only nodes that have kata and are seen to run it.
+fn runtime_class(owner: &KataConfig) -> Value {
+    let (cpu, memory) = OVERHEAD;
+    json!({
+        "apiVersion": "node.k8s.io/v1",
+        "kind": "RuntimeClass",
+        "metadata": {
+            "name": KATA,
+            "labels": {MANAGED_BY: NAME},
+            "ownerReferences": [{
+                "apiVersion": format!("{GROUP}/{VERSION}"),
+                "kind": KIND,
+                "name": owner.name_any(),
+                "uid": owner.uid().unwrap_or_default(),
+            }],
+        },
+        "handler": KATA,
+        "overhead": {"podFixed": {"cpu": cpu, "memory": memory}},
+        "scheduling": {"nodeSelector": {MEMBER: "", READY: "true"}},
+    })
+}
+
+/// What is gone needs no change.
+fn unless_gone<T>(result: Result<T, kube::Error>) -> Result<Option<T>, kube::Error> {
+    match result {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runtime_class_is_the_guides() {
+        let owner: KataConfig =
+            serde_json::from_value(json!({"metadata": {"name": "cluster-kataconfig", "uid": "u"}})).unwrap();
+        let made = runtime_class(&owner);
+        let expected = json!({
+            "apiVersion": "node.k8s.io/v1",
+            "kind": "RuntimeClass",
+            "metadata": {
+                "name": "kata",
+                "labels": {"app.kubernetes.io/managed-by": "sandpod-operator"},
+                "ownerReferences": [{"apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "name": "cluster-kataconfig", "uid": "u"}],
+            },
+            "handler": "kata",
+            "overhead": {"podFixed": {"cpu": "500m", "memory": "500Mi"}},
+            "scheduling": {"nodeSelector": {"node-role.kubernetes.io/kata-oc": "", "katacontainers.io/kata-runtime": "true"}},
+        });
+        assert_eq!(made, expected);
+        let typed: ApiRuntimeClass = serde_json::from_value(made.clone()).unwrap();
+        assert_eq!(
+            serde_json::to_value(typed).unwrap(),
+            made,
+            "a field that the API does not know"
+        );
+    }
+}

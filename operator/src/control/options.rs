@@ -1,0 +1,43 @@
+//! The controller's command line.
+
+use std::net::SocketAddr;
+
+use clap::Parser;
+use jiff::SignedDuration;
+
+/// Installs kata on the nodes that a KataConfig asks for.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "sandpod-operator")]
+pub struct Options {
+    /// The namespace of this controller, its lease and the installer's pods
+    #[arg(
+        long,
+        env = "SANDPOD_NAMESPACE",
+        default_value = "openshift-sandboxed-containers-operator"
+    )]
+    pub namespace: String,
+    /// The image with the installer and what it installs
+    #[arg(long, env = "SANDPOD_INSTALLER_IMAGE")]
+    pub installer_image: String,
+    /// The version that this image carries, as `sandpod-installer --version` prints it
+    #[arg(long, env = "SANDPOD_VERSION")]
+    pub version: String,
+    /// Where on the nodes to install [default: the installer's own, /opt/sandpod]
+    #[arg(long, env = "SANDPOD_PREFIX")]
+    pub prefix: Option<String>,
+    /// What restarts a node's container runtime [default: the installer's own, by systemctl]
+    #[arg(long, env = "SANDPOD_RESTART_COMMAND")]
+    pub restart_command: Option<String>,
+    /// Where /metrics, /healthz and /readyz are served
+    #[arg(long, env = "SANDPOD_LISTEN", default_value = "0.0.0.0:8080")]
+    pub listen: SocketAddr,
+    /// Who this is among several controllers: the pod's name
+    #[arg(long, env = "POD_NAME")]
+    pub identity: String,
+    /// How long after a node's first failure it is tried again; doubled each time, up to 15 times as long
+    #[arg(long, env = "SANDPOD_RETRY_FIRST", default_value = "60s")]
+    pub retry_first: SignedDuration,
+    /// How long a node has to be Ready before it is the next one's turn
+    #[arg(long, env = "SANDPOD_SETTLE", default_value = "5s")]
+    pub settle: SignedDuration,
+}

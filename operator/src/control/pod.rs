@@ -1,0 +1,308 @@
+//! The installer's pods: made from orders, and read back as runs.
+
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
+use kube::ResourceExt;
+use serde_json::{Value, json};
+
+use super::{NAME, Options};
+use crate::{
+    decide::{Order, Progress, Run},
+    report::{Report, Verb},
+};
+
+/// The label of the installer's pods.
+pub(super) const COMPONENT: &str = "app.kubernetes.io/component";
+/// And its value.
+pub(super) const INSTALLER: &str = "installer";
+/// What a pod was made for.
+const ORDER: &str = "sandpod.io/order";
+/// The only container.
+const CONTAINER: &str = "installer";
+/// How long a run may take before its kubelet ends it. Unpacking to a slow disk and one restart of the CRI take a minute or two.
+const DEADLINE_SECONDS: i64 = 600;
+
+/// The pod for an order.
+///
+/// It is privileged for two things that nothing less gives: the device cgroup would hide /dev/kvm from the preflight, and SELinux would keep it from giving the host's
+/// files their labels. It has no token for the API, and only the node that it is pinned to is within its reach.
+pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": options.namespace,
+            "labels": {
+                "app.kubernetes.io/name": "sandpod",
+                COMPONENT: INSTALLER,
+                "app.kubernetes.io/managed-by": NAME,
+            },
+            "annotations": {ORDER: json!(order).to_string()},
+        },
+        "spec": {
+            "nodeName": order.node,
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "priorityClassName": "system-node-critical",
+            "tolerations": [{"operator": "Exists"}],
+            "activeDeadlineSeconds": DEADLINE_SECONDS,
+            "terminationGracePeriodSeconds": 30,
+            "containers": [container(order, options)],
+            "volumes": [{"name": "host", "hostPath": {"path": "/", "type": "Directory"}}],
+        },
+    })
+}
+
+fn container(order: &Order, options: &Options) -> Value {
+    json!({
+        "name": CONTAINER,
+        "image": options.installer_image,
+        "imagePullPolicy": "IfNotPresent",
+        "args": arguments(order, options),
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "File",
+        "securityContext": {"privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true},
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
+        "volumeMounts": [{"name": "host", "mountPath": "/host", "mountPropagation": "HostToContainer"}],
+    })
+}
+
+fn arguments(order: &Order, options: &Options) -> Vec<String> {
+    let mut words = vec![
+        order.verb.as_str(),
+        "--host-root",
+        "/host",
+        "--result",
+        "/dev/termination-log",
+        "--log-level",
+        &order.log_level,
+    ];
+    if order.verb == Verb::Install {
+        words.extend(["--payload", "/payload"]);
+    }
+    if let Some(prefix) = &options.prefix {
+        words.extend(["--prefix", prefix]);
+    }
+    if let Some(command) = &options.restart_command {
+        words.extend(["--restart-command", command]);
+    }
+    words.into_iter().map(str::to_owned).collect()
+}
+
+/// The run that a pod is; none when it was not made by us.
+pub(super) fn run(pod: &Pod) -> Option<Run> {
+    let order = serde_json::from_str(pod.annotations().get(ORDER)?).ok()?;
+    let created = pod.creation_timestamp()?.0;
+    Some(Run {
+        name: pod.name_any(),
+        uid: pod.uid()?,
+        order,
+        created,
+        deleted: pod.metadata.deletion_timestamp.is_some(),
+        progress: progress(pod),
+    })
+}
+
+fn progress(pod: &Pod) -> Progress {
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.container_statuses.as_ref());
+    let container = containers.and_then(|all| all.iter().find(|container| container.name == CONTAINER));
+    let state = container.and_then(|container| container.state.as_ref());
+    if let Some(terminated) = state.and_then(|state| state.terminated.as_ref()) {
+        return ended(pod, terminated);
+    }
+    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or("Pending");
+    match phase {
+        // Its kubelet has given it up, perhaps without having started anything.
+        "Failed" | "Succeeded" => {
+            let reason = status.and_then(|status| status.reason.as_deref()).unwrap_or_default();
+            let message = status.and_then(|status| status.message.as_deref()).unwrap_or_default();
+            Progress::Failed {
+                ended: created(pod),
+                code: None,
+                text: format!("the installer's pod ended without a word: {reason} {message}")
+                    .trim_end()
+                    .to_owned(),
+            }
+        }
+        "Running" => Progress::Running,
+        _ => Progress::Pending(state.and_then(trouble)),
+    }
+}
+
+/// Why a container waits, when it is more than that it is being made.
+fn trouble(state: &ContainerState) -> Option<String> {
+    let waiting = state.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref()?;
+    let message = waiting.message.as_deref().unwrap_or_default();
+    (!matches!(reason, "ContainerCreating" | "PodInitializing")).then(|| format!("{reason}: {message}"))
+}
+
+fn ended(pod: &Pod, terminated: &ContainerStateTerminated) -> Progress {
+    let ended = terminated
+        .finished_at
+        .as_ref()
+        .map_or_else(|| created(pod), |time| time.0);
+    let message = terminated.message.as_deref().unwrap_or_default();
+    match Report::parse(message) {
+        Ok(report) if terminated.exit_code == 0 && report.error.is_none() => Progress::Done { ended, report },
+        Ok(Report {
+            error: Some(problem), ..
+        }) => Progress::Failed {
+            ended,
+            code: Some(problem.code),
+            text: problem.text,
+        },
+        parsed => {
+            let reason = terminated.reason.as_deref().unwrap_or("no reason");
+            let said = parsed.err().map_or(String::new(), |error| format!("; {error}"));
+            Progress::Failed {
+                ended,
+                code: None,
+                text: format!(
+                    "the installer ended with exit code {} ({reason}){said}",
+                    terminated.exit_code
+                ),
+            }
+        }
+    }
+}
+
+fn created(pod: &Pod) -> jiff::Timestamp {
+    pod.creation_timestamp()
+        .map_or(jiff::Timestamp::UNIX_EPOCH, |time| time.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::SignedDuration;
+
+    use super::*;
+    use crate::report::Code;
+
+    fn options() -> Options {
+        Options {
+            namespace: "openshift-sandboxed-containers-operator".into(),
+            installer_image: "ghcr.io/sandpod/installer:0.1.0".into(),
+            version: "0.1.0-1a2b3c4d".into(),
+            prefix: None,
+            restart_command: None,
+            listen: ([127, 0, 0, 1], 0).into(),
+            identity: "me".into(),
+            retry_first: SignedDuration::from_mins(1),
+            settle: SignedDuration::from_secs(5),
+        }
+    }
+
+    fn order() -> Order {
+        Order {
+            verb: Verb::Install,
+            node: "worker-0".into(),
+            node_uid: "5d1c".into(),
+            version: "0.1.0-1a2b3c4d".into(),
+            log_level: "info".into(),
+            purpose: "01234567".into(),
+            failures: 0,
+            boot_id: "b".into(),
+            software: "v1.36.3 containerd://2.4.2 Debian".into(),
+        }
+    }
+
+    fn with_status(status: Value) -> Pod {
+        let mut value = pod("kata-install-worker-0-01234567", &order(), &options());
+        value["metadata"]["uid"] = "u".into();
+        value["metadata"]["creationTimestamp"] = "2026-01-02T03:04:05Z".into();
+        value["status"] = status;
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn terminated(exit_code: i32, message: &str) -> Progress {
+        let terminated =
+            json!({"exitCode": exit_code, "finishedAt": "2026-01-02T03:04:15Z", "message": message, "reason": "Error"});
+        let status = json!({"phase": "Failed", "containerStatuses": [{"name": "installer", "state": {"terminated": terminated},
+            "image": "", "imageID": "", "ready": false, "restartCount": 0}]});
+        run(&with_status(status)).unwrap().progress
+    }
+
+    #[test]
+    fn a_pod_is_as_it_was_agreed() {
+        let golden: Value = serde_json::from_str(include_str!("pod/installer.json")).unwrap();
+        let made = pod("kata-install-worker-0-01234567", &order(), &options());
+        assert_eq!(made, golden, "{made:#}");
+        let typed: Pod = serde_json::from_value(made.clone()).unwrap();
+        assert_eq!(
+            serde_json::to_value(typed).unwrap(),
+            made,
+            "a field that the API does not know"
+        );
+    }
+
+    #[test]
+    fn the_command_line_follows_the_options() {
+        let options = Options {
+            prefix: Some("/var/lib/sandpod".into()),
+            restart_command: Some("rc-service containerd restart".into()),
+            ..options()
+        };
+        let order = Order {
+            verb: Verb::Uninstall,
+            log_level: "debug".into(),
+            ..order()
+        };
+        let line = arguments(&order, &options).join(" ");
+        let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --prefix /var/lib/sandpod \
+                        --restart-command rc-service containerd restart";
+        assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn an_order_comes_back_as_a_run() {
+        let run = run(&with_status(json!({}))).unwrap();
+        assert_eq!(run.order, order());
+        assert_eq!(run.progress, Progress::Pending(None));
+        let other: Pod = serde_json::from_value(json!({"metadata": {"name": "other"}})).unwrap();
+        assert_eq!(super::run(&other), None);
+    }
+
+    #[test]
+    fn how_a_pod_ended_is_read_from_its_container() {
+        let done = terminated(
+            0,
+            r#"{"verb":"install","phase":"installed","version":"v","handlerSeen":true}"#,
+        );
+        assert!(matches!(done, Progress::Done { report, .. } if report.version == "v"));
+        let refused = terminated(
+            1,
+            r#"{"verb":"install","phase":"refused","error":{"code":"NoKvm","text":"no KVM"}}"#,
+        );
+        assert!(matches!(refused, Progress::Failed { code: Some(Code::NoKvm), text, .. } if text == "no KVM"));
+        let Progress::Failed { text, code: None, .. } = terminated(137, "") else {
+            panic!("no failure");
+        };
+        assert!(
+            text.starts_with("the installer ended with exit code 137 (Error); the installer left no report"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_keeps_a_pod_from_starting_is_read_from_its_container() {
+        let waiting = |reason: &str| {
+            let state = json!({"waiting": {"reason": reason, "message": "m"}});
+            let status = json!({"phase": "Pending", "containerStatuses": [{"name": "installer", "state": state,
+                "image": "", "imageID": "", "ready": false, "restartCount": 0}]});
+            run(&with_status(status)).unwrap().progress
+        };
+        assert_eq!(waiting("ContainerCreating"), Progress::Pending(None));
+        assert_eq!(
+            waiting("ErrImagePull"),
+            Progress::Pending(Some("ErrImagePull: m".into()))
+        );
+        let evicted = run(&with_status(
+            json!({"phase": "Failed", "reason": "Evicted", "message": "disk"}),
+        ));
+        let expected = "the installer's pod ended without a word: Evicted disk";
+        assert!(matches!(evicted.unwrap().progress, Progress::Failed { text, .. } if text == expected));
+    }
+}
