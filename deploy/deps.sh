@@ -8,7 +8,7 @@ build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev binutils kmod 
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)
-test=(attr busybox-static)
+test=(attr busybox-static etcd-server openssl)
 
 packages=() tools=()
 for group; do

@@ -19,14 +19,19 @@ flock 9
 # The hash of what makes a peer: its pins, this script, and the Go that compiles it.
 key() { (cd "$here/$1" && { go env GOVERSION; cat go.mod go.sum ../build.sh; } | sha256sum | cut -c1-16); }
 
+# The version at which the peer in the current folder pins a module.
+pinned() { sed -n "s|^\(require\)\?\s*$1 \(v[^ ]*\).*|\2|p" go.mod; }
+
 # Compiles the programs of the peer in the current folder into $1. The caller looks at the status, so -e does not.
 compile() {
-  local version programs suites suite flags
-  version=$(sed -n 's/^.*sigs.k8s.io.cri-tools \(v[^ ]*\).*/\1/p' go.mod)
+  local cri_tools kubernetes programs suites suite flags
+  cri_tools=$(pinned sigs.k8s.io/cri-tools)
+  kubernetes=$(pinned k8s.io/kubernetes)
   # The linker ignores a variable that a program lacks; the tags leave out containerd's snapshotters for file
   # systems that no test has.
   flags=(-mod=readonly -trimpath -tags='no_btrfs no_devmapper no_zfs'
-    -ldflags="-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$version")
+    -ldflags="-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=$cri_tools
+      -X k8s.io/component-base/version.gitVersion=$kubernetes")
   # Every program of one peer in one go command: what they share is compiled once. A tool that is nothing but tests
   # becomes a program by another command.
   programs=$(go list -f '{{if .GoFiles}}{{.ImportPath}}{{end}}' tool) || return
