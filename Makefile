@@ -21,7 +21,7 @@ export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
 .PHONY: help demo test soak bench lint build guest guest-own guest-debian payload payload-files install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,7 +37,7 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) payload-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-conformance suite-e2e suite-crash suite-contract suite-soak
+	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
 	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
@@ -95,7 +95,7 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
-suite-e2e suite-crash suite-contract suite-conformance suite-soak: suite-%:
+suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 kernel: ## our own guest kernel
@@ -115,7 +115,7 @@ virtiofsd: ## the file server between node and guests
 	program=$$(deploy/build-virtiofsd.sh)
 	ln -sfn "$$program" $(SANDPOD_VIRTIOFSD)
 
-peers: ## the real containerd and CRI tools that the tests run against
+peers: ## the real containerd, CRI tools and Kubernetes that the tests run against
 	mkdir -p $(TOOLS)
 	bin=$$(tests/peers/build.sh)
 	ln -sfnT "$$bin" $(SANDPOD_PEERS)

@@ -9,6 +9,9 @@ use crate::{failure::Result, images, places};
 /// The folder of a node in which containerd looks for the hosts that stand for a registry (its docs/hosts.md), at each pull.
 pub const REGISTRIES: &str = "registries";
 
+/// Where a bare node's containerd looks for further configuration.
+pub const DROP_INS: &str = "/etc/containerd/conf.d";
+
 /// The two guest images that Sandpod builds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guest {

@@ -16,6 +16,8 @@ pub mod failure;
 pub mod footprint;
 pub mod images;
 pub mod installer;
+pub mod kubernetes;
+pub mod namespaces;
 pub mod network;
 pub mod node;
 pub mod oci;

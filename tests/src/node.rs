@@ -1,26 +1,21 @@
 //! A node: a real containerd with its own mounts, network, processes and images, undone when it is dropped.
 //!
-//! A node is a mount, network, IPC and pid namespace made by `unshare`. Its first process holds a pipe from the harness and ends with it; the kernel then ends
-//! every other process of the node, and the mounts go with the last one. /run is a tmpfs of the node's own, so nodes do not see each other's sockets
-//! and state. Only cgroups are the machine's: they live below one folder per node, which is removed last.
+//! A node lives in [`Namespaces`] of its own. Its /run is a tmpfs, so nodes do not see each other's sockets and state. Only cgroups are the machine's: they live
+//! below one folder per node, which is removed last.
 
 mod daemon;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
-    os::fd::AsFd,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::Command,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    thread,
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns};
 use tempfile::TempDir;
 
 use self::daemon::Daemon;
@@ -29,13 +24,17 @@ use crate::{
     config::{self, Guest, Runtime},
     events::Events,
     failure::{Failure, Result, Trying, same},
-    images, places, procs,
+    images,
+    namespaces::Namespaces,
+    places, procs,
     run::{self, Output, succeed},
 };
 
-/// What runs in the node's first process, as root in new namespaces. `cat` ends with the pipe from the harness; the shell collects orphans.
-const FIRST: &str = "set -e
-mount --make-rshared /
+/// What the node's first process does first.
+const FIRST: &str = "mount --make-rshared /
+own() { mount -t overlay -o \"lowerdir=/$1,upperdir=$OWN/$2,workdir=$OWN/$2-work\" overlay \"/$1\"; }
+[ -z \"$BARE\" ] || own etc etc
+[ -z \"$BARE\" ] || own var/lib var-lib
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/netns /run/lock /run/cni /run/kata /var/lib/cni
 mount --bind /run/cni /var/lib/cni
@@ -43,12 +42,8 @@ mount --bind /run/netns /run/netns
 mount --make-shared /run/netns
 ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1
-mount --bind \"$OPT\" /opt
-[ -z \"$ETC\" ] || mount -t overlay -o \"lowerdir=/etc,upperdir=$ETC/upper,workdir=$ETC/work\" overlay /etc
-[ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
-echo ready
-cat >/dev/null || :
-exit 0";
+mount --bind \"$OWN/opt\" /opt
+[ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm";
 
 /// The handler whose configuration the shim finds by itself, where it is installed: with our own kernel. Only with such a handler, containerd runs pods with user namespaces.
 pub const INSTALLED: &str = "kata-installed";
@@ -95,7 +90,8 @@ pub struct NodeSpec {
     pub handlers: Vec<(String, String)>,
     /// Hides /dev/kvm.
     pub without_kvm: bool,
-    /// Has an `/etc` of its own, with containerd's configuration at its usual place, and nothing of Sandpod's: no handler, nothing in `/opt` and in the PATH.
+    /// Nothing of Sandpod is there: a node to install it on. Its /etc and /var/lib are its own, as far as they differ from the
+    /// machine's, and containerd's configuration is where packages have it.
     pub bare: bool,
 }
 
@@ -116,11 +112,11 @@ impl NodeSpec {
 #[derive(Debug)]
 pub struct Node {
     folder: TempDir,
+    search_path: String,
     programs: PathBuf,
-    bare: bool,
+    configuration: PathBuf,
     cgroup: String,
-    init: i32,
-    first: Option<(Child, ChildStdin)>,
+    namespaces: Namespaces,
     daemon: Mutex<Option<Daemon>>,
     identifiers: Mutex<Vec<String>>,
     serial: AtomicU32,
@@ -139,20 +135,30 @@ impl Node {
             .trying("making a folder for the node")?;
         sweep_cgroups_of_the_dead();
         // What is installed there is the node's own.
-        for own in ["opt", "etc/upper", "etc/work"] {
-            fs::create_dir_all(folder.path().join(own)).trying(format!("making the node's {own}"))?;
+        for own in ["opt", "etc", "etc-work", "var-lib", "var-lib-work"] {
+            fs::create_dir(folder.path().join(own)).trying(format!("making the node's /{own}"))?;
         }
-        let (first, init) = first_process(spec, folder.path())?;
+        let yes = |holds: bool| Path::new(if holds { "yes" } else { "" });
+        let variables = [
+            ("OWN", folder.path()),
+            ("BARE", yes(spec.bare)),
+            ("MASK_KVM", yes(spec.without_kvm)),
+        ];
+        let namespaces = Namespaces::make(FIRST, &variables)?;
+        let programs = spec.containerd.folder()?;
         let node = Node {
-            programs: spec.containerd.folder()?,
-            bare: spec.bare,
+            search_path: search_path(&programs, spec.bare),
+            programs,
+            configuration: match spec.bare {
+                true => PathBuf::from("/etc/containerd/config.toml"),
+                false => folder.path().join("containerd.toml"),
+            },
             cgroup: format!(
                 "/{CGROUP}{}-{}",
                 std::process::id(),
                 COUNTER.fetch_add(1, Ordering::Relaxed)
             ),
-            init,
-            first: Some(first),
+            namespaces,
             daemon: Mutex::default(),
             identifiers: Mutex::default(),
             serial: AtomicU32::new(0),
@@ -180,11 +186,16 @@ impl Node {
 
     fn configure(&self, spec: &NodeSpec) -> Result {
         self.write(&self.path("cni/pods.conflist"), &config::cni())?;
-        if self.bare {
-            let text = config::containerd(self.folder.path(), &[]);
-            let text = format!("imports = [\"/etc/containerd/conf.d/*.toml\"]\n{text}");
-            return self.write(&self.inside(&self.containerd_configuration()), &text);
+        let handlers = if spec.bare { Vec::new() } else { self.handlers(spec)? };
+        let mut text = config::containerd(self.folder.path(), &handlers);
+        if spec.bare {
+            text.insert_str(0, &format!("imports = [\"{}/*.toml\"]\n", config::DROP_INS));
         }
+        self.write(&self.inside(&self.configuration.display().to_string()), &text)
+    }
+
+    /// Writes the configurations of the runtime handlers, and returns their names and paths.
+    fn handlers(&self, spec: &NodeSpec) -> Result<Vec<(String, Option<String>)>> {
         let mut handlers = Vec::new();
         let known = [Guest::Own, Guest::Debian].map(|guest| {
             // A guest that is not built fails the stories that ask for it (see Runtime::require), not those with runc.
@@ -201,18 +212,7 @@ impl Node {
         handlers.push((INSTALLED.to_owned(), None));
         let installed = Guest::Own.configuration().unwrap_or_default();
         self.write(&self.path("opt/sandpod/current/configuration.toml"), &installed)?;
-        self.write(
-            Path::new(&self.containerd_configuration()),
-            &config::containerd(self.folder.path(), &handlers),
-        )
-    }
-
-    /// The path of containerd's configuration, as the node sees it.
-    fn containerd_configuration(&self) -> String {
-        if self.bare {
-            return "/etc/containerd/config.toml".into();
-        }
-        self.path("containerd.toml").display().to_string()
+        Ok(handlers)
     }
 
     /// The path of a handler's configuration.toml.
@@ -240,32 +240,21 @@ impl Node {
     /// A file or folder of the node (such as one under /run) as seen from outside.
     #[must_use]
     pub fn inside(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{path}", self.init))
+        self.namespaces.inside(path)
     }
 
     /// A command that runs inside the node.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args([
-            "--target",
-            &self.init.to_string(),
-            "--mount",
-            "--net",
-            "--ipc",
-            "--pid",
-            "--",
-            program,
-        ]);
-        command.env("PATH", self.search_path());
+        let mut command = self.namespaces.command(program);
+        command.env("PATH", &self.search_path);
         command
     }
 
-    /// The peers' programs first, then ours (1.6 finds a shim by its name only), then the system's.
-    fn search_path(&self) -> String {
-        let ours = places::binaries().ok().filter(|_| !self.bare);
-        let ours = ours.map(|folder| format!("{}:", folder.display())).unwrap_or_default();
-        format!("{}:{ours}/usr/sbin:/usr/bin:/sbin:/bin", self.programs.display())
+    /// The namespaces that the node lives in.
+    #[must_use]
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// Runs containerd's own client; it must succeed.
@@ -324,14 +313,7 @@ impl Node {
     /// # Errors
     /// When there is none, and those of the work.
     pub fn in_network_at<T: Send>(&self, path: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = format!("/proc/{}/root{path}", self.init);
-        let namespace = fs::File::open(&path).trying(format!("opening {path}"))?;
-        let enter = || {
-            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).trying(format!("entering the network at {path}"))?;
-            work()
-        };
-        thread::scope(|scope| scope.spawn(enter).join())
-            .unwrap_or_else(|_| Err(Failure::Claim("the thread in another network panicked".into())))
+        self.namespaces.in_network_at(path, work)
     }
 
     /// What containerd tells.
@@ -363,7 +345,7 @@ impl Node {
     /// Every process of the node but its first.
     #[must_use]
     pub fn processes(&self) -> Vec<procs::Process> {
-        procs::in_namespace_of(self.init)
+        procs::in_namespace_of(self.namespaces.init())
     }
 
     /// The processes of a pod: its shim and everything below it.
@@ -386,7 +368,7 @@ impl Node {
     pub fn census(&self) -> Census {
         let identifiers = self.identifiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Census::take(&Scope {
-            init: self.init,
+            init: self.namespaces.init(),
             cgroup: self.cgroup.clone(),
             identifiers,
         })
@@ -430,10 +412,7 @@ impl Node {
 
     fn shut(&mut self) -> Result {
         let stopped = self.stop_containerd();
-        if let Some((first, pipe)) = self.first.take() {
-            drop(pipe);
-            run::wait(first, Duration::from_secs(20), "the node's first process")?;
-        }
+        self.namespaces.end()?;
         remove_cgroups(&self.cgroup)?;
         stopped
     }
@@ -447,41 +426,13 @@ impl Drop for Node {
     }
 }
 
-/// Starts the namespaces and returns `unshare`, the pipe that keeps it alive, and the pid of the node's first process.
-fn first_process(spec: &NodeSpec, folder: &Path) -> Result<((Child, ChildStdin), i32)> {
-    let etc = if spec.bare { folder.join("etc") } else { PathBuf::new() };
-    let mut command = run::in_new_namespaces();
-    command
-        .args(["sh", "-c", FIRST])
-        .env("OPT", folder.join("opt"))
-        .env("ETC", etc)
-        .env("MASK_KVM", if spec.without_kvm { "yes" } else { "" });
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .spawn()
-        .trying("making the node's namespaces (needs root)")?;
-    let refused = || Failure::Missing {
-        what: "a node's namespaces".into(),
-        remedy: "run as root".into(),
+/// The peers' programs first, then ours unless they are to be installed (1.6 finds a shim by its name only), then the system's.
+fn search_path(programs: &Path, bare: bool) -> String {
+    let ours = match places::binaries() {
+        Ok(folder) if !bare => format!("{}:", folder.display()),
+        _ => String::new(),
     };
-    let pipe = child.stdin.take().ok_or_else(refused)?;
-    let mut line = String::new();
-    let mut output = BufReader::new(child.stdout.take().ok_or_else(refused)?);
-    output
-        .read_line(&mut line)
-        .trying("waiting for the node's first process")?;
-    if line.trim() != "ready" {
-        drop(child.wait());
-        return Err(refused());
-    }
-    let parent = child.id().cast_signed();
-    let init = procs::all()
-        .iter()
-        .find(|process| process.parent == parent)
-        .map(|process| process.pid);
-    Ok(((child, pipe), init.ok_or_else(refused)?))
+    format!("{}:{ours}/usr/sbin:/usr/bin:/sbin:/bin", programs.display())
 }
 
 fn remove_cgroups(cgroup: &str) -> Result {

@@ -78,6 +78,14 @@ pub fn all() -> Vec<Process> {
         .collect()
 }
 
+/// The pid of the one child of a process of ours, which enters namespaces for it.
+#[must_use]
+pub fn child_of(parent: u32) -> Option<i32> {
+    let parent = parent.cast_signed();
+    let child = all().into_iter().find(|process| process.parent == parent);
+    child.map(|process| process.pid)
+}
+
 /// Every process that lives in the pid namespace of `init` or below it, without `init`.
 #[must_use]
 pub fn in_namespace_of(init: i32) -> Vec<Process> {

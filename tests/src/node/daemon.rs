@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::{Child, Stdio},
     sync::{MutexGuard, PoisonError, mpsc},
@@ -66,8 +67,9 @@ impl Node {
     pub(super) fn start_containerd(&self) -> Result {
         let program = self.programs.join("containerd").display().to_string();
         let mut command = self.command(&program);
-        command.arg("--config").arg(self.containerd_configuration());
+        command.arg("--config").arg(&self.configuration);
         command
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -86,11 +88,7 @@ impl Node {
                 output: log,
             });
         }
-        let parent = child.id().cast_signed();
-        let pid = procs::all()
-            .iter()
-            .find(|process| process.parent == parent)
-            .map_or(0, |process| process.pid);
+        let pid = procs::child_of(child.id()).unwrap_or_default();
         let listener = self.listen()?;
         *self.daemon() = Some(Daemon { pid, child, listener });
         // 1.6 says that it has booted while its CRI still looks for the pods that were there before.
