@@ -2,6 +2,7 @@
 
 use libtest_mimic::{Arguments, Trial};
 
+mod operator;
 mod server;
 
 fn main() {
@@ -11,5 +12,8 @@ fn main() {
     let alone = server::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("api-server/{name}"), move || Ok(tell()?)));
-    libtest_mimic::run(&arguments, alone.collect()).exit()
+    let (of_the_operator, stage) = operator::trials();
+    let conclusion = libtest_mimic::run(&arguments, alone.chain(of_the_operator).collect());
+    stage.clear();
+    conclusion.exit()
 }

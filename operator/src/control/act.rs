@@ -60,6 +60,8 @@ impl Hands {
             .map(|config| (config.name_any(), config.clone()))
             .collect();
         for (name, status) in &decision.statuses {
+            let reason = status.in_progress().map_or("", |condition| condition.reason.as_str());
+            info!(config = name, reason, "writing the status");
             if let Some(written) = self.write_status(name, status).await? {
                 configs.insert(name.clone(), written);
             }

@@ -1,0 +1,46 @@
+//! The operator: the real controller, with the rights of its own service account, on a real API server. Its nodes are played by [`kubelet::Kubelet`], which really runs
+//! the installer, in a folder per node.
+
+use libtest_mimic::Trial;
+use tests::failure::Result;
+
+use self::{ground::Stage, rig::Rig};
+
+mod controller;
+mod deletion;
+mod failing;
+mod ground;
+mod history;
+mod kubelet;
+mod objects;
+mod pool;
+mod restarts;
+mod rig;
+mod rights;
+mod singleton;
+mod tables;
+
+/// A story and its name.
+type Story = (&'static str, fn(&mut Rig<'_>) -> Result);
+
+const STORIES: &[&[Story]] = &[
+    tables::STORIES,
+    pool::STORIES,
+    failing::STORIES,
+    deletion::STORIES,
+    restarts::STORIES,
+    singleton::STORIES,
+    objects::STORIES,
+    rights::STORIES,
+];
+
+/// All stories of the operator, and the ground that they play on one after another.
+pub fn trials() -> (Vec<Trial>, Stage) {
+    let stage = Stage::default();
+    let stories = STORIES.iter().copied().flatten();
+    let trials = stories.map(|(name, tell)| {
+        let stage = stage.clone();
+        Trial::test(format!("operator/{name}"), move || Ok(stage.play(tell)?))
+    });
+    (trials.collect(), stage)
+}

@@ -1,0 +1,144 @@
+//! What the controller may do, and that it may do nothing else.
+
+use serde_json::json;
+use tests::failure::{Result, claim, contains, same};
+
+use super::{
+    Story,
+    ground::NAMESPACE,
+    rig::{NAME, Rig},
+};
+
+pub const STORIES: &[Story] = &[
+    ("the_controllers_rights_are_these", listed),
+    ("what_is_not_listed_is_denied", denied),
+];
+
+/// What every service account may do: look at itself and at what the API server offers.
+const EVERYBODYS: &[&str] = &[
+    "selfsubjectreviews.authentication.k8s.io [] [] [create]",
+    "selfsubjectaccessreviews.authorization.k8s.io [] [] [create]",
+    "selfsubjectrulesreviews.authorization.k8s.io [] [] [create]",
+];
+
+const CLUSTER: &[&str] = &[
+    "kataconfigs.kataconfiguration.openshift.io [] [] [get list watch patch]",
+    "kataconfigs.kataconfiguration.openshift.io/finalizers [] [] [update]",
+    "kataconfigs.kataconfiguration.openshift.io/status [] [] [patch]",
+    "nodes [] [] [get list watch patch]",
+    "pods [] [] [list watch]",
+    "runtimeclasses.node.k8s.io [] [] [list watch create]",
+    "runtimeclasses.node.k8s.io [] [kata] [get patch delete]",
+];
+
+const OWN: &[&str] = &[
+    "leases.coordination.k8s.io [] [] [create]",
+    "leases.coordination.k8s.io [] [sandpod-operator] [get update patch]",
+    "pods [] [] [get list watch create delete list watch]",
+];
+
+const DEFAULT: &[&str] = &["events.events.k8s.io [] [] [create]"];
+
+/// What the API server says that the controller may do in a namespace, one kind of thing a line. What everybody may read by address (`/healthz` and the like) is left out.
+fn rights(rig: &Rig<'_>, namespace: &str) -> Result<Vec<String>> {
+    let output = rig.as_controller(
+        &["auth", "can-i", "--list", "--no-headers", "--namespace", namespace],
+        None,
+    )?;
+    let text = output.text();
+    let lines = text
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+    let mut lines: Vec<String> = lines.filter(|line| !line.starts_with('[')).collect();
+    lines.sort();
+    Ok(lines)
+}
+
+fn expected(parts: &[&[&str]]) -> Vec<String> {
+    let mut lines: Vec<String> = parts.iter().copied().flatten().map(|line| (*line).to_owned()).collect();
+    lines.sort();
+    lines
+}
+
+fn listed(rig: &mut Rig<'_>) -> Result {
+    same(
+        "in an ordinary namespace",
+        rights(rig, "kube-system")?,
+        expected(&[EVERYBODYS, CLUSTER]),
+    )?;
+    same(
+        "where events are kept",
+        rights(rig, "default")?,
+        expected(&[EVERYBODYS, CLUSTER, DEFAULT]),
+    )?;
+    let cluster: Vec<&str> = CLUSTER
+        .iter()
+        .copied()
+        .filter(|line| !line.starts_with("pods "))
+        .collect();
+    same(
+        "in its own namespace",
+        rights(rig, NAMESPACE)?,
+        expected(&[EVERYBODYS, &cluster, OWN]),
+    )
+}
+
+fn denied(rig: &mut Rig<'_>) -> Result {
+    rig.node("worker-0", &json!({}))?;
+    rig.create(NAME, &json!({}))?;
+    let other = json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "other"}, "handler": "runc"});
+    rig.must(&["create", "-f", "-"], Some(&other.to_string()))?;
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default"}, "spec": {"containers": [{"name": "c", "image": "i"}]}});
+    let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "other", "namespace": "kube-system"}});
+    let event = json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e", "namespace": "kube-system"}});
+    let tries: &[(&[&str], Option<String>)] = &[
+        (&["get", "secrets", "--all-namespaces"], None),
+        (&["get", "configmaps", "--namespace", NAMESPACE], None),
+        (&["get", "secrets", "--namespace", NAMESPACE], None),
+        (&["get", "pods/log", "p", "--namespace", NAMESPACE], None),
+        (&["exec", "p", "--namespace", NAMESPACE, "--", "true"], None),
+        (&["create", "-f", "-"], Some(pod.to_string())),
+        (&["create", "-f", "-"], Some(lease.to_string())),
+        (&["create", "-f", "-"], Some(event.to_string())),
+        (&["delete", "node", "worker-0"], None),
+        (
+            &[
+                "patch",
+                "node",
+                "worker-0",
+                "--subresource",
+                "status",
+                "--type",
+                "merge",
+                "--patch",
+                "{\"status\":{}}",
+            ],
+            None,
+        ),
+        (&["delete", "kataconfig", NAME], None),
+        (&["create", "namespace", "mine"], None),
+        (&["delete", "runtimeclass", "other"], None),
+        (
+            &[
+                "patch",
+                "runtimeclass",
+                "other",
+                "--type",
+                "merge",
+                "--patch",
+                "{\"overhead\":null}",
+            ],
+            None,
+        ),
+        (&["create", "token", "sandpod-operator", "--namespace", NAMESPACE], None),
+        (&["get", "clusterroles"], None),
+        (&["get", "validatingadmissionpolicies"], None),
+        (&["get", "nodes", "--as", "admin"], None),
+    ];
+    for (words, input) in tries {
+        let output = rig.as_controller(words, input.as_deref())?;
+        claim(output.code != 0, format!("the controller may {}", words.join(" ")))?;
+        contains(&words.join(" "), &output.errors(), "orbidden")?;
+    }
+    Ok(())
+}
