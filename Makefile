@@ -20,7 +20,7 @@ export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo test soak bench lint build guest guest-own guest-debian payload payload-files install clean
+.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster
 
 help: ## list the targets
@@ -30,6 +30,11 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(MAKE) -j2 programs virtiofsd crictl debian-kernel
 	$(MAKE) guest-debian
 	$(RELEASE)/demo
+
+cluster: deps-test ## a whole Kubernetes with one node and Sandpod on it, until interrupted (with empty caches some 20 minutes)
+	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
+	$(MAKE) guest
+	$(RELEASE)/cluster
 
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint

@@ -1,19 +1,27 @@
-//! Sandpod in Kubernetes: real API servers.
+//! Sandpod in Kubernetes: real API servers, and a real node.
+
+use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Trial};
 
+mod ground;
 mod operator;
+mod real;
 mod server;
 
 fn main() {
     let mut arguments = Arguments::from_args();
     // A cluster's own programs and the machines of its pods want more than one processor each.
     arguments.test_threads = arguments.test_threads.or(Some(1));
+    let site = Arc::new(ground::Site::default());
     let alone = server::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("api-server/{name}"), move || Ok(tell()?)));
+    let real = real::STORIES.iter().map(|story| site.trial(*story));
     let (of_the_operator, stage) = operator::trials();
-    let conclusion = libtest_mimic::run(&arguments, alone.chain(of_the_operator).collect());
+    let conclusion = libtest_mimic::run(&arguments, alone.chain(of_the_operator).chain(real).collect());
     stage.clear();
+    // Ends the node, if a story needed it.
+    drop(site);
     conclusion.exit()
 }

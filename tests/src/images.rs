@@ -1,5 +1,5 @@
 //! The images of every node: [`PAUSE`], which only sleeps, and [`TEST`], with busybox, coreutils, `inotifywait`, `setarch`, a web page under /www, and the
-//! users root and app (1000). They share their first layer.
+//! users root and app (1000), and [`HELLO`], a web server as the documentation's examples run it. They share their first layers.
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,18 @@ pub const TEST: &str = "docker.io/library/sandpod-test:latest";
 
 /// The sandbox image, under the name that containerd is configured with.
 pub const PAUSE: &str = "registry.k8s.io/pause:3.9";
+
+/// The image of the documentation's examples, under their name for it. It listens at [`HELLO_PORT`].
+pub const HELLO: &str = "quay.io/openshift/origin-hello-openshift:latest";
+
+/// Where [`HELLO`] listens.
+pub const HELLO_PORT: u16 = 8888;
+
+/// What [`HELLO`] answers to `GET /`.
+pub const GREETING: &str = "Hello OpenShift!\n";
+
+/// What [`HELLO`] runs, as whatever user; it logs each request.
+const HELLO_COMMAND: &[&str] = &["/usr/bin/busybox", "httpd", "-f", "-vv", "-p", "8888", "-h", "/hello"];
 
 /// What the web server in the test image answers to `GET /`.
 pub const PAGE: &str = "hello from a pod\n";
@@ -66,7 +78,9 @@ const FOLDERS: &[(&str, u32, u64)] = &[
 /// # Errors
 /// When Debian's packages cannot be fetched or unpacked.
 pub fn archive() -> Result<PathBuf> {
-    let recipe = format!("{BUSYBOX:?}{PACKAGES:?}{PAUSE_SCRIPT}{FILES:?}{FOLDERS:?}{TEST}{PAUSE} version 2");
+    let recipe = format!(
+        "{BUSYBOX:?}{PACKAGES:?}{PAUSE_SCRIPT}{FILES:?}{FOLDERS:?}{TEST}{PAUSE}{HELLO_COMMAND:?}{GREETING} version 2"
+    );
     oci::archive(&recipe, make)
 }
 
@@ -81,10 +95,13 @@ fn make(build: &Path) -> Result<Layout> {
     for (path, text) in FILES {
         test.file(path, 0o644, *text);
     }
+    let mut hello = Tree::default();
+    hello.file("hello/index.html", 0o644, GREETING);
     let mut layout = Layout::default();
-    let (base, test) = (layout.layer(&base)?, layout.layer(&test)?);
+    let (base, test, hello) = (layout.layer(&base)?, layout.layer(&test)?, layout.layer(&hello)?);
     layout.image(PAUSE, &[&base], PAUSE_COMMAND, "");
     layout.image(TEST, &[&base, &test], &["/bin/sh"], "");
+    layout.image(HELLO, &[&base, &test, &hello], HELLO_COMMAND, "");
     Ok(layout)
 }
 

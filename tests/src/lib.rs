@@ -4,6 +4,7 @@
 //! sees. [`stage`] plays stories one after another on a node and fails those that leave anything behind.
 
 pub mod census;
+pub mod cluster;
 pub mod cold_read;
 pub mod config;
 pub mod console;
