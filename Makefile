@@ -17,10 +17,11 @@ export SANDPOD_GUEST_DEBIAN := $(CURDIR)/target/guest/debian
 export SANDPOD_PEERS := $(TOOLS)/peers
 export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
 export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
+export SANDPOD_IMAGES := $(CURDIR)/target/images
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files install clean
+.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files images images-files install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster
 
 help: ## list the targets
@@ -40,6 +41,7 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) payload-files
+	$(MAKE) images-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak
@@ -73,6 +75,13 @@ payload: build ## target/payload: everything that a node needs, as the installer
 payload-files:
 	deploy/deps.sh payload
 	deploy/payload.sh $(RELEASE) $(SANDPOD_GUEST_OWN) $(SANDPOD_VIRTIOFSD) $(SANDPOD_PAYLOAD)
+
+images: payload ## target/images: the controller's and the installer's container images, as OCI archives
+	$(MAKE) images-files
+
+images-files:
+	deploy/deps.sh images
+	deploy/images.sh $(RELEASE) $(SANDPOD_PAYLOAD) $(SANDPOD_IMAGES)
 
 install: payload ## put it on this node, and the handler `kata` into its CRI; INSTALL_FLAGS are those of deploy/install.sh
 	deploy/install.sh $(INSTALL_FLAGS)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and running Sandpod needs, by group; quiet and quick when all are there.
-#   deploy/deps.sh build|kernel|run|payload|test|peers ...
-# build: our programs, virtiofsd and the guest image.  kernel: our own guest kernel.  run: pods.  payload: what a node gets.  test: what only tests use.
+#   deploy/deps.sh build|kernel|run|payload|images|test|peers ...
+# build: our programs, virtiofsd and the guest image.  kernel: our own guest kernel.  run: pods.  payload: what a node gets.  images: container images.  test: what only tests use.
 # peers: nothing but Go, which builds the real programs that tests run against.
 set -euo pipefail
 build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev binutils kmod xz-utils zstd)
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)
+images=(buildah binutils)
 test=(attr busybox-static etcd-server openssl)
 
 packages=() tools=()
@@ -17,9 +18,10 @@ for group; do
     kernel) packages+=("${kernel[@]}") ;;
     run) packages+=("${run[@]}") ;;
     payload) packages+=("${payload[@]}") ;;
+    images) packages+=("${images[@]}") ;;
     test) packages+=("${test[@]}") ;;
     peers) tools+=(go) ;;
-    *) echo "deps: there is no group '$group': build, kernel, run, payload, test or peers" >&2; exit 2 ;;
+    *) echo "deps: there is no group '$group': build, kernel, run, payload, images, test or peers" >&2; exit 2 ;;
   esac
 done
 
