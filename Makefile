@@ -32,9 +32,11 @@ demo: deps-demo ## run a pod in a virtual machine and show that it is one; insta
 	$(MAKE) guest-debian
 	$(RELEASE)/demo
 
-cluster: deps-test ## a whole Kubernetes with one node and Sandpod on it, until interrupted (with empty caches some 20 minutes)
+cluster: deps-test ## a whole Kubernetes with one node, to try the operator on, until interrupted (a minute; with empty caches some 20)
 	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
 	$(MAKE) guest
+	$(MAKE) payload-files
+	$(MAKE) images-files
 	$(RELEASE)/cluster
 
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)

@@ -25,8 +25,11 @@ pub type Story = (&'static str, fn(&Ground) -> Result);
 pub struct Ground {
     /// The cluster.
     pub cluster: Cluster,
-    neighbour: Value,
+    neighbour: Neighbour,
 }
+
+/// An ordinary pod beside.
+pub struct Neighbour(Value);
 
 /// Where the ground will be, once a story needs it.
 #[derive(Default)]
@@ -40,8 +43,25 @@ impl Site {
             let ground = site.0.get_or_init(Ground::prepare).as_ref();
             let ground = ground.map_err(|failure| Failure::Claim(format!("there is no node: {failure}")))?;
             tell(ground)?;
-            Ok(ground.neighbour_is_untouched()?)
+            Ok(ground.neighbour.is_untouched(&ground.cluster)?)
         })
+    }
+}
+
+impl Neighbour {
+    /// Starts it.
+    pub fn settle(cluster: &Cluster) -> Result<Neighbour> {
+        let server = json!({ "name": "main", "image": images::HELLO, "imagePullPolicy": "Never" });
+        let api = cluster.api();
+        api.apply(&manifest("neighbour", json!({ "containers": [server] })))?;
+        api.wait_for("condition=Ready", &["pod/neighbour"], READY)?;
+        container(api, "neighbour").map(Neighbour)
+    }
+
+    /// Fails when its container is another now, or was restarted.
+    pub fn is_untouched(&self, cluster: &Cluster) -> Result {
+        let now = container(cluster.api(), "neighbour")?;
+        same("the ordinary pod's container", now, self.0.clone())
     }
 }
 
@@ -49,15 +69,14 @@ impl Ground {
     fn prepare() -> Result<Ground> {
         let cluster = Cluster::start()?;
         let api = cluster.api();
-        api.apply(&manifest(
-            "neighbour",
-            json!({
-                "containers": [{ "name": "main", "image": images::HELLO, "imagePullPolicy": "Never" }],
-            }),
-        ))?;
-        cluster.install_by_hand()?;
-        api.wait_for("condition=Ready", &["pod/neighbour"], READY)?;
-        let neighbour = container(api, "neighbour")?;
+        let neighbour = Neighbour::settle(&cluster)?;
+        cluster.prepare()?;
+        cluster.install_operator()?;
+        cluster.create_kata_config()?;
+        cluster.await_kata()?;
+        // Five pods fit on two processors when each takes less than the half of one: the guide's way to change the overhead.
+        let overhead = r#"{ "overhead": { "podFixed": { "memory": "500Mi", "cpu": "100m" } } }"#;
+        api.kubectl(["patch", "runtimeclass", "kata", "--patch", overhead])?;
         Ok(Ground { cluster, neighbour })
     }
 
@@ -69,14 +88,6 @@ impl Ground {
     /// The node.
     pub fn node(&self) -> &Node {
         self.cluster.node()
-    }
-
-    fn neighbour_is_untouched(&self) -> Result {
-        same(
-            "the ordinary pod's container",
-            container(self.api(), "neighbour")?,
-            self.neighbour.clone(),
-        )
     }
 
     /// Makes a pod with this specification, runs it as kata, and waits until it is ready.

@@ -1,10 +1,11 @@
-//! Sandpod in Kubernetes: real API servers, and a real node.
+//! Sandpod in Kubernetes: real API servers, and real nodes.
 
 use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Trial};
 
 mod ground;
+mod life;
 mod operator;
 mod real;
 mod server;
@@ -17,9 +18,13 @@ fn main() {
     let alone = server::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("api-server/{name}"), move || Ok(tell()?)));
-    let real = real::STORIES.iter().map(|story| site.trial(*story));
     let (of_the_operator, stage) = operator::trials();
-    let conclusion = libtest_mimic::run(&arguments, alone.chain(of_the_operator).chain(real).collect());
+    let life = life::STORIES
+        .iter()
+        .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
+    let real = real::STORIES.iter().map(|story| site.trial(*story));
+    let trials = alone.chain(of_the_operator).chain(life).chain(real).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
     stage.clear();
     // Ends the node, if a story needed it.
     drop(site);

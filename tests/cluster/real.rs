@@ -26,7 +26,7 @@ pub const STORIES: &[Story] = &[
 const SOON: Duration = Duration::from_secs(60);
 
 /// The container of the guide's example, with its security context.
-fn hello() -> Value {
+pub fn hello() -> Value {
     json!({
         "name": "hello-openshift",
         "image": HELLO,

@@ -1,18 +1,12 @@
 //! A whole cluster of one node: Kubernetes, containerd and CNI as they are, in namespaces of their own.
 //!
-//! The node is bare: whatever is to run pods besides runc is installed on it, below its own /opt and /etc. There is no service manager; the command
-//! [`RESTART`] stands for the one that restarts containerd.
+//! The node is bare: whatever is to run pods besides runc is installed on it, below its own /opt and /etc. There is no systemd; a [`SYSTEMCTL`] of the harness's
+//! restarts containerd, and does nothing else.
 
-mod by_hand;
+pub mod operator;
 mod restarter;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, process::Command, sync::Arc, time::Duration};
 
 use serde_json::json;
 
@@ -29,10 +23,13 @@ use crate::{
 /// The name of the node.
 pub const NODE: &str = "worker-0";
 
-/// The command that restarts the node's containerd and is back when that serves again: a path on the node.
-pub const RESTART: &str = "/run/restart-containerd";
+/// What stands for systemd's command, a path on the node.
+pub const SYSTEMCTL: &str = "/usr/local/sbin/systemctl";
 
-/// The socket on the node by which that command asks the harness.
+/// The only thing that it does: it is back when the node's containerd serves again.
+pub const RESTART: &[&str] = &["restart", "containerd"];
+
+/// The socket on the node by which it asks the harness.
 pub const RESTART_SOCKET: &str = "/run/restart-containerd.sock";
 
 /// The node's address. Pods have others.
@@ -133,33 +130,6 @@ impl Cluster {
     pub fn node(&self) -> &Node {
         &self.node
     }
-
-    /// Everything that was added to or changed in the node's /etc: paths below it, with what the files hold.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn own_etc(&self) -> Result<Vec<(PathBuf, Vec<u8>)>> {
-        files(&self.node.path("etc"))
-    }
-}
-
-/// The files below a folder, sorted.
-fn files(folder: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
-    let mut found = Vec::new();
-    for below in census::folders(folder) {
-        for entry in fs::read_dir(&below)
-            .trying(format!("reading {}", below.display()))?
-            .flatten()
-        {
-            if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-                let bytes = fs::read(entry.path()).trying(format!("reading {}", entry.path().display()))?;
-                let path = entry.path();
-                found.push((path.strip_prefix(folder).unwrap_or(&path).to_path_buf(), bytes));
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 fn controller_manager(node: &Node, api: &ApiServer) -> Result<Command> {

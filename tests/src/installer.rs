@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     os::unix::fs::PermissionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -68,6 +68,17 @@ impl Node {
                 .unwrap_or_else(|_| Err(Failure::Claim("the thread of restarts panicked".into())));
             played.and(told).and(served)
         })
+    }
+}
+
+impl Node {
+    /// Everything where an installer may write.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tree(&self) -> Result<Tree> {
+        let folders = ["/etc", "/opt", "/run/lock", "/var/lib/sandpod"];
+        Tree::of(&folders.map(|folder| self.inside(folder)))
     }
 }
 
@@ -214,13 +225,12 @@ impl Installer<'_> {
         Ok(command)
     }
 
-    /// Everything where the installer may write.
+    /// What is on the node where the installer may write.
     ///
     /// # Errors
     /// The kernel's.
     pub fn tree(&self) -> Result<Tree> {
-        let folders = ["/etc", "/opt", "/run/lock", "/var/lib/sandpod"];
-        Tree::of(&folders.map(|folder| self.node.inside(folder)))
+        self.node.tree()
     }
 
     /// A payload of another version with the same files, or with those of them that `keep` wants.
@@ -228,31 +238,37 @@ impl Installer<'_> {
     /// # Errors
     /// When there is no payload, and the kernel's.
     pub fn payload(&self, version: &str, keep: impl Fn(&str) -> bool) -> Result<String> {
-        let (from, to) = (
-            places::payload()?,
-            self.node.path(&format!("payload-{version}-{}", self.node.serial())),
-        );
-        let manifest = fs::read_to_string(from.join("MANIFEST")).trying("reading the payload's manifest")?;
-        let mut text = format!("sandpod {version}\n");
-        for line in manifest.lines().skip(1) {
-            let path = line.rsplit(' ').next().unwrap_or_default();
-            if !keep(path) {
-                continue;
-            }
-            text += &format!("{line}\n");
-            let place = to.join(path);
-            let copied = place
-                .parent()
-                .map_or(Ok(()), fs::create_dir_all)
-                // Another name is quicker than a copy, and the same unless it is on another file system.
-                .and_then(|()| {
-                    fs::hard_link(from.join(path), &place).or_else(|_| fs::copy(from.join(path), &place).map(drop))
-                });
-            copied.trying(format!("copying {path}"))?;
-        }
-        fs::write(to.join("MANIFEST"), text).trying("writing a payload's manifest")?;
+        let to = self.node.path(&format!("payload-{version}-{}", self.node.serial()));
+        other_payload(&to, version, keep)?;
         Ok(to.display().to_string())
     }
+}
+
+/// Makes a payload of a version with the files of the one that was built, or with those of them that `keep` wants.
+///
+/// # Errors
+/// When there is no payload, and the kernel's.
+pub fn other_payload(to: &Path, version: &str, keep: impl Fn(&str) -> bool) -> Result {
+    let from = places::payload()?;
+    let manifest = fs::read_to_string(from.join("MANIFEST")).trying("reading the payload's manifest")?;
+    let mut text = format!("sandpod {version}\n");
+    for line in manifest.lines().skip(1) {
+        let path = line.rsplit(' ').next().unwrap_or_default();
+        if !keep(path) {
+            continue;
+        }
+        text += &format!("{line}\n");
+        let place = to.join(path);
+        let copied = place
+            .parent()
+            .map_or(Ok(()), fs::create_dir_all)
+            // Another name is quicker than a copy, and the same unless it is on another file system.
+            .and_then(|()| {
+                fs::hard_link(from.join(path), &place).or_else(|_| fs::copy(from.join(path), &place).map(drop))
+            });
+        copied.trying(format!("copying {path}"))?;
+    }
+    fs::write(to.join("MANIFEST"), text).trying("writing a payload's manifest")
 }
 
 /// Kills the program that `nsenter` runs as its child.

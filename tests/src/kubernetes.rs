@@ -253,7 +253,19 @@ impl ApiServer {
     /// # Errors
     /// What kubectl said when it failed.
     pub fn apply(&self, manifest: &str) -> Result {
-        let mut command = self.kubectl_command(["apply", "--filename", "-"])?;
+        self.feed("apply", manifest)
+    }
+
+    /// Creates the objects of a manifest.
+    ///
+    /// # Errors
+    /// What kubectl said when it failed, such as that there are some of that name.
+    pub fn create(&self, manifest: &str) -> Result {
+        self.feed("create", manifest)
+    }
+
+    fn feed(&self, verb: &str, manifest: &str) -> Result {
+        let mut command = self.kubectl_command([verb, "--filename", "-"])?;
         let output = run::finish(&mut command, Some(manifest.as_bytes().to_vec()), run::ORDINARY)?;
         match output.code {
             0 => Ok(()),

@@ -34,6 +34,7 @@ use crate::{
 const FIRST: &str = "mount --make-rshared /
 own() { mount -t overlay -o \"lowerdir=/$1,upperdir=$OWN/$2,workdir=$OWN/$2-work\" overlay \"/$1\"; }
 [ -z \"$BARE\" ] || own etc etc
+[ -z \"$BARE\" ] || own usr/local usr-local
 [ -z \"$BARE\" ] || own var/lib var-lib
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/netns /run/lock /run/cni /run/kata /var/lib/cni
@@ -90,7 +91,7 @@ pub struct NodeSpec {
     pub handlers: Vec<(String, String)>,
     /// Hides /dev/kvm.
     pub without_kvm: bool,
-    /// Nothing of Sandpod is there: a node to install it on. Its /etc and /var/lib are its own, as far as they differ from the
+    /// Nothing of Sandpod is there: a node to install it on. Its /etc, /usr/local and /var/lib are its own, as far as they differ from the
     /// machine's, and containerd's configuration is where packages have it.
     pub bare: bool,
 }
@@ -135,8 +136,11 @@ impl Node {
             .trying("making a folder for the node")?;
         sweep_cgroups_of_the_dead();
         // What is installed there is the node's own.
-        for own in ["opt", "etc", "etc-work", "var-lib", "var-lib-work"] {
-            fs::create_dir(folder.path().join(own)).trying(format!("making the node's /{own}"))?;
+        let path = folder.path();
+        for own in ["opt", "etc", "usr-local", "var-lib"] {
+            for folder in [own.to_owned(), format!("{own}-work")] {
+                fs::create_dir(path.join(folder)).trying("making the node's own folders")?;
+            }
         }
         let yes = |holds: bool| Path::new(if holds { "yes" } else { "" });
         let variables = [

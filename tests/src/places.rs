@@ -70,6 +70,15 @@ pub fn peers() -> Result<PathBuf> {
     }
 }
 
+/// The folder with the operator's container images: `$SANDPOD_IMAGES`, else `target/images`.
+///
+/// # Errors
+/// When they have not been made.
+pub fn operator_images() -> Result<PathBuf> {
+    let folder = env::var_os("SANDPOD_IMAGES").map_or_else(|| workspace().join("target/images"), PathBuf::from);
+    holding(folder, "installer.tar", "make images")
+}
+
 /// The root of this repository.
 #[must_use]
 pub fn workspace() -> PathBuf {

@@ -1,11 +1,11 @@
-//! `make cluster`: a whole Kubernetes with one node on this machine, Sandpod on it, until interrupted.
+//! `make cluster`: a whole Kubernetes with one node on this machine, ready for Sandpod's operator, until interrupted.
 
 use std::{process::ExitCode, time::Instant};
 
 use tests::{
-    cluster::{Cluster, NODE},
-    failure::{Result, Trying},
-    images, places,
+    cluster::{Cluster, NODE, operator},
+    failure::{Failure, Result, Trying},
+    places,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -24,14 +24,14 @@ fn run() -> Result {
     // From now on, whoever interrupts finds everything removed.
     let (mut interrupt, mut end) = runtime.block_on(async {
         let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
-        Ok::<_, tests::failure::Failure>((
+        Ok::<_, Failure>((
             signals.0.trying("listening for an interrupt")?,
             signals.1.trying("listening for a signal to end")?,
         ))
     })?;
     let start = Instant::now();
     let cluster = Cluster::start()?;
-    cluster.install_by_hand()?;
+    cluster.prepare()?;
     explain(&cluster, start)?;
     runtime.block_on(async {
         tokio::select! {
@@ -43,23 +43,55 @@ fn run() -> Result {
     Ok(())
 }
 
+/// The guide's pod, but for the pull of its image: it is on the node.
+const HELLO: &str = "apiVersion: v1
+kind: Pod
+metadata:
+  name: hello-openshift
+  labels:
+    app: hello-openshift
+spec:
+  runtimeClassName: kata
+  containers:
+    - name: hello-openshift
+      image: quay.io/openshift/origin-hello-openshift
+      imagePullPolicy: IfNotPresent
+      ports:
+        - containerPort: 8888
+      securityContext:
+        privileged: false
+        allowPrivilegeEscalation: false
+        runAsNonRoot: true
+        runAsUser: 1001
+        capabilities:
+          drop:
+            - ALL
+        seccompProfile:
+          type: RuntimeDefault
+";
+
 /// Says how to use it.
 fn explain(cluster: &Cluster, start: Instant) -> Result {
-    let version = cluster.api().json(["version"])?;
-    let version = version["serverVersion"]["gitVersion"].as_str().unwrap_or_default();
+    let node = cluster.node();
+    let (kata_config, hello) = (node.path("cluster-kataconfig.yaml"), node.path("hello-openshift.yaml"));
+    node.write(&kata_config, operator::KATA_CONFIG)?;
+    node.write(&hello, HELLO)?;
     let kubectl = places::peers()?.join("kubectl");
     println!(
-        "Kubernetes {version}, node {NODE} ready, RuntimeClass kata there, after {:.0} s\n\n  \
+        "A Kubernetes with the node {NODE} is ready after {:.0} s. The operator's images are on the node. In another terminal:\n\n  \
          export KUBECONFIG={}\n  \
          export PATH={}:$PATH\n  \
-         kubectl get nodes\n\n\
-         Images on the node, to be used with imagePullPolicy Never or IfNotPresent: {} and {}\n\
-         Any kubectl of 1.35 or later will do. Interrupt with Ctrl-C to remove everything.",
+         kubectl apply -f {}\n  \
+         kubectl create -f {}\n  \
+         watch \"kubectl describe kataconfig | sed -n /^Status:/,/^Events/p\"\n  \
+         kubectl create -f {}\n\n\
+         Ctrl-C here removes everything.",
         start.elapsed().as_secs_f64(),
         cluster.api().kubeconfig().display(),
         kubectl.parent().unwrap_or(&kubectl).display(),
-        images::HELLO,
-        images::TEST,
+        operator::manifest().display(),
+        kata_config.display(),
+        hello.display(),
     );
     Ok(())
 }

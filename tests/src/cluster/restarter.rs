@@ -14,7 +14,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use super::{RESTART, RESTART_SOCKET};
+use super::{RESTART_SOCKET, SYSTEMCTL};
 use crate::{
     failure::{Result, Trying},
     node::Node,
@@ -33,7 +33,7 @@ impl Restarter {
     /// Puts the command on the node, and somebody behind it.
     pub(super) fn start(node: &Arc<Node>) -> Result<Restarter> {
         let program = places::binaries()?.join("restart-containerd");
-        symlink(&program, node.inside(RESTART)).trying(format!("making {RESTART}"))?;
+        symlink(&program, node.inside(SYSTEMCTL)).trying(format!("making {SYSTEMCTL}"))?;
         let socket = node.inside(RESTART_SOCKET);
         let listener = UnixListener::bind(&socket).trying(format!("listening at {RESTART_SOCKET}"))?;
         let stopping = Arc::new(AtomicBool::new(false));
