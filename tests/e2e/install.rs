@@ -1,13 +1,14 @@
 //! A node that has nothing but containerd: Sandpod comes to it, is replaced while pods run, and goes again.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use operator::report::{Accelerator, Code, Phase, Report};
 use tests::{
     config,
-    failure::{Result, Trying, claim, contains, same},
+    failure::{Failure, Result, Trying, claim, contains, same},
     installer::Installer,
     node::Node,
+    procs::Process,
     run,
     tree::Tree,
 };
@@ -19,11 +20,15 @@ type Story = (&'static str, fn(&Node) -> Result);
 pub const ON_A_BARE_NODE: &[Story] = &[
     ("one_command_brings_pods_and_another_takes_them_away", one_command),
     ("a_pod_outlives_three_versions", a_pod_outlives_three_versions),
+    ("another_prefix_is_as_good", another_prefix),
     ("an_installer_that_is_killed_is_run_again", killed_and_run_again),
     ("what_fails_is_undone", what_fails_is_undone),
     ("a_bad_node_gets_one_sentence_and_no_change", bad_nodes),
     ("files_are_labelled_where_selinux_is_enabled", labels),
 ];
+
+/// Takes longer than it is worth each time.
+pub const AT_LENGTH: &[Story] = &[("an_installer_that_is_killed_at_any_moment", killed_at_any_moment)];
 
 const HANDLER: &str = "kata";
 const DROP_IN: &str = "/etc/containerd/conf.d/50-kata.toml";
@@ -87,6 +92,28 @@ fn one_command(node: &Node) -> Result {
     })
 }
 
+/// Its folders are made and go, too.
+fn another_prefix(node: &Node) -> Result {
+    play(node, |installer| {
+        let prefix = ["--prefix", "/opt/else/where"];
+        installer.script(&prefix)?;
+        let pod = node.pod_with_handler(HANDLER, "elsewhere").run()?;
+        let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+        same("an exec", container.shell("echo here")?.as_str(), "here")?;
+        let programs: Vec<_> = pod
+            .processes()
+            .iter()
+            .map(|process| process.arguments[0].clone())
+            .collect();
+        for program in ["bin/qemu-system-x86_64", "virtiofsd"] {
+            let path = format!("/opt/else/where/current/{program}");
+            claim(programs.contains(&path), format!("{path} should run: {programs:?}"))?;
+        }
+        pod.remove()?;
+        installer.script(&[&["--uninstall"], &prefix[..]].concat()).map(drop)
+    })
+}
+
 /// Upgrades neither restart containerd nor disturb a pod, whose version stays as long as it runs.
 fn a_pod_outlives_three_versions(node: &Node) -> Result {
     play(node, |installer| {
@@ -95,57 +122,24 @@ fn a_pod_outlives_three_versions(node: &Node) -> Result {
             .into_iter()
             .collect();
         let payloads = payloads?;
-        let install = |index: usize| installer.succeed(&["install", "--payload", &payloads[index]]);
-        let first = install(0)?;
-        same("the phase", first.phase, Phase::Installed)?;
-        same(
-            "changed, restarted, seen",
-            (first.changed, first.restarted, first.handler_seen),
-            (true, true, true),
-        )?;
-        contains("the CRI", &first.facts.cri, "containerd 2.4")?;
-        let accelerator = if config::accelerator() == "tcg" {
-            Accelerator::Tcg
-        } else {
-            Accelerator::Kvm
-        };
-        same("the accelerator", first.facts.accelerator, accelerator)?;
-        let again = install(0)?;
-        same("changed, restarted", (again.changed, again.restarted), (false, false))?;
-        same("verified", installer.succeed(&["verify"])?.phase, Phase::Verified)?;
-
+        install_and_look(installer, &payloads[0])?;
         let old = node.pod_with_handler(HANDLER, "old").run()?;
         let container = old.container("sleeper", &["sleep", "infinity"]).run()?;
-        for (index, version) in [(1, "2.0.0"), (2, "3.0.0")] {
-            let upgrade = install(index)?;
+        for (payload, version) in payloads.iter().zip(["1.0.0", "2.0.0", "3.0.0"]).skip(1) {
+            let upgrade = installer.succeed(&["install", "--payload", payload])?;
             contains("the version", &upgrade.version, version)?;
-            same(
-                "changed, restarted",
-                (upgrade.changed, upgrade.restarted),
-                (true, false),
-            )?;
+            done("an upgrade", &upgrade, true, false)?;
             same("an exec", container.shell("echo here")?.as_str(), "here")?;
         }
         let late = old.container("late", &["true"]).run()?;
         same("the exit code of a container made later", late.wait_exit()?.code, 0)?;
-        let names = || versions(node);
-        same("versions", names()?.len(), 3)?;
+        same("versions", versions(node)?.len(), 3)?;
         refused_while_pods_run(installer)?;
         old.remove()?;
-        // Its shim ends a moment after its pod; the lock goes with it.
-        node.events().bell.until("the end of the shim", run::ORDINARY, || {
-            let shims = node
-                .processes()
-                .into_iter()
-                .filter(|process| process.program().starts_with("containerd-shim-kata"));
-            match shims.count() {
-                0 => Ok(()),
-                count => Err(format!("{count} shims")),
-            }
-        })?;
-        let swept = install(2)?;
-        same("changed, restarted", (swept.changed, swept.restarted), (true, false))?;
-        let left = names()?;
+        shims_end(node)?;
+        let swept = installer.succeed(&["install", "--payload", &payloads[2]])?;
+        done("a sweep", &swept, true, false)?;
+        let left = versions(node)?;
         claim(
             left.len() == 2 && !left.iter().any(|name| name.starts_with("1.0.0-")),
             format!("the first version should have gone: {left:?}"),
@@ -155,8 +149,44 @@ fn a_pod_outlives_three_versions(node: &Node) -> Result {
         let gone = installer.run_from_outside(&["uninstall"])?;
         same("the phase", gone.phase, Phase::Uninstalled)?;
         same("restarts", installer.restarts(), 2)?;
-        let again = installer.succeed(&["uninstall"])?;
-        same("changed, restarted", (again.changed, again.restarted), (false, false))
+        done("a second uninstall", &installer.succeed(&["uninstall"])?, false, false)
+    })
+}
+
+/// A first install says what it has found and done; a second one does nothing.
+fn install_and_look(installer: &Installer, payload: &str) -> Result {
+    let first = installer.succeed(&["install", "--payload", payload])?;
+    same("the phase", first.phase, Phase::Installed)?;
+    done("a first install", &first, true, true)?;
+    claim(first.handler_seen, "the handler should have been seen")?;
+    contains("the CRI", &first.facts.cri, "containerd 2.4")?;
+    let accelerator = match config::accelerator() {
+        "tcg" => Accelerator::Tcg,
+        _ => Accelerator::Kvm,
+    };
+    same("the accelerator", first.facts.accelerator, accelerator)?;
+    let again = installer.succeed(&["install", "--payload", payload])?;
+    done("a second install", &again, false, false)?;
+    same("the phase", installer.succeed(&["verify"])?.phase, Phase::Verified)
+}
+
+/// What a run has done to the node.
+fn done(what: &str, report: &Report, changed: bool, restarted: bool) -> Result {
+    same(
+        &format!("{what}: changed, restarted"),
+        (report.changed, report.restarted),
+        (changed, restarted),
+    )
+}
+
+/// A shim ends a moment after its pod; the lock of its version goes with it.
+fn shims_end(node: &Node) -> Result {
+    let is_shim = |process: &Process| process.program().starts_with("containerd-shim-kata");
+    node.events().bell.until("the end of the shim", run::ORDINARY, || {
+        match node.processes().into_iter().find(is_shim) {
+            None => Ok(()),
+            Some(shim) => Err(format!("{shim:?}")),
+        }
     })
 }
 
@@ -167,7 +197,7 @@ fn refused_while_pods_run(installer: &Installer) -> Result {
     sentence(
         &refusal,
         Code::SandboxesExist,
-        "1 pods still run with the handler `kata`, such as default/old-",
+        "pods with the handler `kata` still run (1, such as default/old-",
     )?;
     installer.tree()?.same_as(&before)
 }
@@ -205,7 +235,7 @@ fn killed_and_run_again(node: &Node) -> Result {
             let Some(line) = installer.kill_at(at, &install)? else {
                 break;
             };
-            let at_line = |failure| tests::failure::Failure::Claim(format!("after a death at {line:?}: {failure}"));
+            let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
             if at % 2 == 0 {
                 installer.succeed(&install).map_err(at_line)?;
                 installer.tree()?.same_as(&present).map_err(at_line)?;
@@ -216,12 +246,33 @@ fn killed_and_run_again(node: &Node) -> Result {
         for at in 0.. {
             installer.succeed(&install)?;
             let line = installer.kill_at(at, &["uninstall"])?;
-            let at_line = |failure| tests::failure::Failure::Claim(format!("after a death at {line:?}: {failure}"));
+            let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
             installer.succeed(&["uninstall"]).map_err(at_line)?;
             installer.tree()?.same_as(&absent).map_err(at_line)?;
             if line.is_none() {
                 break;
             }
+        }
+        Ok(())
+    })
+}
+
+/// As above, at moments that nobody has chosen.
+fn killed_at_any_moment(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let install = ["install", "--payload", &payload, "--log-level", "debug"];
+        let absent = installer.tree()?;
+        for round in 0..60 {
+            let moment = Duration::from_millis(3 + round * 10);
+            installer.kill_after(moment, &install)?;
+            if round % 2 == 0 {
+                installer.succeed(&install)?;
+                installer.kill_after(moment, &["uninstall"])?;
+            }
+            installer.succeed(&["uninstall"])?;
+            let at_moment = |failure| Failure::Claim(format!("after a death at {moment:?}: {failure}"));
+            installer.tree()?.same_as(&absent).map_err(at_moment)?;
         }
         Ok(())
     })
@@ -259,11 +310,7 @@ fn what_fails_is_undone(node: &Node) -> Result {
             "/etc/containerd/conf.d/50-kata.toml is not what was installed",
         )?;
         let repaired = installer.succeed(&["install", "--payload", &payload])?;
-        same(
-            "changed, restarted",
-            (repaired.changed, repaired.restarted),
-            (true, true),
-        )?;
+        done("a repair", &repaired, true, true)?;
         installer.tree()?.same_as(&installed)?;
         let broken = installer.payload("2.0.0", |path| small(path) || path == "virtiofsd")?;
         damage(Path::new(&broken))?;
@@ -319,6 +366,13 @@ const BAD: &[Bad] = &[
         sentence: "containerd does not read /etc/containerd/conf.d: add `imports = ",
     },
     Bad {
+        what: "sed -i 's/^version = 2/version = 99/' /etc/containerd/config.toml",
+        right: "sed -i 's/^version = 99/version = 2/' /etc/containerd/config.toml",
+        arguments: &[],
+        code: Code::ConfigInvalid,
+        sentence: "containerd's configuration with the handler `kata` is not valid: ",
+    },
+    Bad {
         what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro tmpfs /opt/read-only",
         right: "umount /opt/read-only && rmdir /opt/read-only",
         arguments: &["--prefix", "/opt/read-only/sandpod"],
@@ -337,7 +391,7 @@ const BAD: &[Bad] = &[
         right: "rm /etc/sandpod/config.d/90.toml; rmdir /etc/sandpod/config.d /etc/sandpod || :",
         arguments: &[],
         code: Code::ConfigInvalid,
-        sentence: "the configuration of the node's pods is not valid: unknown configuration key `runtime.enable_bug`",
+        sentence: "the configuration of the node's pods in /etc/sandpod/config.d is not valid: unknown configuration key `runtime.enable_bug`",
     },
     Bad {
         what: "mkdir -p /etc/sandpod/config.d && printf '[hypervisor.qemu]\\naccelerator = \"kvm\"\\n' >/etc/sandpod/config.d/90.toml; mount --bind /dev/null /proc/cpuinfo",
@@ -361,7 +415,7 @@ fn bad_nodes(node: &Node) -> Result {
             let report = report?;
             sentence(&report, bad.code, bad.sentence)?;
             same("the phase", report.phase, Phase::Refused)?;
-            same("changed, restarted", (report.changed, report.restarted), (false, false))?;
+            done("a refusal", &report, false, false)?;
             after?.same_as(&wrong?)?;
             installer.tree()?.same_as(&before)?;
         }

@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
-    os::unix::fs::PermissionsExt,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::{
+    fcntl::OFlag,
     sys::{
         signal::{Signal, kill},
         stat::Mode,
@@ -85,6 +86,13 @@ impl Node {
 impl Installer<'_> {
     fn serve_restarts(&self) -> Result {
         let script = self.restart_command();
+        // Open for both directions, so that neither an asker who has died blocks it nor an answer to him stays for the next one.
+        let mut answers = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(script.with_extension("answer"))
+            .trying("opening the pipe for answers")?;
         loop {
             let asked = fs::read_to_string(script.with_extension("request")).trying("waiting for a restart")?;
             if asked.contains("end") {
@@ -95,7 +103,9 @@ impl Installer<'_> {
                 Ok(()) => "done\n",
                 Err(_) => "failed\n",
             };
-            fs::write(script.with_extension("answer"), answer).trying("answering a restart")?;
+            // Empty when the last one was heard.
+            let _ = answers.read(&mut [0; 64]);
+            answers.write_all(answer.as_bytes()).trying("answering a restart")?;
         }
     }
 
@@ -111,18 +121,24 @@ impl Installer<'_> {
         self.restarts.load(Ordering::SeqCst)
     }
 
-    /// Runs `deploy/install.sh` on the node; it must succeed.
+    /// Runs `install.sh` on the node, with what lies beside it in a release; it must succeed.
     ///
     /// # Errors
     /// What it said when it failed.
     pub fn script(&self, arguments: &[&str]) -> Result<Output> {
-        let script = places::workspace().join("deploy/install.sh");
+        let release = self.node.path(&format!("release-{}", self.node.serial()));
+        let script = release.join("install.sh");
+        let (program, payload) = (places::binaries()?.join("sandpod-installer"), places::payload()?);
+        fs::create_dir(&release)
+            .and_then(|()| fs::copy(places::workspace().join("deploy/install.sh"), &script))
+            .and_then(|_| symlink(program, release.join("sandpod-installer")))
+            .and_then(|()| symlink(payload, release.join("payload")))
+            .trying("laying out a release")?;
         let mut command = self.node.command(&script.display().to_string());
         command
             .args(arguments)
             .arg("--restart-command")
             .arg(self.restart_command());
-        command.env("SANDPOD_PAYLOAD", places::payload()?);
         run::succeed(&mut command, DEADLINE)
     }
 
@@ -198,6 +214,21 @@ impl Installer<'_> {
         run::wait(child, DEADLINE, "the installer")?;
         self.await_quiet()?;
         Ok(line)
+    }
+
+    /// Runs the installer and kills it after some time, unless it has ended by then.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn kill_after(&self, moment: Duration, arguments: &[&str]) -> Result {
+        let program = self.command(arguments)?;
+        let words: Vec<_> = program.get_args().skip_while(|word| *word != "--").skip(1).collect();
+        let mut command = self.node.command("timeout");
+        command
+            .args(["--foreground", "--signal", "KILL", &moment.as_secs_f64().to_string()])
+            .args(words);
+        run::finish(&mut command, None, DEADLINE)?;
+        self.await_quiet()
     }
 
     /// A service manager goes on with a restart whose client has died.

@@ -150,7 +150,7 @@ pub enum InstallError {
         cri: &'static str,
     },
     /// Pods run.
-    #[error("{count} pods still run with the handler `kata`, such as {example}: delete them first")]
+    #[error("pods with the handler `kata` still run ({count}, such as {example}): delete them first")]
     SandboxesExist {
         /// How many.
         count: usize,

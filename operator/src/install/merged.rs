@@ -195,8 +195,7 @@ pub fn validate(host: &Host, kind: Kind, version: &Version, ours: &[DropIn]) -> 
     let Some(program) = program_of(host, kind, version) else {
         return Ok(());
     };
-    // Not in a folder of the CRI's: nothing of it may stay there, whatever happens to this process.
-    let scratch = host.at(format!("/run/lock/.check{SCRATCH}"));
+    let scratch = scratch(host);
     files::remove_tree(&scratch)?;
     let verdict = match kind {
         Kind::Crio => crio_verdict(host, &program, &scratch, ours),
@@ -204,6 +203,19 @@ pub fn validate(host: &Host, kind: Kind, version: &Version, ours: &[DropIn]) -> 
     };
     files::remove_tree(&scratch)?;
     verdict
+}
+
+/// Removes what a run that was killed while it asked the CRI's program left.
+///
+/// # Errors
+/// The kernel's.
+pub fn sweep(host: &Host) -> Result<bool> {
+    files::remove_tree(&scratch(host))
+}
+
+/// Not in a folder of the CRI's, where everything is read.
+fn scratch(host: &Host) -> PathBuf {
+    host.at(format!("/run/lock/.check{SCRATCH}"))
 }
 
 fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {

@@ -130,7 +130,7 @@ impl<'r> Run<'r> {
         };
         report.facts.boot_id = small("/proc/sys/kernel/random/boot_id");
         report.facts.kernel = small("/proc/sys/kernel/osrelease");
-        let defaults = Config::parse("", &[]).map_err(|error| invalid(&error))?;
+        let defaults = Config::parse("", &[]).map_err(|error| InstallError::Payload(error.to_string()))?;
         let findings = check::node(&options.host_root, &defaults);
         if options.host_root != Path::new("/") {
             nix::unistd::chroot(&options.host_root).at("enter", &options.host_root)?;
@@ -170,19 +170,24 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
+    /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was any.
+    fn sweep_scratch(&self) -> Result<bool> {
+        let host = &self.layout.host;
+        let mut swept = self.layout.sweep_beside()? | merged::sweep(host)?;
+        for kind in [Kind::Crio, Kind::Containerd] {
+            for file in dropin::all(kind, &self.layout.prefix, self.options.log_level) {
+                swept |= files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;
+            }
+        }
+        Ok(swept)
+    }
+
     fn boot_id(&self) -> String {
         self.report.facts.boot_id.clone()
     }
 
     fn warn(&mut self, warning: Option<String>) {
         self.report.warnings.extend(warning);
-    }
-}
-
-fn invalid(error: &config::ConfigError) -> InstallError {
-    InstallError::ConfigInvalid {
-        what: "the configuration of the node's pods".to_owned(),
-        why: error.to_string(),
     }
 }
 

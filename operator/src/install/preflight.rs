@@ -17,7 +17,6 @@ use super::{
     dropin::{CONFIG_FOLDER, DEFAULT_PREFIX},
     error::{InstallError, Result},
     files::{self, Host},
-    invalid,
     payload::Payload,
     state::Layout,
 };
@@ -58,13 +57,16 @@ fn old(kind: Kind, version: (u32, u32)) -> Option<&'static str> {
 /// # Errors
 /// It is not valid.
 pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Result<Config> {
+    let invalid = |what: &Path, error: &config::ConfigError| InstallError::ConfigInvalid {
+        what: format!("the configuration of the node's pods in {}", what.display()),
+        why: error.to_string(),
+    };
     // Other handlers name their file.
     if kind == Kind::Containerd && layout.prefix == Path::new(DEFAULT_PREFIX) {
         let theirs = config::SEARCH_PATHS.iter().map(Path::new);
-        let theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
-        let mut theirs = theirs.map(|path| layout.host.at(path));
-        if let Some(path) = theirs.find(|path| path.exists()) {
-            return Config::load(Some(&path)).map_err(|error| invalid(&error));
+        let mut theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
+        if let Some(path) = theirs.find(|path| layout.host.at(path).exists()) {
+            return Config::load(Some(&layout.host.at(path))).map_err(|error| invalid(path, &error));
         }
     }
     let folder = layout.host.at(CONFIG_FOLDER);
@@ -73,7 +75,7 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Resu
         drop_ins.extend(files::read_text(&folder.join(name))?);
     }
     let drop_ins: Vec<_> = drop_ins.iter().map(String::as_str).collect();
-    Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(|error| invalid(&error))
+    Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(|error| invalid(Path::new(CONFIG_FOLDER), &error))
 }
 
 /// Judges what `shim::check` found on the node. Returns warnings.

@@ -41,10 +41,9 @@ struct Change {
 pub fn install(run: &mut Run) -> Result<Phase> {
     let _lock = lock::NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    run.layout.sweep_beside()?;
+    run.sweep_scratch()?;
     let job = check(run)?;
     let mut state = run.layout.load_or_make()?;
-    sweep_scratch(run)?;
     if let Err(error) = place(run, &job) {
         return Err(undone(error, forsake(run, &state, &job)));
     }
@@ -309,17 +308,6 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
     let keep: Vec<_> = keep.into_iter().flatten().collect();
     versions::sweep(&run.layout, &keep)?;
     restarted
-}
-
-/// Removes files that a run which was killed had written and not yet moved to their places.
-fn sweep_scratch(run: &Run) -> Result<()> {
-    let host = &run.layout.host;
-    for kind in [super::Kind::Crio, super::Kind::Containerd] {
-        for file in dropin::all(kind, &run.layout.prefix, run.options.log_level) {
-            files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

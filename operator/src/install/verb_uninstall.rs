@@ -1,5 +1,10 @@
 //! `uninstall`: nothing of ours is left, and everything else is as it was.
 
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
 use super::{
     Run,
     cri::{Cri, HANDLER, Kind},
@@ -12,6 +17,11 @@ use super::{
 };
 use crate::report::Phase;
 
+/// How long a shim may take to end after its pod was removed.
+const SHIM_END: Duration = Duration::from_secs(10);
+/// How often that is looked for: nobody announces the end of a lock.
+const PACE: Duration = Duration::from_millis(50);
+
 /// Uninstalls; a node without Sandpod is left as it is.
 ///
 /// # Errors
@@ -19,7 +29,7 @@ use crate::report::Phase;
 pub fn uninstall(run: &mut Run) -> Result<Phase> {
     let _lock = lock::NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    let swept = run.layout.sweep_beside()?;
+    let swept = run.sweep_scratch()?;
     let state = run.layout.load()?;
     let of_cri = present(run)?;
     if state.is_none() && of_cri.is_empty() {
@@ -74,11 +84,15 @@ fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
             });
         }
     }
-    // Tasks without a pod, which the CRI does not know.
-    match versions::in_use(&run.layout)? {
-        Some(version) => Err(InstallError::InUse { version }),
-        None => Ok(()),
+    // A shim ends a moment after its pod; tasks without a pod, which the CRI does not know, stay.
+    let end = Instant::now() + SHIM_END;
+    while let Some(version) = versions::in_use(&run.layout)? {
+        if Instant::now() >= end {
+            return Err(InstallError::InUse { version });
+        }
+        thread::sleep(PACE);
     }
+    Ok(())
 }
 
 /// Takes the handler away from the CRI. From here on only forward: a node without the handler is what was asked for.
