@@ -11,6 +11,8 @@ mod deletion;
 mod failing;
 mod ground;
 mod history;
+mod host;
+mod installing;
 mod kubelet;
 mod objects;
 mod pool;
@@ -29,6 +31,7 @@ const STORIES: &[&[Story]] = &[
     failing::STORIES,
     deletion::STORIES,
     restarts::STORIES,
+    installing::STORIES,
     singleton::STORIES,
     objects::STORIES,
     rights::STORIES,

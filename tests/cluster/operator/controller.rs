@@ -46,6 +46,7 @@ pub struct Settings {
     pub version: String,
     pub retry_first: &'static str,
     pub settle: &'static str,
+    pub restart_command: Option<&'static str>,
 }
 
 impl Default for Settings {
@@ -55,6 +56,7 @@ impl Default for Settings {
             version: super::kubelet::VERSION.into(),
             retry_first: "1s",
             settle: "0s",
+            restart_command: None,
         }
     }
 }
@@ -73,6 +75,7 @@ impl Controller {
             version,
             retry_first,
             settle,
+            restart_command,
         } = settings;
         let mut child = Command::new(places::binaries()?.join("sandpod-operator"))
             .args([
@@ -83,6 +86,11 @@ impl Controller {
             ])
             .args(["--identity", identity, "--version", version])
             .args(["--retry-first", retry_first, "--settle", settle])
+            .args(
+                restart_command
+                    .iter()
+                    .flat_map(|command| ["--restart-command", command]),
+            )
             .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())

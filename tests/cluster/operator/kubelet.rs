@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     pin::pin,
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use futures::StreamExt;
@@ -21,11 +21,16 @@ use kube::{
         watcher::{Config, Event, watcher},
     },
 };
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 use operator::report::{Report, Verb};
 use serde_json::{Value, json};
+use tests::{failure::Result, namespaces::Namespaces, places, procs};
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
-    process::Command,
+    process::{Child, Command},
     runtime::Runtime,
     sync::Notify,
     task::JoinHandle,
@@ -63,23 +68,63 @@ printf '{"verb":"%s","phase":"%s","version":"%s","changed":true,"restarted":true
 "#;
 
 /// What plays the container's image.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum Image {
     /// The stand-in.
     StandIn,
-    /// The real installer, and the folder that is its payload.
-    Real { program: PathBuf, payload: PathBuf },
+    /// The real installer, in a host's namespaces, and the folder that is its payload.
+    Real {
+        program: PathBuf,
+        payload: PathBuf,
+        namespaces: Arc<Namespaces>,
+    },
+}
+
+impl Image {
+    /// The real installer for a host.
+    pub fn real(namespaces: &Arc<Namespaces>, payload: PathBuf) -> Result<Image> {
+        Ok(Image::Real {
+            program: places::binaries()?.join("sandpod-installer"),
+            payload,
+            namespaces: Arc::clone(namespaces),
+        })
+    }
+}
+
+/// When installers die.
+#[derive(Debug, Default)]
+struct Deaths {
+    /// When they say these, each once, in this order.
+    at: Vec<String>,
+    /// Or at each step of this verb: the first run at the first, the second at the second.
+    verb: Option<&'static str>,
+    /// What they had said last, for each death.
+    happened: Vec<String>,
+}
+
+impl Deaths {
+    /// Whether an installer dies after this line, the one with this number of its run.
+    fn strike(&mut self, verb: &str, number: usize, line: &str) -> bool {
+        let named = self.at.first().is_some_and(|at| line.contains(at.as_str()));
+        let numbered = self.verb == Some(verb) && self.happened.len() == number;
+        if named {
+            self.at.remove(0);
+        }
+        if named || numbered {
+            self.happened.push(line.to_owned());
+        }
+        named || numbered
+    }
 }
 
 /// What a kubelet and a story share.
 struct Shared {
     name: String,
     folder: PathBuf,
-    image: Image,
+    image: Mutex<Image>,
     client: Client,
     said: Said,
-    /// The installer is killed when it says a line with the first of these.
-    deaths: Mutex<Vec<String>>,
+    deaths: Mutex<Deaths>,
 }
 
 /// A node's kubelet.
@@ -93,7 +138,7 @@ impl Kubelet {
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             folder,
-            image,
+            image: Mutex::new(image),
             client,
             said: Said::default(),
             deaths: Mutex::default(),
@@ -114,13 +159,40 @@ impl Kubelet {
 
     /// From now on installers die when they say these, each once, in this order.
     pub fn die_at(&self, lines: impl IntoIterator<Item = String>) {
-        *self.shared.deaths.lock().unwrap_or_else(PoisonError::into_inner) = lines.into_iter().collect();
+        *locked(&self.shared.deaths) = Deaths {
+            at: lines.into_iter().collect(),
+            ..Deaths::default()
+        };
     }
 
-    /// How many of these are to come.
-    pub fn deaths_left(&self) -> usize {
-        self.shared.deaths.lock().unwrap_or_else(PoisonError::into_inner).len()
+    /// From now on the first run of this verb dies at its first step, the second at its second, until one comes through.
+    pub fn die_at_every_step_of(&self, verb: &'static str) {
+        *locked(&self.shared.deaths) = Deaths {
+            verb: Some(verb),
+            ..Deaths::default()
+        };
     }
+
+    /// How many of those that were named are to come.
+    pub fn deaths_left(&self) -> usize {
+        locked(&self.shared.deaths).at.len()
+    }
+
+    /// What those that died had said last.
+    pub fn deaths(&self) -> Vec<String> {
+        locked(&self.shared.deaths).happened.clone()
+    }
+
+    /// The image has another payload from now on.
+    pub fn carry(&self, new: PathBuf) {
+        if let Image::Real { payload, .. } = &mut *locked(&self.shared.image) {
+            *payload = new;
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Kubelet {
@@ -189,42 +261,51 @@ fn now() -> String {
         .unwrap_or_default()
 }
 
-/// Runs the installer, as the container's arguments say, with the paths as they are outside of the container.
-async fn execute(shared: &Shared, arguments: &[String], result: &Path, end: &Notify) -> i32 {
-    let folder = shared.folder.display().to_string();
-    let mut command = match &shared.image {
+/// The command that the container's arguments say, with the paths as they are outside of the container.
+fn command(shared: &Shared, arguments: &[String], result: &Path) -> Command {
+    let image = locked(&shared.image).clone();
+    let mut command = match &image {
         Image::StandIn => {
-            let mut command = Command::new("sh");
+            let mut command = std::process::Command::new("sh");
             command.args(["-c", STAND_IN, "installer"]);
             command
         }
-        Image::Real { program, .. } => Command::new(program),
+        Image::Real {
+            program, namespaces, ..
+        } => namespaces.command(&program.display().to_string()),
     };
     for argument in arguments {
-        match (argument.as_str(), &shared.image) {
-            ("/host", _) => command.arg(&folder),
+        match (argument.as_str(), &image) {
+            ("/host", _) => command.arg(&shared.folder),
             ("/dev/termination-log", _) => command.arg(result),
             ("/payload", Image::Real { payload, .. }) => command.arg(payload),
             (other, _) => command.arg(other),
         };
     }
-    command.stdin(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let Ok(mut child) = command.spawn() else { return 127 };
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    Command::from(command)
+}
+
+/// Runs the installer, and kills it where a story says so, or when its pod is deleted.
+async fn execute(shared: &Shared, arguments: &[String], result: &Path, end: &Notify) -> i32 {
+    let verb = arguments.first().map_or("", String::as_str);
+    let Ok(mut child) = command(shared, arguments, result).kill_on_drop(true).spawn() else {
+        return 127;
+    };
     let mut lines = child.stderr.take().map(|log| BufReader::new(log).lines());
     let ended = async {
-        while let Some(Ok(Some(line))) = match &mut lines {
-            Some(lines) => Some(lines.next_line().await),
-            None => None,
-        } {
-            let dies = {
-                let mut deaths = shared.deaths.lock().unwrap_or_else(PoisonError::into_inner);
-                let dies = deaths.first().is_some_and(|death| line.contains(death.as_str()));
-                dies.then(|| deaths.remove(0)).is_some()
-            };
+        let mut number = 0;
+        while let Some(lines) = &mut lines
+            && let Ok(Some(line)) = lines.next_line().await
+        {
+            let dies = line.starts_with("installer: ") && locked(&shared.deaths).strike(verb, number, &line);
+            number += 1;
             shared.said.add(line);
             if dies {
-                // It may have ended by itself meanwhile.
-                drop(child.start_kill());
+                kill(&child);
             }
         }
         child.wait().await
@@ -234,6 +315,13 @@ async fn execute(shared: &Shared, arguments: &[String], result: &Path, end: &Not
         () = end.notified() => return 137,
     };
     status.map_or(127, |status| status.code().unwrap_or(137))
+}
+
+/// Kills the installer itself, not the one that has entered namespaces for it. It may have ended meanwhile.
+fn kill(child: &Child) {
+    let Some(pid) = child.id() else { return };
+    let program = procs::child_of(pid).unwrap_or(pid.cast_signed());
+    let _ = signal::kill(Pid::from_raw(program), Signal::SIGKILL);
 }
 
 /// As a kubelet does after it has heard from its container runtime.

@@ -114,8 +114,7 @@ fn nodes_come_and_go(rig: &mut Rig<'_>) -> Result {
     rig.must(&["delete", "node", "worker-0"], None)?;
     rig.until_installed(NAME, 1)?;
     // One that is not Ready and one that is cordoned wait, and nobody waits for them.
-    rig.node("asleep", &json!({}))?;
-    rig.ready("asleep", false)?;
+    rig.node_that_is_not_ready("asleep")?;
     rig.must(&["cordon", "worker-1"], None)?;
     rig.node("worker-2", &json!({}))?;
     let waiting = json!({"installed": ["worker-1", "worker-2"], "waitingToInstall": ["asleep"], "nodeCount": 3, "readyNodeCount": 2});

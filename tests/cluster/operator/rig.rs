@@ -1,6 +1,6 @@
 //! What a story plays with: nodes, a controller, and the history of what was said.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use serde_json::{Value, json};
 use tests::{
@@ -62,25 +62,37 @@ impl<'g> Rig<'g> {
 
     /// A worker that is Ready, with further labels, whose host is an empty folder.
     pub fn node(&mut self, name: &str, labels: &Value) -> Result {
-        self.node_with(name, labels, Image::StandIn)
+        let folder = self.ground.path(name);
+        self.register(name, labels, true)?;
+        self.add_kubelet(name, folder, Image::StandIn)
     }
 
-    /// The same with another installer.
-    pub fn node_with(&mut self, name: &str, labels: &Value, image: Image) -> Result {
+    /// A worker whose kubelet has not been heard of for a while.
+    pub fn node_that_is_not_ready(&mut self, name: &str) -> Result {
         let folder = self.ground.path(name);
-        fs::create_dir_all(&folder).trying("making a node's folder")?;
-        fs::write(folder.join("version"), VERSION).trying("writing the stand-in's version")?;
+        self.register(name, &json!({}), false)?;
+        self.add_kubelet(name, folder, Image::StandIn)
+    }
+
+    /// Makes the Node object, as a kubelet does when it starts.
+    pub fn register(&self, name: &str, labels: &Value, ready: bool) -> Result {
         let mut all = json!({"node-role.kubernetes.io/worker": "", "kubernetes.io/hostname": name});
         if let (Some(all), Some(more)) = (all.as_object_mut(), labels.as_object()) {
             all.extend(more.clone());
         }
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": all}});
         self.must(&["create", "-f", "-"], Some(&node.to_string()))?;
-        self.node_status(name, &json!({"nodeInfo": {
+        let info = json!({
             "architecture": "amd64", "operatingSystem": "linux", "bootID": "first", "containerRuntimeVersion": "containerd://2.4.2",
             "kubeletVersion": "v1.36.3", "osImage": "Debian GNU/Linux 12", "kernelVersion": "6.12", "kubeProxyVersion": "", "machineID": "", "systemUUID": "",
-        }}))?;
-        self.ready(name, true)?;
+        });
+        self.node_status(name, &json!({"nodeInfo": info, "conditions": [condition(ready)]}))
+    }
+
+    /// Starts a kubelet for a node whose host is a folder.
+    pub fn add_kubelet(&mut self, name: &str, folder: PathBuf, image: Image) -> Result {
+        fs::create_dir_all(&folder).trying("making a node's folder")?;
+        fs::write(folder.join("version"), VERSION).trying("writing the stand-in's version")?;
         let client = self.ground.client.clone();
         self.kubelets
             .push(Kubelet::start(name, folder, image, client, &self.ground.runtime));
@@ -106,10 +118,7 @@ impl<'g> Rig<'g> {
 
     /// Makes a node Ready or not.
     pub fn ready(&self, name: &str, ready: bool) -> Result {
-        let now = k8s_openapi::jiff::Timestamp::now();
-        let condition = json!({"type": "Ready", "status": if ready { "True" } else { "False" }, "reason": "Story", "message": "",
-            "lastHeartbeatTime": now.to_string(), "lastTransitionTime": now.to_string()});
-        self.node_status(name, &json!({"conditions": [condition]}))
+        self.node_status(name, &json!({"conditions": [condition(ready)]}))
     }
 
     pub fn kubelet(&self, index: usize) -> Result<&Kubelet> {
@@ -241,4 +250,9 @@ impl<'g> Rig<'g> {
 /// A KataConfig as users write it.
 pub fn config(name: &str, spec: &Value) -> String {
     json!({"apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": {"name": name}, "spec": spec}).to_string()
+}
+
+fn condition(ready: bool) -> Value {
+    let now = k8s_openapi::jiff::Timestamp::now().to_string();
+    json!({"type": "Ready", "status": if ready { "True" } else { "False" }, "reason": "Story", "message": "", "lastHeartbeatTime": now, "lastTransitionTime": now})
 }

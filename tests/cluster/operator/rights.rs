@@ -34,7 +34,7 @@ const CLUSTER: &[&str] = &[
 const OWN: &[&str] = &[
     "leases.coordination.k8s.io [] [] [create]",
     "leases.coordination.k8s.io [] [sandpod-operator] [get update patch]",
-    "pods [] [] [get list watch create delete list watch]",
+    "pods [] [] [list watch get create delete]",
 ];
 
 const DEFAULT: &[&str] = &["events.events.k8s.io [] [] [create]"];
@@ -49,15 +49,26 @@ fn rights(rig: &Rig<'_>, namespace: &str) -> Result<Vec<String>> {
     let lines = text
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
-    let mut lines: Vec<String> = lines.filter(|line| !line.starts_with('[')).collect();
+    Ok(in_order(lines.filter(|line| !line.starts_with('['))))
+}
+
+/// Sorted, and the verbs of each line, too: their order means nothing.
+fn in_order(lines: impl Iterator<Item = String>) -> Vec<String> {
+    let verbs_in_order = |line: String| match line.trim_end_matches(']').rsplit_once('[') {
+        Some((what, verbs)) => {
+            let mut verbs: Vec<&str> = verbs.split(' ').collect();
+            verbs.sort_unstable();
+            format!("{what}[{}]", verbs.join(" "))
+        }
+        None => line,
+    };
+    let mut lines: Vec<String> = lines.map(verbs_in_order).collect();
     lines.sort();
-    Ok(lines)
+    lines
 }
 
 fn expected(parts: &[&[&str]]) -> Vec<String> {
-    let mut lines: Vec<String> = parts.iter().copied().flatten().map(|line| (*line).to_owned()).collect();
-    lines.sort();
-    lines
+    in_order(parts.iter().copied().flatten().map(|line| (*line).to_owned()))
 }
 
 fn listed(rig: &mut Rig<'_>) -> Result {
@@ -91,12 +102,16 @@ fn denied(rig: &mut Rig<'_>) -> Result {
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default"}, "spec": {"containers": [{"name": "c", "image": "i"}]}});
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "other", "namespace": "kube-system"}});
     let event = json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e", "namespace": "kube-system"}});
+    let own = format!("/api/v1/namespaces/{NAMESPACE}");
     let tries: &[(&[&str], Option<String>)] = &[
         (&["get", "secrets", "--all-namespaces"], None),
         (&["get", "configmaps", "--namespace", NAMESPACE], None),
         (&["get", "secrets", "--namespace", NAMESPACE], None),
-        (&["get", "pods/log", "p", "--namespace", NAMESPACE], None),
-        (&["exec", "p", "--namespace", NAMESPACE, "--", "true"], None),
+        (&["get", "--raw", &format!("{own}/pods/p/log")], None),
+        (
+            &["create", "--raw", &format!("{own}/pods/p/exec?command=true"), "-f", "-"],
+            Some("{}".into()),
+        ),
         (&["create", "-f", "-"], Some(pod.to_string())),
         (&["create", "-f", "-"], Some(lease.to_string())),
         (&["create", "-f", "-"], Some(event.to_string())),
