@@ -174,7 +174,7 @@ impl Cri {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() >= end => return Err(error),
                 // Nobody announces that a socket of somebody else is served again.
-                Err(_) => self.runtime.block_on(sleep(PACE)),
+                Err(_) => self.runtime.block_on(async { sleep(PACE).await }),
             }
         }
     }
