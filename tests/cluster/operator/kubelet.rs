@@ -96,24 +96,24 @@ impl Image {
 struct Deaths {
     /// When they say these, each once, in this order.
     at: Vec<String>,
-    /// Or at each step of this verb: the first run at the first, the second at the second.
+    /// Or at each step of this verb at which none has died yet.
     verb: Option<&'static str>,
     /// What they had said last, for each death.
     happened: Vec<String>,
 }
 
 impl Deaths {
-    /// Whether an installer dies after this line, the one with this number of its run.
-    fn strike(&mut self, verb: &str, number: usize, line: &str) -> bool {
+    /// Whether an installer that was asked for this dies after this line.
+    fn strike(&mut self, verb: &str, line: &str) -> bool {
         let named = self.at.first().is_some_and(|at| line.contains(at.as_str()));
-        let numbered = self.verb == Some(verb) && self.happened.len() == number;
+        let new = self.verb == Some(verb) && !self.happened.iter().any(|before| before == line);
         if named {
             self.at.remove(0);
         }
-        if named || numbered {
+        if named || new {
             self.happened.push(line.to_owned());
         }
-        named || numbered
+        named || new
     }
 }
 
@@ -165,7 +165,7 @@ impl Kubelet {
         };
     }
 
-    /// From now on the first run of this verb dies at its first step, the second at its second, until one comes through.
+    /// From now on runs of this verb die at each step at which none has died yet, until one comes through.
     pub fn die_at_every_step_of(&self, verb: &'static str) {
         *locked(&self.shared.deaths) = Deaths {
             verb: Some(verb),
@@ -297,12 +297,10 @@ async fn execute(shared: &Shared, arguments: &[String], result: &Path, end: &Not
     };
     let mut lines = child.stderr.take().map(|log| BufReader::new(log).lines());
     let ended = async {
-        let mut number = 0;
         while let Some(lines) = &mut lines
             && let Ok(Some(line)) = lines.next_line().await
         {
-            let dies = line.starts_with("installer: ") && locked(&shared.deaths).strike(verb, number, &line);
-            number += 1;
+            let dies = is_step(&line) && locked(&shared.deaths).strike(verb, &line);
             shared.said.add(line);
             if dies {
                 kill(&child);
@@ -315,6 +313,10 @@ async fn execute(shared: &Shared, arguments: &[String], result: &Path, end: &Not
         () = end.notified() => return 137,
     };
     status.map_or(127, |status| status.code().unwrap_or(137))
+}
+
+fn is_step(line: &str) -> bool {
+    line.starts_with("installer: ") && !line.starts_with("installer: warning")
 }
 
 /// Kills the installer itself, not the one that has entered namespaces for it. It may have ended meanwhile.
