@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the real programs that the tests run Sandpod under, pinned by go.mod and go.sum in the folder of each
 # peer; prints the folder that holds them. What is built is kept under the hash of its own peer's pins, so a peer
-# is built again only when it changes; the printed folder holds links to all that were asked for.
+# is built again only when it changes; the printed folder holds links to all that were asked for. Of a peer's modules
+# it needs files besides, or nothing but files, where `files` says so: they are in the folder `share` beside.
 #   tests/peers/build.sh [<peer>...]      without arguments: every peer
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,10 +18,22 @@ exec 9>"$cache/peers.lock"
 flock 9
 
 # The hash of what makes a peer: its pins, this script, and the Go that compiles it.
-key() { (cd "$here/$1" && { go env GOVERSION; cat go.mod go.sum ../build.sh; } | sha256sum | cut -c1-16); }
+key() { (cd "$here/$1" && { go env GOVERSION; cat go.mod go.sum ../build.sh; [ ! -f files ] || cat files; } | sha256sum | cut -c1-16); }
 
 # The version at which the peer in the current folder pins a module.
 pinned() { sed -n "s|^\(require\)\?\s*$1 \(v[^ ]*\).*|\2|p" go.mod; }
+
+# Copies what `files` of the peer in the current folder names, lines of a module and names of files in it, into $1.
+fetch() {
+  local module names folder
+  [ -f files ] || return 0
+  mkdir -p "$1"
+  while read -r module names; do
+    folder=$(go mod download -json "$module@$(pinned "$module")" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p') || return
+    # Names may be patterns.
+    install -m 644 -t "$1" "$folder"/$names || return
+  done <files
+}
 
 # Compiles the programs of the peer in the current folder into $1. The caller looks at the status, so -e does not.
 compile() {
@@ -50,11 +63,13 @@ for peer; do
     mkdir -p "$out/bin"
     cd "$here/$peer"
     echo "peers: building $peer$(sed -n 's|^// usually|, usually|p' go.mod)" >&2
-    compile "$out/bin" >"$out/log" 2>&1 ||
+    { fetch "$out/share" && compile "$out/bin"; } >"$out/log" 2>&1 ||
       { echo "peers: building $peer failed; $out/log ends with: $(tail -n 3 "$out/log")" >&2; exit 1; }
     touch "$out/built"
   fi
   # Not symbolic ones: what looks for its neighbours by its own path finds all of them.
-  ln -f "$out"/bin/* "$links/bin/"
+  for kind in bin share; do
+    [ -z "$(ls -A "$out/$kind" 2>/dev/null)" ] || { mkdir -p "$links/$kind" && ln -f "$out/$kind"/* "$links/$kind/"; }
+  done
 done
 echo "$links/bin"
