@@ -7,6 +7,7 @@ use libtest_mimic::{Arguments, Trial};
 mod ground;
 mod life;
 mod operator;
+mod packages;
 mod real;
 mod server;
 
@@ -23,7 +24,12 @@ fn main() {
         .iter()
         .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
     let real = real::STORIES.iter().map(|story| site.trial(*story));
-    let trials = alone.chain(of_the_operator).chain(life).chain(real).collect();
+    let trials = alone
+        .chain(packages::trials())
+        .chain(of_the_operator)
+        .chain(life)
+        .chain(real)
+        .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     stage.clear();
     // Ends the node, if a story needed it.

@@ -1,0 +1,431 @@
+//! The operator as packages bring it: a Helm chart, a bundle and a catalog for OLM, a rule for NFD. Each says the same as `deploy/install.yaml`, and the real schemas take it.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::{Arc, OnceLock},
+};
+
+use libtest_mimic::Trial;
+use serde_json::{Value, json};
+use tests::{
+    failure::{Failure, Result, Trying, claim, contains, same},
+    kubernetes::ApiServer,
+    places,
+    run::{self, finish, succeed},
+};
+
+/// A story and its name.
+type Story = (&'static str, fn(&ApiServer) -> Result);
+
+const STORIES: &[Story] = &[
+    ("the_chart_says_what_the_manifest_says", chart),
+    ("the_charts_values_reach_the_controller", values),
+    ("helm_installs_upgrades_and_leaves_no_node_behind", helm_installs),
+    ("the_bundle_says_what_the_manifest_says", bundle),
+    ("olm_takes_bundle_catalog_and_subscription", olm),
+    ("nfd_takes_the_rule", nfd),
+    ("all_packages_have_one_version", versions),
+];
+
+/// Where the operator is.
+const NAMESPACE: &str = "openshift-sandboxed-containers-operator";
+/// The definition of KataConfig.
+const DEFINITION: &str = "kataconfigs.kataconfiguration.openshift.io";
+/// What keeps `helm uninstall` from leaving nodes behind: objects of the chart alone.
+const GUARD: &str = "sandpod-operator-uninstall";
+
+/// The stories as trials, on one API server.
+pub fn trials() -> Vec<Trial> {
+    let server: Arc<OnceLock<Result<ApiServer>>> = Arc::default();
+    let trial = |(name, tell): &Story| {
+        let (server, tell) = (Arc::clone(&server), *tell);
+        Trial::test(format!("packages/{name}"), move || {
+            let server = server.get_or_init(ApiServer::start).as_ref();
+            Ok(tell(server.map_err(|failure| {
+                Failure::Claim(format!("there is no server: {failure}"))
+            })?)?)
+        })
+    };
+    STORIES.iter().map(trial).collect()
+}
+
+fn deploy(path: &str) -> PathBuf {
+    places::workspace().join("deploy").join(path)
+}
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(deploy(path)).trying(format!("reading deploy/{path}"))
+}
+
+/// The documents of a file of YAML.
+fn documents(what: &str, text: &str) -> Result<Vec<Value>> {
+    let parsed = serde_saphyr::from_multiple::<Value>(text);
+    let parsed = parsed.map_err(|error| Failure::Claim(format!("{what} is no YAML: {error}")))?;
+    Ok(parsed.into_iter().filter(|document| !document.is_null()).collect())
+}
+
+/// Objects by kind, namespace and name.
+fn objects(what: &str, text: &str) -> Result<BTreeMap<String, Value>> {
+    let named = |object: Value| {
+        let of = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+        let kind = object["kind"].as_str().unwrap_or_default();
+        (format!("{kind} {}/{}", of("namespace"), of("name")), object)
+    };
+    Ok(documents(what, text)?.into_iter().map(named).collect())
+}
+
+fn manifest() -> Result<BTreeMap<String, Value>> {
+    objects("install.yaml", &read("install.yaml")?)
+}
+
+fn helm(server: &ApiServer, words: &[&str]) -> Result<Command> {
+    let mut command = Command::new(places::peers()?.join("helm"));
+    command.args(words).env("KUBECONFIG", server.kubeconfig());
+    // Where it would keep what it has of repositories.
+    command.env("HOME", server.kubeconfig().with_file_name("home"));
+    Ok(command)
+}
+
+/// What the chart makes with these values, as a real Helm renders it for a cluster of the API server's version.
+fn rendered(server: &ApiServer, settings: &[&str]) -> Result<BTreeMap<String, Value>> {
+    let chart = deploy("chart").display().to_string();
+    let mut words = vec!["template", "sandpod", &chart, "--kube-version", "1.36"];
+    words.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+    let output = succeed(&mut helm(server, &words)?, run::ORDINARY)?;
+    objects("the chart", &output.text())
+}
+
+fn chart(server: &ApiServer) -> Result {
+    let linted = succeed(
+        &mut helm(server, &["lint", "--strict", &deploy("chart").display().to_string()])?,
+        run::ORDINARY,
+    )?;
+    contains(
+        "what helm lint says",
+        &linted.text(),
+        "1 chart(s) linted, 0 chart(s) failed",
+    )?;
+    let mut made = rendered(server, &[])?;
+    made.retain(|name, _| !name.ends_with(&format!("/{GUARD}")));
+    // The only difference: the definition outlives the release.
+    let definition = format!("CustomResourceDefinition /{DEFINITION}");
+    let metadata = made.get_mut(&definition).map(|object| object["metadata"].take());
+    let kept = json!({ "name": DEFINITION, "annotations": { "helm.sh/resource-policy": "keep" } });
+    same("the definition's metadata", metadata, Some(kept))?;
+    if let Some(object) = made.get_mut(&definition) {
+        object["metadata"] = json!({ "name": DEFINITION });
+    }
+    let wanted = manifest()?;
+    same(
+        "the objects",
+        made.keys().collect::<Vec<_>>(),
+        wanted.keys().collect::<Vec<_>>(),
+    )?;
+    for (name, object) in &wanted {
+        same(name, made.get(name), Some(object))?;
+    }
+    Ok(())
+}
+
+fn values(server: &ApiServer) -> Result {
+    let settings = [
+        "image=registry.example.com/operator@sha256:00",
+        "imagePullPolicy=Always",
+        "installerImage=registry.example.com/installer@sha256:01",
+        "version=0.2.0-1a2b3c4d",
+        "replicas=2",
+        "prefix=/var/lib/sandpod",
+        "restartCommand=rc-service containerd restart",
+        "settle=1s",
+        "retryFirst=10s",
+        "namespace.create=false",
+    ];
+    let made = rendered(server, &settings)?;
+    claim(
+        !made.contains_key(&format!("Namespace /{NAMESPACE}")),
+        "there is a namespace",
+    )?;
+    let deployment = &made[&format!("Deployment {NAMESPACE}/sandpod-operator")];
+    same("the replicas", &deployment["spec"]["replicas"], &json!(2))?;
+    let controller = &deployment["spec"]["template"]["spec"]["containers"][0];
+    same(
+        "the image",
+        &controller["image"],
+        "registry.example.com/operator@sha256:00",
+    )?;
+    same("the policy", &controller["imagePullPolicy"], "Always")?;
+    let variables = controller["env"].as_array().into_iter().flatten();
+    let set: BTreeMap<_, _> = variables
+        .filter_map(|variable| Some((variable["name"].as_str()?, variable["value"].as_str()?)))
+        .collect();
+    let expected = [
+        ("SANDPOD_INSTALLER_IMAGE", "registry.example.com/installer@sha256:01"),
+        ("SANDPOD_PREFIX", "/var/lib/sandpod"),
+        ("SANDPOD_RESTART_COMMAND", "rc-service containerd restart"),
+        ("SANDPOD_RETRY_FIRST", "10s"),
+        ("SANDPOD_SETTLE", "1s"),
+        ("SANDPOD_VERSION", "0.2.0-1a2b3c4d"),
+    ];
+    same("the variables", set, BTreeMap::from(expected))
+}
+
+/// A release comes, is upgraded, stays as long as there is a KataConfig, and goes; the definition stays.
+fn helm_installs(server: &ApiServer) -> Result {
+    let chart = deploy("chart").display().to_string();
+    let run = |words: &[&str]| succeed(&mut helm(server, words)?, run::ORDINARY);
+    run(&["install", "sandpod", &chart])?;
+    run(&["upgrade", "sandpod", &chart, "--set", "replicas=2"])?;
+    let replicas = server.json(["get", "deployment", "sandpod-operator", "--namespace", NAMESPACE])?;
+    same("the replicas", &replicas["spec"]["replicas"], &json!(2))?;
+    let config = json!({ "apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": { "name": "packaged" } });
+    server.apply(&config.to_string())?;
+    let refused = finish(&mut helm(server, &["uninstall", "sandpod"])?, None, run::ORDINARY)?;
+    claim(
+        refused.code != 0,
+        "the release is gone, and with it who takes kata from the nodes",
+    )?;
+    let expected = "delete the KataConfig packaged first and wait until it is gone: without the operator nothing takes kata from the nodes";
+    contains("what helm says", &refused.errors(), expected)?;
+    server.kubectl(["get", "deployment", "sandpod-operator", "--namespace", NAMESPACE])?;
+    server.kubectl(["delete", "kataconfig", "packaged"])?;
+    let gone = run(&["uninstall", "sandpod"])?;
+    contains(
+        "what helm says",
+        &gone.text(),
+        "These resources were kept due to the resource policy",
+    )?;
+    server.kubectl(["get", "crd", DEFINITION])?;
+    let left = server.kubectl([
+        "get",
+        "clusterrole",
+        "sandpod-operator",
+        "--ignore-not-found",
+        "--output",
+        "name",
+    ])?;
+    same("what is left", left.text().as_str(), "")
+}
+
+/// The bundle's service version, as JSON.
+fn service_version() -> Result<Value> {
+    let path = "olm/bundle/manifests/sandboxed-containers-operator.clusterserviceversion.yaml";
+    let documents = documents(path, &read(path)?)?;
+    Ok(documents.into_iter().next().unwrap_or_default())
+}
+
+fn bundle(_: &ApiServer) -> Result {
+    let (version, manifest) = (service_version()?, manifest()?);
+    let install = &version["spec"]["install"]["spec"];
+    let rules = |role: &str| manifest[role]["rules"].as_array().cloned().unwrap_or_default();
+    let mut cluster = rules("ClusterRole /sandpod-operator");
+    // A bundle cannot have a role in the namespace default.
+    cluster.extend(rules("Role default/sandpod-operator-events"));
+    let own = rules(&format!("Role {NAMESPACE}/sandpod-operator"));
+    same(
+        "the rights in the cluster",
+        &install["clusterPermissions"][0]["rules"],
+        &json!(cluster),
+    )?;
+    same(
+        "the rights in the namespace",
+        &install["permissions"][0]["rules"],
+        &json!(own),
+    )?;
+    let deployment = &manifest[&format!("Deployment {NAMESPACE}/sandpod-operator")];
+    same(
+        "the deployment",
+        &install["deployments"][0]["spec"],
+        &deployment["spec"],
+    )?;
+    same(
+        "its labels",
+        &install["deployments"][0]["label"],
+        &deployment["metadata"]["labels"],
+    )?;
+    let definition = "olm/bundle/manifests/kataconfiguration.openshift.io_kataconfigs.yaml";
+    same("the definition", read(definition)?, read("operator/crd.yaml")?)?;
+    let namespace = version["metadata"]["annotations"]["operatorframework.io/suggested-namespace-template"].as_str();
+    let namespace: Value = serde_json::from_str(namespace.unwrap_or_default()).unwrap_or_default();
+    let labels = namespace["metadata"]["labels"].as_object().cloned().unwrap_or_default();
+    for (label, value) in labels {
+        same(
+            &label,
+            &manifest[&format!("Namespace /{NAMESPACE}")]["metadata"]["labels"][&label],
+            &value,
+        )?;
+    }
+    Ok(())
+}
+
+/// A file that a peer's module has, such as a definition.
+fn share(name: &str) -> Result<PathBuf> {
+    let path = places::peers()?.with_file_name("share").join(name);
+    claim(
+        path.exists(),
+        format!("{} is missing: run `make peers`", path.display()),
+    )?;
+    Ok(path)
+}
+
+/// Makes the API server know kinds by the definitions of those who own them.
+fn define(server: &ApiServer, files: &[&str], names: &[&str]) -> Result {
+    for file in files {
+        let path = share(file)?.display().to_string();
+        // Larger than what apply may keep in an annotation.
+        server.kubectl(["apply", "--server-side", "--filename", &path])?;
+    }
+    let names: Vec<_> = names.iter().map(|name| format!("crd/{name}")).collect();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    server.wait_for("condition=Established", &names, run::ORDINARY)
+}
+
+fn olm(server: &ApiServer) -> Result {
+    let bundle = deploy("olm/bundle").display().to_string();
+    let mut check = Command::new(places::peers()?.join("operator-verify"));
+    let checked = succeed(check.args(["manifests", &bundle]), run::ORDINARY)?;
+    same("what OLM's own check finds", checked.text() + &checked.errors(), "")?;
+    let kinds = [
+        "catalogsources",
+        "clusterserviceversions",
+        "operatorgroups",
+        "subscriptions",
+    ];
+    let files = kinds.map(|kind| format!("operators.coreos.com_{kind}.yaml"));
+    let names = kinds.map(|kind| format!("{kind}.operators.coreos.com"));
+    define(
+        server,
+        &files.each_ref().map(String::as_str),
+        &names.each_ref().map(String::as_str),
+    )?;
+    // Helm's story may have left the namespace on its way out, which nobody completes here.
+    let make = |namespace: &str, text: &str| -> Result {
+        server.apply(
+            &json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }).to_string(),
+        )?;
+        let mut command = server.kubectl_command(["apply", "--validate=strict", "--filename", "-"])?;
+        let output = finish(&mut command, Some(text.as_bytes().to_vec()), run::ORDINARY)?;
+        claim(output.code == 0, format!("refused: {}", output.errors()))
+    };
+    make("olm", &read("olm/install.yaml")?.replace(NAMESPACE, "by-olm"))?;
+    let mut version = service_version()?;
+    version["metadata"]["namespace"] = json!("by-olm");
+    make("by-olm", &version.to_string())?;
+    let examples = version["metadata"]["annotations"]["alm-examples"]
+        .as_str()
+        .unwrap_or_default();
+    let examples: Vec<Value> = serde_json::from_str(examples).unwrap_or_default();
+    same("the examples", examples.len(), 1)?;
+    let definition = deploy("operator/crd.yaml").display().to_string();
+    server.kubectl(["apply", "--filename", &definition])?;
+    server.wait_for("condition=Established", &[&format!("crd/{DEFINITION}")], run::ORDINARY)?;
+    let mut command = server.kubectl_command(["create", "--dry-run=server", "--validate=strict", "--filename", "-"])?;
+    let output = finish(&mut command, Some(examples[0].to_string().into_bytes()), run::ORDINARY)?;
+    claim(output.code == 0, format!("the example is refused: {}", output.errors()))
+}
+
+/// NFD takes the rule, and it says what the older configuration says.
+fn nfd(server: &ApiServer) -> Result {
+    define(server, &["nfd-api-crds.yaml"], &["nodefeaturerules.nfd.k8s-sigs.io"])?;
+    let path = deploy("nfd/nodefeaturerule.yaml").display().to_string();
+    server.kubectl(["create", "--validate=strict", "--filename", &path])?;
+    let rule = server.json(["get", "nodefeaturerule", "sandpod"])?;
+    let rule = &rule["spec"]["rules"][0];
+    let older = documents("worker.conf", &read("nfd/worker.conf")?)?;
+    let older = &older[0]["sources"]["custom"][0];
+    same(
+        "the label",
+        &rule["labels"],
+        &json!({ older["name"].as_str().unwrap_or_default(): "true" }),
+    )?;
+    let names = |matcher: &Value| {
+        matcher["matchExpressions"]
+            .as_object()
+            .map(|each| each.keys().cloned().collect())
+    };
+    let either: Vec<Value> = rule["matchAny"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|each| {
+            let of = |index: usize| names(&each["matchFeatures"][index]).unwrap_or_else(Vec::new);
+            json!({ "cpuId": of(0), "loadedKMod": of(1) })
+        })
+        .collect();
+    same("what is matched", &json!(either), &older["matchOn"])
+}
+
+/// Images, chart, bundle and catalog are of the version that is built.
+fn versions(_: &ApiServer) -> Result {
+    let version = env!("CARGO_PKG_VERSION");
+    let document =
+        |path: &str| -> Result<Value> { Ok(documents(path, &read(path)?)?.into_iter().next().unwrap_or_default()) };
+    let (chart, values) = (document("chart/Chart.yaml")?, document("chart/values.yaml")?);
+    same("the chart's version", &chart["version"], version)?;
+    same("the chart's appVersion", &chart["appVersion"], version)?;
+    same(
+        "the controller's image",
+        &values["image"],
+        format!("sandpod.io/operator:{version}").as_str(),
+    )?;
+    same(
+        "the installer's image",
+        &values["installerImage"],
+        format!("sandpod.io/installer:{version}").as_str(),
+    )?;
+    let service = service_version()?;
+    let name = format!("sandboxed-containers-operator.v{version}");
+    same(
+        "the service version's name",
+        &service["metadata"]["name"],
+        name.as_str(),
+    )?;
+    same("the service version's version", &service["spec"]["version"], version)?;
+    let images: Vec<_> = service["spec"]["relatedImages"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect();
+    let catalog = documents("catalog.yaml", &read("olm/catalog/catalog.yaml")?)?;
+    let [package, channel, bundle] = catalog.as_slice() else {
+        return Err(Failure::Claim(format!("the catalog has {} parts", catalog.len())));
+    };
+    same("the default channel", &package["defaultChannel"], &channel["name"])?;
+    same("the channel's entry", &channel["entries"][0]["name"], name.as_str())?;
+    same(
+        "the range that it replaces",
+        &channel["entries"][0]["skipRange"],
+        &service["metadata"]["annotations"]["olm.skipRange"],
+    )?;
+    same("the bundle", &bundle["name"], name.as_str())?;
+    same(
+        "the bundle's version",
+        &bundle["properties"][0]["value"]["version"],
+        version,
+    )?;
+    let told = bundle["properties"][2]["value"]
+        .as_object()
+        .cloned()
+        .unwrap_or_default();
+    for (field, value) in told
+        .iter()
+        .filter(|(field, _)| !["apiServiceDefinitions", "crdDescriptions"].contains(&field.as_str()))
+    {
+        same(field, &service["spec"][field], value)?;
+    }
+    let image = format!("sandpod.io/operator-bundle:{version}");
+    same("the bundle's image", &bundle["image"], image.as_str())?;
+    let of_bundle = vec![json!({ "name": "bundle", "image": image })];
+    same(
+        "the bundle's images",
+        &bundle["relatedImages"],
+        &json!([of_bundle, images].concat()),
+    )?;
+    let subscription = objects("olm/install.yaml", &read("olm/install.yaml")?)?;
+    let subscription = &subscription[&format!("Subscription {NAMESPACE}/{NAMESPACE}")]["spec"];
+    same("the subscription's start", &subscription["startingCSV"], name.as_str())?;
+    same("the subscription's package", &subscription["name"], &package["name"])
+}
