@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Trial};
 
+mod book;
 mod ground;
 mod life;
 mod operator;
@@ -26,6 +27,7 @@ fn main() {
     let real = real::STORIES.iter().map(|story| site.trial(*story));
     let trials = alone
         .chain(packages::trials())
+        .chain(book::trials())
         .chain(of_the_operator)
         .chain(life)
         .chain(real)

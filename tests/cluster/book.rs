@@ -1,0 +1,250 @@
+//! `docs/operator.md` from its beginning to its end: every command of the page is run, on a real node or, where a package is shown that a node would have only one of, on an API server
+//! alone; and what the page says is printed there is printed.
+
+use std::{fs, os::unix::fs::symlink, process::Command, time::Duration};
+
+use libtest_mimic::Trial;
+use operator::api::KataConfigStatus;
+use serde_json::Value;
+use tempfile::TempDir;
+use tests::{
+    cluster::Cluster,
+    failure::{Failure, Result, Trying, claim, same},
+    kubernetes::ApiServer,
+    places,
+    run::{self, finish, refusal},
+};
+
+use self::page::{Block, Placed};
+
+mod page;
+
+/// A story and its name.
+type Story = (&'static str, fn() -> Result);
+
+const STORIES: &[Story] = &[
+    ("every_reason_and_every_error_has_its_cure", cures),
+    ("every_excerpt_is_a_status", excerpts),
+    ("every_command_does_what_the_page_says", commands),
+];
+
+/// The headings under which other packages than the manifest are shown, and what only a cluster with them has: on API servers that stand alone. One from which Helm has taken the
+/// operator again is no ground for another: nobody there completes the end of a namespace.
+const ALONE: &[&[&str]] = &[
+    &["By Helm"],
+    &["By the Operator Lifecycle Manager", "With Node Feature Discovery"],
+];
+
+/// Commands that are not run, by their beginnings, and why.
+const NOT_RUN: &[(&str, &str)] = &[
+    ("make images", "the images are what this is run with"),
+    (
+        "buildah build",
+        "OLM's own server, with which the catalog's image begins, is in a registry that no test asks",
+    ),
+    (
+        "kubectl get csv",
+        "what makes a service version succeed are OLM's controllers, which are in the same registry",
+    ),
+];
+
+/// How long a command of the page may take: it waits for ten minutes at most where it says so, and here for what a loaded machine takes.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// The stories as trials.
+pub fn trials() -> impl Iterator<Item = Trial> {
+    STORIES
+        .iter()
+        .map(|(name, tell)| Trial::test(format!("book/{name}"), move || Ok(tell()?)))
+}
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(places::workspace().join(path)).trying(format!("reading {path}"))
+}
+
+fn the_page() -> Result<Vec<Placed>> {
+    claim(page::examples(), "pages are not read as they should be")?;
+    Ok(page::blocks(&read("docs/operator.md")?))
+}
+
+/// The words of a source between two others that look like `This`.
+fn names(source: &str, from: &str, to: &str, quoted: bool) -> Result<Vec<String>> {
+    let inside = source
+        .split_once(from)
+        .and_then(|(_, rest)| rest.split_once(to))
+        .map(|(inside, _)| inside);
+    let inside = inside.ok_or_else(|| Failure::Claim(format!("there is no {from:?} .. {to:?}")))?;
+    let words = inside.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    let words: Vec<String> = match quoted {
+        true => words
+            .flat_map(|line| line.split('"').skip(1).step_by(2))
+            .map(str::to_owned)
+            .collect(),
+        false => words.map(|line| line.trim_end_matches(',').to_owned()).collect(),
+    };
+    let is_name = |word: &&String| {
+        word.starts_with(|first: char| first.is_ascii_uppercase())
+            && word.chars().all(|each| each.is_ascii_alphabetic())
+    };
+    Ok(words.iter().filter(is_name).cloned().collect())
+}
+
+/// Each reason that the condition can have and each code of the installer's is a row's.
+fn cures() -> Result {
+    let page = read("docs/operator.md")?;
+    let mut known = names(
+        &read("operator/src/decide/status.rs")?,
+        "fn words(",
+        "fn calls_for_help(",
+        true,
+    )?;
+    known.retain(|word| !["Existing", "Adding", "Removing", "Performing"].contains(&word.as_str()));
+    let codes = names(&read("operator/src/report.rs")?, "pub enum Code {", "\n}", false)?;
+    claim(
+        known.len() >= 9 && codes.len() >= 20,
+        format!("not understood: {known:?} {codes:?}"),
+    )?;
+    known.extend(codes);
+    let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+    let explained = |word: &String| {
+        let quoted = format!("`{word}`");
+        rows.iter()
+            .any(|row| row.split(" | ").next().is_some_and(|cell| cell.contains(&quoted)))
+    };
+    let missing: Vec<_> = known.iter().filter(|word| !explained(word)).collect();
+    same("without a cure", missing, Vec::<&String>::new())
+}
+
+/// What the page shows of a status has the API's own fields.
+fn excerpts() -> Result {
+    let mut count = 0;
+    for placed in the_page()? {
+        let Block::Excerpt(text) = placed.block else { continue };
+        let at = |error: &dyn std::fmt::Display| Failure::Claim(format!("line {}: {error}", placed.line));
+        let excerpt: Value = serde_saphyr::from_str(&text).map_err(|error| at(&error))?;
+        let status: KataConfigStatus = serde_saphyr::from_str(&text).map_err(|error| at(&error))?;
+        let status = serde_json::to_value(status).map_err(|error| at(&error))?;
+        for (field, value) in excerpt.as_object().into_iter().flatten() {
+            same(&format!("line {}: {field}", placed.line), &status[field], value)?;
+        }
+        count += 1;
+    }
+    same("the excerpts", count, 8)
+}
+
+fn commands() -> Result {
+    let mut desk = Desk::new()?;
+    for placed in the_page()? {
+        match placed.block {
+            Block::Excerpt(_) => {}
+            Block::File { name, text } => {
+                fs::write(desk.folder.path().join(&name), text).trying(format!("writing {name}"))?
+            }
+            Block::Session(session) => {
+                for command in session {
+                    desk.run(&placed.heading, &command)?;
+                }
+            }
+        }
+    }
+    let unused: Vec<_> = NOT_RUN
+        .iter()
+        .filter(|(beginning, _)| !desk.left_out.contains(beginning))
+        .collect();
+    claim(unused.is_empty(), format!("not on the page: {unused:?}"))
+}
+
+/// Where a reader of the page sits: a folder like a checkout, and clusters as they are needed.
+struct Desk {
+    cluster: Option<Cluster>,
+    alone: [Option<ApiServer>; ALONE.len()],
+    folder: TempDir,
+    left_out: Vec<&'static str>,
+}
+
+impl Desk {
+    fn new() -> Result<Desk> {
+        let folder = tempfile::Builder::new()
+            .prefix("sandpod-desk-")
+            .tempdir_in("/var/tmp")
+            .trying("making a desk")?;
+        for part in ["deploy", "target"] {
+            symlink(places::workspace().join(part), folder.path().join(part)).trying("furnishing the desk")?;
+        }
+        Ok(Desk {
+            cluster: None,
+            alone: Default::default(),
+            folder,
+            left_out: Vec::new(),
+        })
+    }
+
+    /// Runs a command as its reader would, and compares.
+    fn run(&mut self, heading: &str, step: &page::Command) -> Result {
+        if let Some((beginning, _)) = NOT_RUN.iter().find(|(beginning, _)| step.text.starts_with(beginning)) {
+            self.left_out.push(beginning);
+            return Ok(());
+        }
+        let mut command = self.command(heading, step)?;
+        let output = finish(&mut command, None, DEADLINE)?;
+        let told = |why: String| Failure::Claim(format!("line {} of the page: {why}", step.line));
+        if output.code != 0 {
+            return Err(told(refusal(&command, &output).to_string()));
+        }
+        let printed = output.text();
+        if !step.output.is_empty() && !page::printed(&step.output, &printed) {
+            let expected = step.output.join("\n");
+            return Err(told(format!(
+                "`{}` is to print\n{expected}\nand printed\n{printed}",
+                step.text
+            )));
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, heading: &str, step: &page::Command) -> Result<Command> {
+        // Who watches sees the same again and again, until interrupted.
+        let text = step
+            .text
+            .strip_prefix("watch ")
+            .map_or(step.text.clone(), |watched| format!("sh -c {watched}"));
+        let script = format!("cd {} && {text}", self.folder.path().display());
+        let mut command = match (step.on_node, ALONE.iter().position(|group| group.contains(&heading))) {
+            (true, _) => self.cluster()?.node().command("sh"),
+            (false, alone) => {
+                let kubeconfig = match alone {
+                    Some(which) => self.alone(which)?.kubeconfig(),
+                    None => self.cluster()?.api().kubeconfig(),
+                };
+                let mut command = Command::new("sh");
+                command.env("KUBECONFIG", kubeconfig).env("HOME", self.folder.path());
+                command.env("PATH", format!("{}:/usr/bin:/bin", places::peers()?.display()));
+                command
+            }
+        };
+        command.args(["-c", &script]);
+        Ok(command)
+    }
+
+    fn cluster(&mut self) -> Result<&Cluster> {
+        match &mut self.cluster {
+            Some(cluster) => Ok(cluster),
+            none => Ok(none.insert(Cluster::start()?)),
+        }
+    }
+
+    /// An API server that knows what OLM and NFD define.
+    fn alone(&mut self, which: usize) -> Result<&ApiServer> {
+        let place = &mut self.alone[which];
+        if let Some(server) = place {
+            return Ok(server);
+        }
+        let server = ApiServer::start()?;
+        let definitions = places::peers()?.with_file_name("share").display().to_string();
+        // Larger than what apply may keep in an annotation.
+        server.kubectl(["apply", "--server-side", "--filename", &definitions])?;
+        server.wait_for("condition=Established", &["crd", "--all"], run::ORDINARY)?;
+        server.kubectl(["create", "namespace", "olm"])?;
+        Ok(place.insert(server))
+    }
+}
