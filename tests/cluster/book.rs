@@ -208,7 +208,13 @@ impl Desk {
             .text
             .strip_prefix("watch ")
             .map_or(step.text.clone(), |watched| format!("sh -c {watched}"));
-        let script = format!("cd {} && {text}", self.folder.path().display());
+        // Where root's own programs are, such as a node's systemctl.
+        let path = if step.on_node {
+            "PATH=/usr/local/sbin:$PATH; "
+        } else {
+            ""
+        };
+        let script = format!("{path}cd {} && {text}", self.folder.path().display());
         let mut command = match (step.on_node, ALONE.iter().position(|group| group.contains(&heading))) {
             (true, _) => self.cluster()?.node().command("sh"),
             (false, alone) => {
