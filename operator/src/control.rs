@@ -31,8 +31,15 @@ use tokio::{
 use tracing::{error, info, warn};
 
 pub use self::options::Options;
-use self::{act::Hands, lease::Leadership, metrics::Metrics, read::Eyes, serve::Health, watch::Watches};
-use crate::decide::{Settings, decide};
+use self::{
+    act::{ActError, Hands},
+    lease::Leadership,
+    metrics::Metrics,
+    read::Eyes,
+    serve::Health,
+    watch::Watches,
+};
+use crate::decide::{Action, Refused, Settings, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -105,6 +112,8 @@ struct Controller {
     watches: Watches,
     metrics: Arc<Metrics>,
     settings: Settings,
+    /// Known to this process alone: the next one would hear it again.
+    refused: Option<Refused>,
 }
 
 /// What a pass came to.
@@ -126,6 +135,7 @@ impl Controller {
                 retry_first: options.retry_first,
                 settle: options.settle,
             },
+            refused: None,
             hands: Hands::new(client, options),
         }
     }
@@ -164,8 +174,8 @@ impl Controller {
         }
     }
 
-    async fn pass(&mut self) -> Result<Pass, kube::Error> {
-        let mut world = self.eyes.read(&self.settings).await?;
+    async fn pass(&mut self) -> Result<Pass, ActError> {
+        let mut world = self.eyes.read(&self.settings, self.refused.clone()).await?;
         let mut decision = decide(&world);
         if decision.awaits_pods {
             self.watches.watch_pods();
@@ -175,7 +185,21 @@ impl Controller {
             self.watches.leave_pods();
         }
         self.metrics.observe(&world, &decision);
-        self.hands.carry_out(&world, &decision).await?;
+        match self.hands.carry_out(&world, &decision).await {
+            Err(ActError::Refused(refused)) => {
+                warn!(node = refused.node, "the installer's pod is refused: {}", refused.text);
+                self.refused = Some(refused);
+                return Ok(Pass::Busy);
+            }
+            done => done?,
+        }
+        if decision
+            .actions
+            .iter()
+            .any(|action| matches!(action, Action::StartRun { .. }))
+        {
+            self.refused = None;
+        }
         self.metrics.count(&decision.ends);
         if decision.statuses.is_empty() && decision.actions.is_empty() {
             // Pods that could not be listed ring no bell.

@@ -54,8 +54,8 @@ pub use self::{
     pool::ELIGIBLE,
     selector::{Selector, SelectorError},
     world::{
-        FINALIZER, Host, KATA, KataPod, LastRun, Node, Order, Progress, RETRY, Record, Run, RuntimeClass, SKIP_NODES,
-        Settings, World,
+        FINALIZER, Host, KATA, KataPod, LastRun, Node, Order, Progress, RETRY, Record, Refused, Run, RuntimeClass,
+        SKIP_NODES, Settings, World,
     },
 };
 use crate::api::{KataConfig, KataNodes};

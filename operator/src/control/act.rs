@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use k8s_openapi::api::{
     core::v1::{Node as ApiNode, Pod},
     node::v1::RuntimeClass as ApiRuntimeClass,
@@ -22,11 +23,22 @@ use super::{
 };
 use crate::{
     api::{GROUP, KIND, KataConfig, KataConfigStatus, VERSION},
-    decide::{Action, Decision, FINALIZER, KATA, World},
+    decide::{Action, Decision, FINALIZER, KATA, Refused, World},
 };
 
 /// The guide's overhead of a pod: what its virtual machine takes besides its containers.
 const OVERHEAD: (&str, &str) = ("500m", "500Mi");
+
+/// Why not everything was done.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ActError {
+    /// The installer's pod is not let in: that is for an administrator to see.
+    #[error("the installer's pod for node {} is refused: {}", .0.node, .0.text)]
+    Refused(Refused),
+    /// Anything else passes.
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+}
 
 pub(super) struct Hands {
     configs: Api<KataConfig>,
@@ -53,7 +65,7 @@ impl Hands {
     ///
     /// # Errors
     /// The API server's first one; what comes after it is left out.
-    pub(super) async fn carry_out(&self, world: &World, decision: &Decision) -> Result<(), kube::Error> {
+    pub(super) async fn carry_out(&self, world: &World, decision: &Decision) -> Result<(), ActError> {
         let mut configs: BTreeMap<String, KataConfig> = world
             .configs
             .iter()
@@ -67,8 +79,10 @@ impl Hands {
             }
         }
         for action in &decision.actions {
-            info!(?action, "acting");
-            self.act(action, &configs).await?;
+            info!("acting: {action}");
+            self.act(action, &configs)
+                .await
+                .map_err(|error| failed(action, error))?;
         }
         for note in &decision.notes {
             // An event is news, not state: a lost one stops nothing.
@@ -192,6 +206,21 @@ fn runtime_class(owner: &KataConfig) -> Value {
         "overhead": {"podFixed": {"cpu": cpu, "memory": memory}},
         "scheduling": {"nodeSelector": {MEMBER: "", READY: "true"}},
     })
+}
+
+/// Tells a pod that is not let in from what passes by itself.
+fn failed(action: &Action, error: kube::Error) -> ActError {
+    match (action, error) {
+        (Action::StartRun { order, .. }, kube::Error::Api(status)) if matches!(status.code, 400 | 403 | 422) => {
+            ActError::Refused(Refused {
+                node: order.node.clone(),
+                purpose: order.purpose.clone(),
+                at: Timestamp::now(),
+                text: status.message.clone(),
+            })
+        }
+        (_, error) => ActError::Api(error),
+    }
 }
 
 /// What is gone needs no change.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     api::KataConfig,
-    decide::{Host, KATA, KataPod, Node, RuntimeClass, Settings, World},
+    decide::{Host, KATA, KataPod, Node, Refused, RuntimeClass, Settings, World},
 };
 
 /// The label that says that we made something.
@@ -47,7 +47,7 @@ impl Eyes {
     ///
     /// # Errors
     /// The API server's.
-    pub(super) async fn read(&self, settings: &Settings) -> Result<World, kube::Error> {
+    pub(super) async fn read(&self, settings: &Settings, refused: Option<Refused>) -> Result<World, kube::Error> {
         let all = ListParams::default();
         let installers = ListParams::default().labels(&format!("{COMPONENT}={INSTALLER}"));
         let configs = self.configs.list(&all).await?.items;
@@ -62,6 +62,7 @@ impl Eyes {
             runtime_class: runtime_class.map(|class| RuntimeClass {
                 ours: class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME),
             }),
+            refused,
             settings: settings.clone(),
             now: Timestamp::now(),
         })

@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision, FINALIZER, KataPod, Node, Progress, Run, RuntimeClass, World, decide,
+    Action, Decision, FINALIZER, KataPod, Node, Progress, Refused, Run, RuntimeClass, World, decide,
     fixtures::{self, success},
 };
 use crate::{
@@ -176,6 +176,7 @@ impl Cluster {
                         order.node
                     );
                 }
+                self.world.refused = None;
                 self.serial += 1;
                 self.world.runs.push(Run {
                     name: name.clone(),
@@ -221,6 +222,21 @@ impl Cluster {
 
     pub fn tick(&mut self, by: SignedDuration) {
         self.world.now += by;
+    }
+
+    /// The next pod of the installer is not let in, if one is due now.
+    pub fn pod_is_refused(&mut self) {
+        let at = self.world.now;
+        for action in self.decide().actions {
+            if let Action::StartRun { order, .. } = action {
+                self.world.refused = Some(Refused {
+                    node: order.node,
+                    purpose: order.purpose,
+                    at,
+                    text: "no".into(),
+                });
+            }
+        }
     }
 
     /// The first run that is under way.

@@ -67,6 +67,7 @@ pub fn world(nodes: &[&str]) -> World {
         runs: Vec::new(),
         kata_pods: None,
         runtime_class: None,
+        refused: None,
         settings: Settings {
             version: VERSION.into(),
             retry_first: SignedDuration::from_mins(1),

@@ -1,5 +1,7 @@
 //! What a decision says: statuses to write, then actions to take one after another, then events to tell.
 
+use std::fmt;
+
 use jiff::{SignedDuration, Timestamp};
 
 use super::world::{Order, Record};
@@ -57,6 +59,26 @@ pub enum Action {
     CreateRuntimeClass(String),
     /// Deletes it.
     DeleteRuntimeClass,
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Action::AddFinalizer(config) => write!(out, "putting the finalizer on {config}"),
+            Action::RemoveFinalizer(config) => write!(out, "taking the finalizer off {config}"),
+            Action::Mark { node, record } => {
+                let ready = record
+                    .ready
+                    .map_or("unclaimed", |ready| if ready { "ready" } else { "not ready" });
+                let version = record.version.as_deref().unwrap_or("no version");
+                write!(out, "marking {node}: {ready}, {version}")
+            }
+            Action::StartRun { name, order } => write!(out, "making pod {name} on {}", order.node),
+            Action::DeleteRun { name, .. } => write!(out, "deleting pod {name}"),
+            Action::CreateRuntimeClass(_) => write!(out, "making the RuntimeClass"),
+            Action::DeleteRuntimeClass => write!(out, "deleting the RuntimeClass"),
+        }
+    }
 }
 
 /// How a run ended, for the metrics.

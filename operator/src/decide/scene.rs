@@ -16,7 +16,7 @@ use super::{
     standing::{Measure, Place, Standing},
     status::{self, Reason},
     tell_status, turn,
-    world::{Node, RETRY, Record, Run, SKIP_NODES, World},
+    world::{Node, Progress, RETRY, Record, Run, SKIP_NODES, World},
 };
 use crate::{
     api::{KataConfig, KataNodes},
@@ -94,6 +94,7 @@ impl<'a> Scene<'a> {
             log_level: self.config.spec.log_level.name(),
             purpose: &self.purpose,
             clock: self.clock,
+            refused: self.world.refused.as_ref(),
         }
     }
 
@@ -133,6 +134,7 @@ impl<'a> Scene<'a> {
             return self.finish(decision);
         }
         turn::take(
+            &self.config.name_any(),
             &cast.standings,
             self.measure(),
             &|node| self.removable(&cast, node),
@@ -287,7 +289,7 @@ impl<'a> Scene<'a> {
         });
         let (word, text) = match (&outcome.failure, run.order.verb) {
             (None, Verb::Verify) => return,
-            (None, Verb::Install) => ("Installed", format!("Node {node} has kata {}", run.order.version)),
+            (None, Verb::Install) => ("Installed", installed(run)),
             (None, Verb::Uninstall) => ("Uninstalled", format!("Node {node} has no kata any more")),
             (Some(failure), Verb::Install) => ("InstallFailed", format!("Node {node} Degraded: {}", failure.text)),
             (Some(failure), Verb::Uninstall) => ("UninstallFailed", format!("Node {node} Degraded: {}", failure.text)),
@@ -371,6 +373,20 @@ impl<'a> Scene<'a> {
         decision.actions.extend(left.map(delete));
         decision.actions.push(Action::RemoveFinalizer(self.config.name_any()));
     }
+}
+
+/// What is told of an installation: what the installer warned of, too.
+fn installed(run: &Run) -> String {
+    let warnings = match &run.progress {
+        Progress::Done { report, .. } => report.warnings.as_slice(),
+        _ => &[],
+    };
+    let text = format!("Node {} has kata {}", run.order.node, run.order.version);
+    std::iter::once(&text)
+        .chain(warnings)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn delete(run: &Run) -> Action {

@@ -22,6 +22,7 @@ enum Happening {
     RunFails(bool),
     RunCannotStart,
     RunIsLost,
+    PodIsRefused,
     Time(i64),
     Ready(usize, bool),
     Cordon(usize, bool),
@@ -54,6 +55,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => any::<bool>().prop_map(Happening::RunFails),
         1 => Just(Happening::RunCannotStart),
         1 => Just(Happening::RunIsLost),
+        1 => Just(Happening::PodIsRefused),
         4 => prop_oneof![1..10_i64, 60..1200_i64, Just(90_000)].prop_map(Happening::Time),
         2 => (node.clone(), any::<bool>()).prop_map(|(node, ready)| Happening::Ready(node, ready)),
         1 => (node.clone(), any::<bool>()).prop_map(|(node, cordoned)| Happening::Cordon(node, cordoned)),
@@ -89,6 +91,7 @@ fn happens(cluster: &mut Cluster, happening: &Happening) {
             }
         }
         Happening::RunIsLost => drop(cluster.world.runs.pop()),
+        Happening::PodIsRefused => cluster.pod_is_refused(),
         Happening::Time(seconds) => cluster.tick(SignedDuration::from_secs(*seconds)),
         Happening::Create(index) => cluster.create(CONFIGS[*index], serde_json::json!({})),
         Happening::Delete(index) => cluster.delete(CONFIGS[*index]),

@@ -5,7 +5,7 @@ use jiff::SignedDuration;
 use super::{
     clock::Clock,
     results::{self, Outcome},
-    world::{KATA, Node, Record, Run, Settings},
+    world::{KATA, Node, Record, Refused, Run, Settings},
 };
 use crate::report::Verb;
 
@@ -37,6 +37,7 @@ pub(super) struct Measure<'a> {
     pub(super) log_level: &'a str,
     pub(super) purpose: &'a str,
     pub(super) clock: &'a Clock,
+    pub(super) refused: Option<&'a Refused>,
 }
 
 /// A node and where it is.
@@ -118,6 +119,12 @@ impl<'a> Standing<'a> {
         if self.failures(measure) > 0 {
             return (self.failed(), record.last_error.clone());
         }
+        if let Some(refused) = self.refused(measure) {
+            return (
+                self.failed(),
+                Some(format!("the installer's pod is refused: {}", refused.text)),
+            );
+        }
         if self.wanted {
             return (Place::WaitingToInstall, None);
         }
@@ -149,10 +156,18 @@ impl<'a> Standing<'a> {
             .map_or(0, |last| last.failures)
     }
 
+    fn refused<'m>(&self, measure: Measure<'m>) -> Option<&'m Refused> {
+        let refused = measure.refused;
+        refused.filter(|refused| refused.node == self.node.name && refused.purpose == measure.purpose)
+    }
+
     /// A failed node may be tried again.
-    pub(super) fn due(&self, clock: &Clock) -> bool {
+    pub(super) fn due(&self, measure: Measure<'_>) -> bool {
+        let Measure { clock, settings, .. } = measure;
         let last = self.node.record.last_run.as_ref();
-        last.is_none_or(|last| clock.passed(last.due.0, SignedDuration::ZERO))
+        self.refused(measure)
+            .is_none_or(|refused| clock.passed(refused.at, settings.retry_first))
+            && last.is_none_or(|last| clock.passed(last.due.0, SignedDuration::ZERO))
     }
 
     /// The run on it has ended, and the node has been Ready for a while since.

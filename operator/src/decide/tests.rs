@@ -1,11 +1,13 @@
 //! The guide's tables, and each thing that can stand in the way.
 
+mod refusals;
+
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use serde_json::json;
 
 use super::{
-    About, Action, Decision, Progress, RETRY, RuntimeClass, SKIP_NODES,
+    About, Action, Decision, Order, Progress, RETRY, Refused, RuntimeClass, SKIP_NODES,
     cluster::Cluster,
     decide, fixtures,
     world::{Host, KataPod},
@@ -453,148 +455,4 @@ fn sandboxes_that_are_still_ending_are_waited_for_briefly() {
     let decision = cluster.rest();
     assert_eq!(cluster.condition(NAME).1, "Failed");
     assert_eq!(decision.wake, Some(cluster.at() + SignedDuration::from_secs(10)));
-}
-
-#[test]
-fn nobody_eligible_is_said() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    cluster.create(NAME, json!({"checkNodeEligibility": true}));
-    cluster.pass(usize::MAX);
-    let decision = cluster.pass(usize::MAX);
-    assert_eq!(reasons(&decision), ["NoEligibleNodes"]);
-    cluster.rest();
-    let (in_progress, reason, message) = cluster.condition(NAME);
-    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "NoEligibleNodes"));
-    assert!(
-        message.starts_with("No node can have kata: 1 workers, 1 matched"),
-        "{message}"
-    );
-    cluster
-        .node("worker-0")
-        .labels
-        .insert(super::ELIGIBLE.into(), "true".into());
-    cluster.run_all();
-    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
-}
-
-#[test]
-fn a_selector_that_makes_no_sense_is_said_and_changes_nothing() {
-    let mut cluster = installed(&["worker-0"]);
-    let selector = json!({"matchExpressions": [{"key": "a", "operator": "In"}]});
-    select(&mut cluster, selector);
-    cluster.rest();
-    let (in_progress, reason, message) = cluster.condition(NAME);
-    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "InvalidSelector"));
-    assert!(message.ends_with("needs values with In and NotIn"), "{message}");
-    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
-}
-
-#[test]
-fn peer_pods_are_refused_by_name() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    cluster.create(NAME, json!({"enablePeerPods": true}));
-    cluster.rest();
-    let (in_progress, reason, message) = cluster.condition(NAME);
-    assert_eq!(
-        (in_progress.as_str(), reason.as_str()),
-        ("False", "PeerPodsNotSupported")
-    );
-    assert!(message.starts_with("enablePeerPods: true asks for"), "{message}");
-    assert!(cluster.config(NAME).unwrap().finalizers().is_empty());
-    cluster.respec(NAME, |config| config.spec.enable_peer_pods = false);
-    cluster.run_all();
-    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
-}
-
-#[test]
-fn the_first_of_two_is_in_force_and_the_other_follows_it() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    cluster.create("b", json!({}));
-    cluster.create("a", json!({}));
-    let decision = cluster.rest();
-    assert!(decision.notes.is_empty());
-    assert_eq!(cluster.lists("a").installing, ["worker-0"]);
-    let (in_progress, reason, message) = cluster.condition("b");
-    assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "Duplicate"));
-    assert_eq!(
-        message,
-        "A KataConfig instance already exists: a is in force; delete this one, or that one first"
-    );
-    cluster.run_all();
-    cluster.delete("a");
-    cluster.run_all();
-    assert_eq!(cluster.lists("b").ready_node_count, 1);
-}
-
-#[test]
-fn an_earlier_name_does_not_take_over() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    cluster.create("b", json!({}));
-    cluster.rest();
-    cluster.create("a", json!({}));
-    cluster.run_all();
-    assert_eq!(cluster.condition("a").1, "Duplicate");
-    assert_eq!(cluster.lists("b").ready_node_count, 1);
-}
-
-#[test]
-fn a_runtime_class_of_somebody_else_is_neither_changed_nor_deleted() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    let theirs = Some(RuntimeClass { ours: false });
-    cluster.world.runtime_class = theirs;
-    cluster.create(NAME, json!({}));
-    cluster.run_all();
-    assert_eq!(cluster.condition(NAME).0, "False");
-    assert!(cluster.history(NAME).iter().all(|(reason, _)| reason != "Updating"));
-    cluster.delete(NAME);
-    cluster.run_all();
-    assert!(cluster.world.configs.is_empty());
-    assert_eq!(cluster.world.runtime_class, theirs);
-}
-
-#[test]
-fn a_node_of_another_kind_is_told_of_once() {
-    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
-    cluster.node("worker-1").host = Host {
-        architecture: "arm64".into(),
-        ..Host::default()
-    };
-    cluster.create(NAME, json!({}));
-    let mut told = Vec::new();
-    for _ in 0..10 {
-        told.extend(cluster.pass(usize::MAX).notes);
-    }
-    let told: Vec<_> = told
-        .into_iter()
-        .filter(|note| note.reason == "NodeNotSupported")
-        .collect();
-    assert_eq!(told.len(), 2);
-    assert!(told[0].text.ends_with("its architecture is arm64, not amd64"));
-    assert_eq!(cluster.lists(NAME).node_count, 1);
-}
-
-#[test]
-fn two_controllers_cannot_make_two_pods_for_the_same_run() {
-    let mut cluster = Cluster::new(&["worker-0"]);
-    cluster.create(NAME, json!({}));
-    let started = loop {
-        let decision = cluster.decide();
-        let start = decision
-            .actions
-            .iter()
-            .find(|action| matches!(action, Action::StartRun { .. }));
-        if let Some(start) = start {
-            break start.clone();
-        }
-        cluster.pass(usize::MAX);
-    };
-    cluster.tick(SignedDuration::from_secs(1));
-    assert!(cluster.decide().actions.contains(&started));
-    let Action::StartRun { name, .. } = started else {
-        unreachable!()
-    };
-    assert!(
-        name.starts_with("kata-install-worker-0-") && name.len() == "kata-install-worker-0-12345678".len(),
-        "{name}"
-    );
 }

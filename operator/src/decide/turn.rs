@@ -13,6 +13,7 @@ use crate::report::Verb;
 /// The last by name comes first, as in the guide's tables. A failed node stops all others until it is due again, and then comes before them; one that is not Ready
 /// stops nobody.
 pub(super) fn take(
+    config: &str,
     standings: &[Standing<'_>],
     measure: Measure<'_>,
     removable: &dyn Fn(&Node) -> bool,
@@ -23,10 +24,10 @@ pub(super) fn take(
     }
     let mut failed = standings
         .iter()
-        .filter(|standing| standing.failures(measure) > 0 && standing.node.ready && is_failed(standing))
+        .filter(|standing| standing.node.ready && is_failed(standing))
         .peekable();
     let next = if failed.peek().is_some() {
-        let due: Vec<&Standing<'_>> = failed.filter(|standing| standing.due(measure.clock)).collect();
+        let due: Vec<&Standing<'_>> = failed.filter(|standing| standing.due(measure)).collect();
         due.into_iter()
             .filter_map(|standing| ready_for(standing, measure, removable))
             .max_by_key(|(standing, _)| &standing.node.name)
@@ -37,7 +38,7 @@ pub(super) fn take(
             .max_by_key(|(standing, verb)| (urgency(*verb), &standing.node.name))
     };
     if let Some((standing, verb)) = next {
-        start(standing, verb, measure, decision);
+        start(config, standing, verb, measure, decision);
     }
 }
 
@@ -73,7 +74,7 @@ fn ready_for<'s, 'n>(
     }
 }
 
-fn start(standing: &Standing<'_>, verb: Verb, measure: Measure<'_>, decision: &mut Decision) {
+fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>, decision: &mut Decision) {
     let node = standing.node;
     if verb == Verb::Install {
         let claimed = Record {
@@ -115,12 +116,14 @@ fn start(standing: &Standing<'_>, verb: Verb, measure: Measure<'_>, decision: &m
         Verb::Uninstall => ("UninstallStarted", format!("Removing kata from node {}", node.name)),
         Verb::Verify => return,
     };
-    decision.notes.push(Note {
-        about: About::Node(node.name.clone()),
-        warning: false,
-        reason: word,
-        text,
-    });
+    for about in [About::Node(node.name.clone()), About::Config(config.to_owned())] {
+        decision.notes.push(Note {
+            about,
+            warning: false,
+            reason: word,
+            text: text.clone(),
+        });
+    }
 }
 
 /// The same for the same run, so that two controllers that both believe to lead cannot make two of them.

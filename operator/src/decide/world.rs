@@ -34,6 +34,8 @@ pub struct World {
     pub kata_pods: Option<Result<Vec<KataPod>, String>>,
     /// The RuntimeClass `kata`.
     pub runtime_class: Option<RuntimeClass>,
+    /// The installer's pod that the API server did not take, when it was tried last.
+    pub refused: Option<Refused>,
     /// How the controller was started.
     pub settings: Settings,
     /// The time.
@@ -184,6 +186,19 @@ pub struct Order {
     pub boot_id: String,
     /// The node's software when the run was made.
     pub software: String,
+}
+
+/// A pod of the installer that the API server did not take: by a quota, a policy, or the namespace's pod security.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// For which node.
+    pub node: String,
+    /// And for what: see [`Order::purpose`].
+    pub purpose: String,
+    /// When.
+    pub at: Timestamp,
+    /// What the API server said.
+    pub text: String,
 }
 
 /// How far a run is.

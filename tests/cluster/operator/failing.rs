@@ -11,13 +11,14 @@ use tests::{
 use super::{
     Story,
     controller::Settings,
-    ground::SOON,
+    ground::{NAMESPACE, SOON},
     rig::{NAME, Rig},
 };
 
 pub const STORIES: &[Story] = &[
     ("a_failing_node_says_why_stops_the_others_and_recovers", recovers),
     ("a_retry_annotation_tries_at_once", retry),
+    ("an_installer_pod_that_is_not_let_in_is_told_of", not_let_in),
 ];
 
 const TEXT: &str = "/dev/kvm is absent; enable virtualization in the firmware";
@@ -87,4 +88,45 @@ fn retry(rig: &mut Rig<'_>) -> Result {
     relent(rig, 1)?;
     rig.must(&["annotate", "kataconfig", NAME, "sandpod.io/retry=now"], None)?;
     rig.until_installed(NAME, 2)
+}
+
+/// Somebody has taken the labels from the namespace by which privileged pods are let in.
+fn not_let_in(rig: &mut Rig<'_>) -> Result {
+    let level = "pod-security.kubernetes.io/enforce";
+    rig.must(
+        &[
+            "label",
+            "namespace",
+            NAMESPACE,
+            "--overwrite",
+            &format!("{level}=restricted"),
+        ],
+        None,
+    )?;
+    rig.start(&["worker-0"])?;
+    rig.create(NAME, &json!({}))?;
+    let row = rig
+        .history
+        .until("the refusal's word", SOON, |row| row.condition[1] == "Failed")?;
+    contains(
+        "the message",
+        &row.condition[2],
+        "Node worker-0 Degraded: the installer's pod is refused: ",
+    )?;
+    contains(
+        "the message",
+        &row.condition[2],
+        "violates PodSecurity \"restricted:latest\"",
+    )?;
+    rig.must(
+        &[
+            "label",
+            "namespace",
+            NAMESPACE,
+            "--overwrite",
+            &format!("{level}=privileged"),
+        ],
+        None,
+    )?;
+    rig.until_installed(NAME, 1)
 }

@@ -41,29 +41,36 @@ use super::controller::Said;
 /// The version that the installer's stand-in carries.
 pub const VERSION: &str = "0.1.0-1a2b3c4d";
 
-/// A stand-in for the installer, for stories about the controller alone: it changes one file, says the steps as the real one does, and does what files in the host's
-/// folder tell it: `refuse` holds the text of a problem, `gate` is a FIFO that it waits on, `version` its version.
+/// A stand-in for the installer, for stories about the controller alone: it changes one file, says its steps as the real one does, and does what files in the host's
+/// folder tell it: `refuse` holds the text of a problem, `gate` is a FIFO that it waits on, `version` its version, `deaths` the steps at which it kills itself, once.
 const STAND_IN: &str = r#"
 verb=$1; shift
 while [ $# -gt 0 ]; do
   case $1 in --host-root) root=$2 ;; --result) result=$2 ;; esac
   shift 2
 done
-echo "installer: $verb begins" >&2
+step() {
+  echo "installer: $verb $1" >&2
+  if grep -qx "$verb $1" "$root/deaths" 2>/dev/null; then
+    sed -i "/^$verb $1\$/d" "$root/deaths"
+    kill -KILL $$
+  fi
+}
+step begins
 [ ! -p "$root/gate" ] || read -r _ < "$root/gate"
 version=$(cat "$root/version")
 if [ -e "$root/refuse" ]; then
   printf '{"verb":"%s","phase":"refused","error":{"code":"NoKvm","text":"%s"}}' "$verb" "$(cat "$root/refuse")" >"$result"
   exit 1
 fi
-echo "installer: $verb changes the host" >&2
+step 'changes the host'
 case $verb in
 install) echo "$version" >"$root/kata"; phase=installed seen=true ;;
 uninstall) rm -f "$root/kata"; phase=uninstalled seen=false ;;
 verify) phase=verified seen=true
   [ -e "$root/kata" ] || { printf '{"verb":"verify","phase":"failed","error":{"code":"NotInstalled","text":"kata is gone"}}' >"$result"; exit 1; } ;;
 esac
-echo "installer: $verb is done" >&2
+step 'is done'
 printf '{"verb":"%s","phase":"%s","version":"%s","changed":true,"restarted":true,"handlerSeen":%s}' "$verb" "$phase" "$version" "$seen" >"$result"
 "#;
 
@@ -94,9 +101,7 @@ impl Image {
 /// When installers die.
 #[derive(Debug, Default)]
 struct Deaths {
-    /// When they say these, each once, in this order.
-    at: Vec<String>,
-    /// Or at each step of this verb at which none has died yet.
+    /// At each step of this verb at which none has died yet.
     verb: Option<&'static str>,
     /// What they had said last, for each death.
     happened: Vec<String>,
@@ -105,15 +110,11 @@ struct Deaths {
 impl Deaths {
     /// Whether an installer that was asked for this dies after this line.
     fn strike(&mut self, verb: &str, line: &str) -> bool {
-        let named = self.at.first().is_some_and(|at| line.contains(at.as_str()));
         let new = self.verb == Some(verb) && !self.happened.iter().any(|before| before == line);
-        if named {
-            self.at.remove(0);
-        }
-        if named || new {
+        if new {
             self.happened.push(line.to_owned());
         }
-        named || new
+        new
     }
 }
 
@@ -157,25 +158,12 @@ impl Kubelet {
         &self.shared.said
     }
 
-    /// From now on installers die when they say these, each once, in this order.
-    pub fn die_at(&self, lines: impl IntoIterator<Item = String>) {
-        *locked(&self.shared.deaths) = Deaths {
-            at: lines.into_iter().collect(),
-            ..Deaths::default()
-        };
-    }
-
     /// From now on runs of this verb die at each step at which none has died yet, until one comes through.
     pub fn die_at_every_step_of(&self, verb: &'static str) {
         *locked(&self.shared.deaths) = Deaths {
             verb: Some(verb),
             ..Deaths::default()
         };
-    }
-
-    /// How many of those that were named are to come.
-    pub fn deaths_left(&self) -> usize {
-        locked(&self.shared.deaths).at.len()
     }
 
     /// What those that died had said last.
