@@ -37,7 +37,7 @@ cluster: deps-test ## a whole Kubernetes with one node, to try the operator on, 
 	$(MAKE) guest
 	$(MAKE) payload-files
 	$(MAKE) images-files
-	$(RELEASE)/cluster
+	$(RELEASE)/kubernetes
 
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
