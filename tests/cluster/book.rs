@@ -39,7 +39,7 @@ const ALONE: &[&[&str]] = &[
 const NOT_RUN: &[(&str, &str)] = &[
     ("make images", "the images are what this is run with"),
     (
-        "buildah build",
+        "buildah build --file deploy/olm/catalog.Dockerfile",
         "OLM's own server, with which the catalog's image begins, is in a registry that no test asks",
     ),
     (
@@ -47,6 +47,9 @@ const NOT_RUN: &[(&str, &str)] = &[
         "what makes a service version succeed are OLM's controllers, which are in the same registry",
     ),
 ];
+
+/// The file on the desk that says where buildah keeps images.
+const STORAGE: &str = "storage.conf";
 
 /// How long a command of the page may take: it waits for ten minutes at most where it says so, and here for what a loaded machine takes.
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -171,6 +174,10 @@ impl Desk {
         for part in ["deploy", "target"] {
             symlink(places::workspace().join(part), folder.path().join(part)).trying("furnishing the desk")?;
         }
+        // Images that are built are kept here, not among the machine's.
+        let store = folder.path().join("images").display().to_string();
+        let storage = format!("[storage]\ndriver = \"vfs\"\ngraphroot = \"{store}\"\nrunroot = \"{store}/run\"\n");
+        fs::write(folder.path().join(STORAGE), storage).trying("furnishing the desk")?;
         Ok(Desk {
             cluster: None,
             alone: Default::default(),
@@ -224,6 +231,7 @@ impl Desk {
                 };
                 let mut command = Command::new("sh");
                 command.env("KUBECONFIG", kubeconfig).env("HOME", self.folder.path());
+                command.env("CONTAINERS_STORAGE_CONF", self.folder.path().join(STORAGE));
                 command.env("PATH", format!("{}:/usr/bin:/bin", places::peers()?.display()));
                 command
             }
