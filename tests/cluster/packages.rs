@@ -28,6 +28,7 @@ const STORIES: &[Story] = &[
     ("olm_takes_bundle_catalog_and_subscription", olm),
     ("nfd_takes_the_rule", nfd),
     ("all_packages_have_one_version", versions),
+    ("the_catalog_leads_to_the_bundle", catalog),
 ];
 
 /// Where the operator is.
@@ -209,11 +210,14 @@ fn helm_installs(server: &ApiServer) -> Result {
     same("what is left", left.text().as_str(), "")
 }
 
+/// The only document of a file.
+fn document(path: &str) -> Result<Value> {
+    Ok(documents(path, &read(path)?)?.into_iter().next().unwrap_or_default())
+}
+
 /// The bundle's service version, as JSON.
 fn service_version() -> Result<Value> {
-    let path = "olm/bundle/manifests/sandboxed-containers-operator.clusterserviceversion.yaml";
-    let documents = documents(path, &read(path)?)?;
-    Ok(documents.into_iter().next().unwrap_or_default())
+    document("olm/bundle/manifests/sandboxed-containers-operator.clusterserviceversion.yaml")
 }
 
 fn bundle(_: &ApiServer) -> Result {
@@ -357,75 +361,64 @@ fn nfd(server: &ApiServer) -> Result {
     same("what is matched", &json!(either), &older["matchOn"])
 }
 
-/// Images, chart, bundle and catalog are of the version that is built.
+/// Images, chart, bundle and subscription are of the version that is built.
 fn versions(_: &ApiServer) -> Result {
     let version = env!("CARGO_PKG_VERSION");
-    let document =
-        |path: &str| -> Result<Value> { Ok(documents(path, &read(path)?)?.into_iter().next().unwrap_or_default()) };
+    let image = |name: &str| json!(format!("sandpod.io/{name}:{version}"));
     let (chart, values) = (document("chart/Chart.yaml")?, document("chart/values.yaml")?);
     same("the chart's version", &chart["version"], version)?;
     same("the chart's appVersion", &chart["appVersion"], version)?;
-    same(
-        "the controller's image",
-        &values["image"],
-        format!("sandpod.io/operator:{version}").as_str(),
-    )?;
-    same(
-        "the installer's image",
-        &values["installerImage"],
-        format!("sandpod.io/installer:{version}").as_str(),
-    )?;
+    same("the controller's image", &values["image"], &image("operator"))?;
+    same("the installer's image", &values["installerImage"], &image("installer"))?;
     let service = service_version()?;
-    let name = format!("sandboxed-containers-operator.v{version}");
-    same(
-        "the service version's name",
-        &service["metadata"]["name"],
-        name.as_str(),
-    )?;
+    let name = json!(format!("sandboxed-containers-operator.v{version}"));
+    same("the service version's name", &service["metadata"]["name"], &name)?;
     same("the service version's version", &service["spec"]["version"], version)?;
-    let images: Vec<_> = service["spec"]["relatedImages"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .cloned()
-        .collect();
+    let related = json!([
+        { "name": "operator", "image": image("operator") },
+        { "name": "installer", "image": image("installer") },
+    ]);
+    same("its images", &service["spec"]["relatedImages"], &related)?;
+    let subscription = objects("olm/install.yaml", &read("olm/install.yaml")?)?;
+    let subscription = &subscription[&format!("Subscription {NAMESPACE}/{NAMESPACE}")]["spec"];
+    same("the subscription's start", &subscription["startingCSV"], &name)
+}
+
+/// The catalog's last entry is the bundle.
+fn catalog(_: &ApiServer) -> Result {
     let catalog = documents("catalog.yaml", &read("olm/catalog/catalog.yaml")?)?;
     let [package, channel, bundle] = catalog.as_slice() else {
         return Err(Failure::Claim(format!("the catalog has {} parts", catalog.len())));
     };
+    let service = service_version()?;
+    let (name, version) = (&service["metadata"]["name"], &service["spec"]["version"]);
+    let entry = &channel["entries"][0];
+    let range = &service["metadata"]["annotations"]["olm.skipRange"];
     same("the default channel", &package["defaultChannel"], &channel["name"])?;
-    same("the channel's entry", &channel["entries"][0]["name"], name.as_str())?;
-    same(
-        "the range that it replaces",
-        &channel["entries"][0]["skipRange"],
-        &service["metadata"]["annotations"]["olm.skipRange"],
-    )?;
-    same("the bundle", &bundle["name"], name.as_str())?;
-    same(
-        "the bundle's version",
-        &bundle["properties"][0]["value"]["version"],
-        version,
-    )?;
-    let told = bundle["properties"][2]["value"]
-        .as_object()
-        .cloned()
-        .unwrap_or_default();
-    for (field, value) in told
-        .iter()
-        .filter(|(field, _)| !["apiServiceDefinitions", "crdDescriptions"].contains(&field.as_str()))
+    same("the channel's entry", &entry["name"], name)?;
+    same("the range that it replaces", &entry["skipRange"], range)?;
+    same("the bundle", &bundle["name"], name)?;
+    let [of_package, _, of_service] = [0, 1, 2].map(|index| &bundle["properties"][index]["value"]);
+    same("the bundle's version", &of_package["version"], version)?;
+    let told = of_service.as_object().into_iter().flatten();
+    for (field, value) in
+        told.filter(|(field, _)| !["apiServiceDefinitions", "crdDescriptions"].contains(&field.as_str()))
     {
         same(field, &service["spec"][field], value)?;
     }
-    let image = format!("sandpod.io/operator-bundle:{version}");
+    let image = format!("sandpod.io/operator-bundle:{}", env!("CARGO_PKG_VERSION"));
     same("the bundle's image", &bundle["image"], image.as_str())?;
-    let of_bundle = vec![json!({ "name": "bundle", "image": image })];
-    same(
-        "the bundle's images",
-        &bundle["relatedImages"],
-        &json!([of_bundle, images].concat()),
-    )?;
+    let mut images = vec![json!({ "name": "bundle", "image": image })];
+    images.extend(
+        service["spec"]["relatedImages"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .cloned(),
+    );
+    same("the bundle's images", &bundle["relatedImages"], &json!(images))?;
     let subscription = objects("olm/install.yaml", &read("olm/install.yaml")?)?;
     let subscription = &subscription[&format!("Subscription {NAMESPACE}/{NAMESPACE}")]["spec"];
-    same("the subscription's start", &subscription["startingCSV"], name.as_str())?;
-    same("the subscription's package", &subscription["name"], &package["name"])
+    same("the subscription's package", &subscription["name"], &package["name"])?;
+    same("the subscription's channel", &subscription["channel"], &channel["name"])
 }
