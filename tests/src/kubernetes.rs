@@ -37,7 +37,7 @@ const ETCD: &str = "http://127.0.0.1:2379";
 /// The addresses of services.
 const SERVICES: &str = "10.96.0.0/16";
 
-/// The first of [`SERVICES`], which is the API server's by convention.
+/// The first of `SERVICES`, which is the API server's by convention.
 pub const SERVICE: &str = "10.96.0.1";
 
 /// The administrator: as user, and as whom the harness talks.
