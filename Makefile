@@ -21,7 +21,7 @@ export SANDPOD_IMAGES := $(CURDIR)/target/images
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files images images-files install clean
+.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster
 
 help: ## list the targets
@@ -84,6 +84,16 @@ images: payload ## target/images: the controller's and the installer's container
 images-files:
 	deploy/deps.sh images
 	deploy/images.sh $(RELEASE) $(SANDPOD_PAYLOAD) $(SANDPOD_IMAGES)
+
+release: payload ## target/sandpod-<version>-x86_64.tar.gz: what a node without a checkout needs, with install.sh on top
+	name=$$(sed -n 's/^sandpod /sandpod-/p;q' $(SANDPOD_PAYLOAD)/MANIFEST)-x86_64
+	rm -rf target/$$name
+	mkdir target/$$name
+	cp deploy/install.sh $(RELEASE)/sandpod-installer target/$$name
+	cp -r $(SANDPOD_PAYLOAD) target/$$name/payload
+	tar -czf target/$$name.tar.gz --owner=0 --group=0 --sort=name -C target $$name
+	rm -r target/$$name
+	echo "release: target/$$name.tar.gz"
 
 install: payload ## put it on this node, and the handler `kata` into its CRI; INSTALL_FLAGS are those of deploy/install.sh
 	deploy/install.sh $(INSTALL_FLAGS)

@@ -100,6 +100,8 @@ pub enum Code {
     ForeignHandler,
     /// Our file exists with contents that we did not write.
     ForeignFile,
+    /// It is installed below another prefix.
+    OtherPrefix,
     /// containerd does not read the folder of its drop-ins.
     DropInNotRead,
     /// The CRI's merged configuration would be invalid.

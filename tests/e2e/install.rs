@@ -1,12 +1,17 @@
 //! A node that has nothing but containerd: Sandpod comes to it, is replaced while pods run, and goes again.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use operator::report::{Accelerator, Code, Phase, Report};
 use tests::{
     config,
     failure::{Failure, Result, Trying, claim, contains, same},
-    installer::Installer,
+    installer::{self, Installer},
     node::Node,
     procs::Process,
     run,
@@ -20,12 +25,16 @@ type Story = (&'static str, fn(&Node) -> Result);
 pub const ON_A_BARE_NODE: &[Story] = &[
     ("one_command_brings_pods_and_another_takes_them_away", one_command),
     ("a_pod_outlives_three_versions", a_pod_outlives_three_versions),
+    ("qemu_needs_nothing_of_the_node", qemu_needs_nothing_of_the_node),
     ("another_prefix_is_as_good", another_prefix),
     ("an_installer_that_is_killed_is_run_again", killed_and_run_again),
     ("what_fails_is_undone", what_fails_is_undone),
     ("a_bad_node_gets_one_sentence_and_no_change", bad_nodes),
     ("files_are_labelled_where_selinux_is_enabled", labels),
 ];
+
+/// Stories of a node whose containerd is of Debian.
+pub const ON_AN_OLD_NODE: &[Story] = &[("an_old_containerd_is_refused", an_old_containerd_is_refused)];
 
 /// Takes longer than it is worth each time.
 pub const AT_LENGTH: &[Story] = &[("an_installer_that_is_killed_at_any_moment", killed_at_any_moment)];
@@ -90,6 +99,51 @@ fn one_command(node: &Node) -> Result {
         installer.script(&["--uninstall"])?;
         same("restarts", installer.restarts(), 2)
     })
+}
+
+/// In a root without libraries, programs and users, as somebody who owns nothing: it boots the guest to its first process.
+fn qemu_needs_nothing_of_the_node(node: &Node) -> Result {
+    const QEMU: &str = "-nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max -m 256M \
+        -machine q35,sata=off,smbus=off,vmport=off,usb=off -kernel vmlinux -initrd initrd -device virtio-serial-pci \
+        -chardev stdio,id=console -device virtconsole,chardev=console -append";
+    play(node, |installer| {
+        installer.script(&[])?;
+        let root = node.path("empty");
+        let (here, name) = (root.display(), "/opt/sandpod/current");
+        let mounts = ["proc", "opt"]
+            .map(|folder| format!("mkdir -p {here}/{folder} && mount --rbind /{folder} {here}/{folder}"));
+        shell(node, &mounts.join(" && "))?;
+        let mut command = node.command("chroot");
+        command.args(["--userspec=64620:64620"]).arg(&root);
+        command.arg(format!("{name}/bin/qemu-system-x86_64"));
+        let path = |word: &str| match word {
+            "vmlinux" | "initrd" => format!("{name}/{word}"),
+            _ => word.to_owned(),
+        };
+        command
+            .args(QEMU.split_whitespace().map(path))
+            .arg("console=hvc0 panic=-1");
+        let started = first_process_of(&mut command);
+        shell(node, &format!("umount -l {here}/proc {here}/opt"))?;
+        claim(started?, "the guest's kernel should have started its first process")?;
+        installer.script(&["--uninstall"]).map(drop)
+    })
+}
+
+/// Whether a guest says on its console that it starts its first process; it is ended then.
+fn first_process_of(command: &mut Command) -> Result<bool> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().trying("starting QEMU")?;
+    let console = child
+        .stdout
+        .take()
+        .ok_or_else(|| Failure::Claim("QEMU has no console".into()))?;
+    let found = run::await_line(console, run::ORDINARY, |line| {
+        line.contains("Run /init as init process")
+    });
+    installer::end(&child)?;
+    run::wait(child, run::ORDINARY, "QEMU")?;
+    Ok(found?.is_some())
 }
 
 /// Its folders are made and go, too.
@@ -302,6 +356,14 @@ fn what_fails_is_undone(node: &Node) -> Result {
 
         installer.succeed(&["install", "--payload", &payload])?;
         let installed = installer.tree()?;
+        for arguments in [&["install", "--payload", &payload], &["uninstall"][..]] {
+            let elsewhere = installer.run(&[arguments, &["--prefix", "/opt/else"]].concat())?;
+            sentence(
+                &elsewhere,
+                Code::OtherPrefix,
+                "Sandpod is installed in /opt/sandpod: uninstall it there first",
+            )?;
+        }
         fs::write(node.inside(DROP_IN), "# Sandpod: edited\n").trying("editing the drop-in")?;
         let verified = installer.run(&["verify"])?;
         sentence(
@@ -420,6 +482,21 @@ fn bad_nodes(node: &Node) -> Result {
             installer.tree()?.same_as(&before)?;
         }
         same("restarts", installer.restarts(), 0)
+    })
+}
+
+fn an_old_containerd_is_refused(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let refusal = installer.run(&["install", "--payload", &payload])?;
+        same("the phase", refusal.phase, Phase::Refused)?;
+        sentence(&refusal, Code::CriTooOld, "containerd 1.6.")?;
+        let text = refusal.error.map(|problem| problem.text).unwrap_or_default();
+        contains(
+            "the refusal",
+            &text,
+            "is too old: update it to 2.0 or later, or add the handler",
+        )
     })
 }
 

@@ -112,17 +112,22 @@ fn main() {
             }
         }
     }
-    let bare = Stage::new(NodeSpec {
-        bare: true,
-        ..NodeSpec::new(Containerd::Newest)
+    let bare = containerds.map(|containerd| {
+        Stage::new(NodeSpec {
+            bare: true,
+            ..NodeSpec::new(containerd)
+        })
     });
-    for (story, tell) in install::ON_A_BARE_NODE.iter().copied() {
-        let name = format!("{}/bare/{story}", Containerd::Newest.name());
-        trials.push(stage::trial(name, &bare, tell));
+    let on_bare_nodes = [
+        (Containerd::Newest, &bare[0], install::ON_A_BARE_NODE, false),
+        (Containerd::Newest, &bare[0], install::AT_LENGTH, true),
+        (Containerd::Debian, &bare[1], install::ON_AN_OLD_NODE, false),
+    ];
+    for (containerd, stage, stories, at_length) in on_bare_nodes {
+        for (story, tell) in stories.iter().copied() {
+            let name = format!("{}/bare/{story}", containerd.name());
+            trials.push(stage::trial(name, stage, tell).with_ignored_flag(at_length));
+        }
     }
-    for (story, tell) in install::AT_LENGTH.iter().copied() {
-        let name = format!("{}/bare/{story}", Containerd::Newest.name());
-        trials.push(stage::trial(name, &bare, tell).with_ignored_flag(true));
-    }
-    stage::perform(trials, &[&stages[..], &[bare]].concat())
+    stage::perform(trials, &[stages, bare].concat())
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::OFlag,
     sys::{
         signal::{Signal, kill},
@@ -202,18 +203,18 @@ impl Installer<'_> {
         let said = child
             .stderr
             .take()
-            .into_iter()
-            .flat_map(|said| BufReader::new(said).lines());
-        let mut steps = said
-            .map_while(std::result::Result::ok)
-            .filter(|line| line.starts_with("installer: "));
-        let line = steps.nth(at);
-        if line.is_some() {
+            .ok_or_else(|| Failure::Claim("the installer has no standard error".into()))?;
+        let mut steps = 0;
+        let line = run::await_line(said, DEADLINE, move |line| {
+            steps += usize::from(line.starts_with("installer: "));
+            steps > at
+        });
+        if !matches!(line, Ok(None)) {
             end(&child)?;
         }
         run::wait(child, DEADLINE, "the installer")?;
         self.await_quiet()?;
-        Ok(line)
+        line
     }
 
     /// Runs the installer and kills it after some time, unless it has ended by then.
@@ -302,12 +303,16 @@ pub fn other_payload(to: &Path, version: &str, keep: impl Fn(&str) -> bool) -> R
     fs::write(to.join("MANIFEST"), text).trying("writing a payload's manifest")
 }
 
-/// Kills the program that `nsenter` runs as its child.
-fn end(nsenter: &Child) -> Result {
+/// Kills the program of a node's command: `nsenter` runs it as its child.
+///
+/// # Errors
+/// The kernel's.
+pub fn end(nsenter: &Child) -> Result {
     let parent = nsenter.id().cast_signed();
     let program = procs::all().into_iter().find(|process| process.parent == parent);
-    match program {
-        Some(program) => kill(Pid::from_raw(program.pid), Signal::SIGKILL).trying("killing the installer"),
-        None => Ok(()),
+    match program.map(|program| kill(Pid::from_raw(program.pid), Signal::SIGKILL)) {
+        // It has ended by itself meanwhile.
+        None | Some(Ok(()) | Err(Errno::ESRCH)) => Ok(()),
+        Some(Err(error)) => Err(error).trying("killing a program of the node"),
     }
 }

@@ -1,7 +1,7 @@
 //! Programs of others, run to their end or to a deadline.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc,
@@ -140,6 +140,29 @@ pub fn wait(mut child: Child, deadline: Duration, line: &str) -> Result<ExitStat
     };
     drop(waiter.join());
     Ok(status)
+}
+
+/// Waits for a line that a program writes; none when it ends before. What it writes after that is read and forgotten, so that it is not held up.
+///
+/// # Errors
+/// [`Failure::Deadline`] when there is none by then.
+pub fn await_line(
+    output: impl Read + Send + 'static,
+    deadline: Duration,
+    mut wanted: impl FnMut(&str) -> bool + Send + 'static,
+) -> Result<Option<String>> {
+    let (told, seen) = mpsc::channel();
+    thread::spawn(move || {
+        let mut lines = BufReader::new(output).lines().map_while(std::result::Result::ok);
+        // Nobody listens any more after the deadline.
+        drop(told.send(lines.find(|line| wanted(line))));
+        lines.for_each(drop);
+    });
+    seen.recv_timeout(deadline).map_err(|_| Failure::Deadline {
+        what: "a line".into(),
+        deadline,
+        detail: String::new(),
+    })
 }
 
 /// The exit code as a shell shows it.

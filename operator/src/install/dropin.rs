@@ -131,6 +131,17 @@ fn of_cri(kind: Kind, path: &str, text: Option<String>) -> DropIn {
     }
 }
 
+/// The prefix that a drop-in of ours goes through, if it is one and names one.
+#[must_use]
+pub fn prefix_of(text: &str) -> Option<PathBuf> {
+    let words = text.starts_with(MARK).then(|| text.lines())?;
+    let mut paths = words.filter_map(|line| line.strip_prefix("runtime_path = \"")?.strip_suffix('"'));
+    paths
+        .next()?
+        .strip_suffix("/current/bin/containerd-shim-kata-v2")
+        .map(PathBuf::from)
+}
+
 /// A text of ours with its paths below another prefix.
 #[must_use]
 pub fn at_prefix(text: &str, prefix: &Path) -> String {
@@ -219,6 +230,18 @@ mod tests {
             moved["options"]["ConfigPath"],
             "/var/lib/sandpod/current/configuration.toml".into()
         );
+    }
+
+    #[test]
+    fn a_drop_in_tells_its_prefix() {
+        for kind in [Kind::Crio, Kind::Containerd] {
+            for prefix in ["/opt/sandpod", "/var/lib/sandpod"] {
+                let text = handler(kind, Path::new(prefix)).text.unwrap();
+                assert_eq!(prefix_of(&text), Some(prefix.into()));
+                assert_eq!(prefix_of(&text.replace(MARK, "# ")), None);
+            }
+        }
+        assert_eq!(prefix_of("# Sandpod: edited\n"), None);
     }
 
     #[test]

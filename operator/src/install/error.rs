@@ -63,6 +63,12 @@ pub enum InstallError {
         /// The file, as the node sees it.
         path: PathBuf,
     },
+    /// The handler is ours, below another prefix.
+    #[error("Sandpod is installed in {prefix}: uninstall it there first, or use --prefix {prefix}")]
+    OtherPrefix {
+        /// The other prefix.
+        prefix: PathBuf,
+    },
     /// containerd does not read its drop-ins.
     #[error(
         "containerd does not read {folder}: add `imports = [\"{folder}/*.toml\"]` at the top of {main} and install again"
@@ -219,6 +225,7 @@ impl InstallError {
             Self::CriTooOld { .. } => Code::CriTooOld,
             Self::ForeignHandler { .. } | Self::HandlerPresent { .. } => Code::ForeignHandler,
             Self::ForeignFile { .. } => Code::ForeignFile,
+            Self::OtherPrefix { .. } => Code::OtherPrefix,
             Self::NotImported { .. } => Code::DropInNotRead,
             Self::ConfigInvalid { .. } => Code::ConfigInvalid,
             Self::ReadOnlyPrefix { .. } => Code::ReadOnlyPrefix,

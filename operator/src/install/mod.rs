@@ -88,6 +88,9 @@ pub fn run(options: &Options) -> Report {
             } else {
                 Phase::Refused
             };
+            // What an install has changed it has put back; an uninstall goes only forward.
+            let put_back = options.verb == Verb::Install && !matches!(error, InstallError::NotUndone { .. });
+            report.changed = touched && !put_back;
             report.error = Some(error.problem());
         }
     }
@@ -180,6 +183,18 @@ impl<'r> Run<'r> {
             }
         }
         Ok(swept)
+    }
+
+    /// Refuses a node whose handler is ours and goes through another prefix.
+    fn refuse_other_prefix(&self) -> Result<()> {
+        for kind in [Kind::Crio, Kind::Containerd] {
+            let path = dropin::handler(kind, &self.layout.prefix).path;
+            let text = files::read_text(&self.layout.host.at(path))?.unwrap_or_default();
+            if let Some(prefix) = dropin::prefix_of(&text).filter(|prefix| *prefix != self.layout.prefix) {
+                return Err(InstallError::OtherPrefix { prefix });
+            }
+        }
+        Ok(())
     }
 
     fn boot_id(&self) -> String {

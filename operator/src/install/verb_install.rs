@@ -68,6 +68,7 @@ fn check(run: &mut Run) -> Result<Job> {
     let version = payload.name.clone();
     let base = payload.text("configuration.toml")?;
     run.judge(cri.kind, base.as_deref())?;
+    run.refuse_other_prefix()?;
     let wanted = dropin::all(cri.kind, &run.layout.prefix, run.options.log_level);
     merged::refuse_foreign(&run.layout.host, cri.kind, &wanted)?;
     let intact = versions::inspect(&run.layout, &version).is_ok();

@@ -30,6 +30,7 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
     let _lock = lock::NodeLock::take(&run.layout.host)?;
     step("checking the node");
     let swept = run.sweep_scratch()?;
+    run.refuse_other_prefix()?;
     let state = run.layout.load()?;
     let of_cri = present(run)?;
     if state.is_none() && of_cri.is_empty() {
