@@ -66,7 +66,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => node.clone().prop_map(Happening::PodComes),
         2 => Just(Happening::PodGoes),
         2 => (0..CONFIGS.len()).prop_map(Happening::Create),
-        1 => (0..CONFIGS.len()).prop_map(Happening::Delete),
+        2 => (0..CONFIGS.len()).prop_map(Happening::Delete),
         1 => proptest::option::of(node.clone()).prop_map(Happening::Select),
         1 => any::<bool>().prop_map(Happening::Level),
         1 => any::<bool>().prop_map(Happening::PeerPods),
@@ -259,9 +259,15 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_nothing_forbidden_does_and_all_ends_well(happenings in proptest::collection::vec(happening(), 1..80)) {
+    fn whatever_happens_nothing_forbidden_does_and_all_ends_well(
+        installed: bool,
+        happenings in proptest::collection::vec(happening(), 1..80),
+    ) {
         let mut cluster = Cluster::new(&NODES[..3]);
         cluster.create(CONFIGS[0], serde_json::json!({}));
+        if installed {
+            cluster.run_all();
+        }
         for happening in &happenings {
             happens(&mut cluster, happening);
         }

@@ -14,6 +14,7 @@ pub const STORIES: &[Story] = &[
     ("each_operator_of_the_selector_selects_what_it_says", each_operator),
     ("the_labels_of_the_guides_sample_select", match_labels),
     ("eligibility_on_and_off", eligibility),
+    ("a_selector_that_makes_no_sense_is_named", nonsense),
     ("nodes_come_and_go_and_the_status_says_updating", nodes_come_and_go),
     ("a_new_version_and_a_log_level_reach_every_node", upgrade),
     ("a_rebooted_node_is_verified_and_a_damaged_one_repaired", reboot),
@@ -100,6 +101,27 @@ fn eligibility(rig: &mut Rig<'_>) -> Result {
     rig.respec(NAME, &json!({"checkNodeEligibility": true}))?;
     rig.until_installed(NAME, 1)?;
     rig.nothing_left(0, "worker-0")
+}
+
+/// What the schema lets through, the controller refuses.
+fn nonsense(rig: &mut Rig<'_>) -> Result {
+    rig.start(&["worker-0"])?;
+    let expression = json!({"key": "not a key", "operator": "Exists"});
+    rig.create(
+        NAME,
+        &json!({"kataConfigPoolSelector": {"matchExpressions": [expression]}}),
+    )?;
+    let refused = [
+        "False",
+        "InvalidSelector",
+        "kataConfigPoolSelector: \"not a key\" is not a label's key",
+    ]
+    .map(String::from);
+    rig.history
+        .until("the refusal's word", SOON, |row| row.condition == refused)?;
+    rig.nothing_left(0, "worker-0")?;
+    rig.respec(NAME, &json!({"kataConfigPoolSelector": null}))?;
+    rig.until_installed(NAME, 1)
 }
 
 fn nodes_come_and_go(rig: &mut Rig<'_>) -> Result {

@@ -1,6 +1,9 @@
 //! Controllers and installers that die at every step.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use tests::failure::{Failure, Result, Trying, claim, contains, same};
@@ -22,6 +25,10 @@ pub const STORIES: &[Story] = &[
         killed_installers,
     ),
     ("a_standby_takes_over_when_the_leader_ends", standby),
+    (
+        "a_standby_takes_over_half_a_minute_after_the_leader_was_killed",
+        killed_leader,
+    ),
     ("a_leader_that_has_lost_its_lease_ends", lost_lease),
 ];
 
@@ -126,6 +133,27 @@ fn standby(rig: &mut Rig<'_>) -> Result {
     same("the standby's health", ready(&second)?.text().as_str(), "ok")?;
     same("the exit code of the first", rig.controller()?.stop()?, 0)?;
     second.until_said("leading", SOON)?;
+    rig.create(NAME, &json!({}))?;
+    rig.until_installed(NAME, 1)
+}
+
+fn killed_leader(rig: &mut Rig<'_>) -> Result {
+    rig.start(&["worker-0"])?;
+    rig.controller()?.until_said("leading", SOON)?;
+    let second = Settings {
+        identity: "controller-1".into(),
+        ..Settings::default()
+    };
+    let second = Controller::start(&rig.ground.kubeconfig(), &second)?;
+    second.address()?;
+    rig.controller()?.kill()?;
+    let since = Instant::now();
+    second.until_said("leading", SOON)?;
+    // The last renewal may be ten seconds older than the death.
+    claim(
+        since.elapsed() > Duration::from_secs(18),
+        format!("it led after {:?}", since.elapsed()),
+    )?;
     rig.create(NAME, &json!({}))?;
     rig.until_installed(NAME, 1)
 }
