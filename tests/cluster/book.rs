@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::symlink, process::Command, time::Duration};
 
 use libtest_mimic::Trial;
 use operator::api::KataConfigStatus;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
     cluster::Cluster,
@@ -28,11 +28,11 @@ const STORIES: &[Story] = &[
     ("every_command_does_what_the_page_says", commands),
 ];
 
-/// The headings under which other packages than the manifest are shown, and what only a cluster with them has: on API servers that stand alone. One from which Helm has taken the
-/// operator again is no ground for another: nobody there completes the end of a namespace.
-const ALONE: &[&[&str]] = &[
-    &["By Helm"],
-    &["By the Operator Lifecycle Manager", "With Node Feature Discovery"],
+/// The headings under which other packages than the manifest are shown, and what only a cluster with them has: on an API server alone.
+const ALONE: &[&str] = &[
+    "By Helm",
+    "By the Operator Lifecycle Manager",
+    "With Node Feature Discovery",
 ];
 
 /// Commands that are not run, by their beginnings, and why.
@@ -47,6 +47,9 @@ const NOT_RUN: &[(&str, &str)] = &[
         "what makes a service version succeed are OLM's controllers, which are in the same registry",
     ),
 ];
+
+/// The names of namespaces that are about to end.
+const ENDING: &str = "jsonpath={.items[?(@.metadata.deletionTimestamp)].metadata.name}";
 
 /// The file on the desk that says where buildah keeps images.
 const STORAGE: &str = "storage.conf";
@@ -160,7 +163,7 @@ fn commands() -> Result {
 /// Where a reader of the page sits: a folder like a checkout, and clusters as they are needed.
 struct Desk {
     cluster: Option<Cluster>,
-    alone: [Option<ApiServer>; ALONE.len()],
+    alone: Option<ApiServer>,
     folder: TempDir,
     left_out: Vec<&'static str>,
 }
@@ -180,7 +183,7 @@ impl Desk {
         fs::write(folder.path().join(STORAGE), storage).trying("furnishing the desk")?;
         Ok(Desk {
             cluster: None,
-            alone: Default::default(),
+            alone: None,
             folder,
             left_out: Vec::new(),
         })
@@ -222,12 +225,12 @@ impl Desk {
             ""
         };
         let script = format!("{path}cd {} && {text}", self.folder.path().display());
-        let mut command = match (step.on_node, ALONE.iter().position(|group| group.contains(&heading))) {
+        let mut command = match (step.on_node, ALONE.contains(&heading)) {
             (true, _) => self.cluster()?.node().command("sh"),
             (false, alone) => {
                 let kubeconfig = match alone {
-                    Some(which) => self.alone(which)?.kubeconfig(),
-                    None => self.cluster()?.api().kubeconfig(),
+                    true => self.alone()?.kubeconfig(),
+                    false => self.cluster()?.api().kubeconfig(),
                 };
                 let mut command = Command::new("sh");
                 command.env("KUBECONFIG", kubeconfig).env("HOME", self.folder.path());
@@ -248,17 +251,30 @@ impl Desk {
     }
 
     /// An API server that knows what OLM and NFD define.
-    fn alone(&mut self, which: usize) -> Result<&ApiServer> {
-        let place = &mut self.alone[which];
-        if let Some(server) = place {
-            return Ok(server);
+    fn alone(&mut self) -> Result<&ApiServer> {
+        let server = match &mut self.alone {
+            Some(server) => server,
+            none => none.insert(prepared()?),
+        };
+        // Who would complete the end of a namespace is not there.
+        let words = ["get", "namespaces", "--output", ENDING];
+        for name in server.kubectl(words)?.text().split_whitespace() {
+            let end = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } }).to_string();
+            let path = format!("/api/v1/namespaces/{name}/finalize");
+            let mut command = server.kubectl_command(["replace", "--raw", &path, "--filename", "-"])?;
+            let output = finish(&mut command, Some(end.into_bytes()), run::ORDINARY)?;
+            claim(output.code == 0, format!("{name} does not end: {}", output.errors()))?;
         }
-        let server = ApiServer::start()?;
-        let definitions = places::peers()?.with_file_name("share").display().to_string();
-        // Larger than what apply may keep in an annotation.
-        server.kubectl(["apply", "--server-side", "--filename", &definitions])?;
-        server.wait_for("condition=Established", &["crd", "--all"], run::ORDINARY)?;
-        server.kubectl(["create", "namespace", "olm"])?;
-        Ok(place.insert(server))
+        Ok(server)
     }
+}
+
+fn prepared() -> Result<ApiServer> {
+    let server = ApiServer::start()?;
+    let definitions = places::peers()?.with_file_name("share").display().to_string();
+    // Larger than what apply may keep in an annotation.
+    server.kubectl(["apply", "--server-side", "--filename", &definitions])?;
+    server.wait_for("condition=Established", &["crd", "--all"], run::ORDINARY)?;
+    server.kubectl(["create", "namespace", "olm"])?;
+    Ok(server)
 }
