@@ -35,6 +35,7 @@ const OWN: &[&str] = &[
     "leases.coordination.k8s.io [] [] [create]",
     "leases.coordination.k8s.io [] [sandpod-operator] [get update patch]",
     "pods [] [] [list watch get create delete]",
+    "securitycontextconstraints.security.openshift.io [] [privileged] [use]",
 ];
 
 const DEFAULT: &[&str] = &["events.events.k8s.io [] [] [create]"];
