@@ -18,6 +18,9 @@ use tests::{
 /// How long a pod may take to be ready: more than an emulated machine on a loaded node.
 pub const READY: Duration = Duration::from_secs(120);
 
+/// The processors that a pod takes besides its containers': a user's change of the RuntimeClass.
+pub const CPU_OVERHEAD: &str = "100m";
+
 /// A story on the node.
 pub type Story = (&'static str, fn(&Ground) -> Result);
 
@@ -75,8 +78,8 @@ impl Ground {
         cluster.create_kata_config()?;
         cluster.await_kata()?;
         // Five pods fit on two processors when each takes less than the half of one: the guide's way to change the overhead.
-        let overhead = r#"{ "overhead": { "podFixed": { "memory": "500Mi", "cpu": "100m" } } }"#;
-        api.kubectl(["patch", "runtimeclass", "kata", "--patch", overhead])?;
+        let overhead = json!({ "overhead": { "podFixed": { "memory": "500Mi", "cpu": CPU_OVERHEAD } } }).to_string();
+        api.kubectl(["patch", "runtimeclass", "kata", "--patch", &overhead])?;
         Ok(Ground { cluster, neighbour })
     }
 

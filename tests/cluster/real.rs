@@ -5,11 +5,14 @@ use std::{collections::BTreeSet, time::Duration};
 use nix::sys::utsname::uname;
 use serde_json::{Value, json};
 use tests::{
+    census,
+    cluster::NODE,
     failure::{Failure, Result, Trying, claim, contains, same},
     images::{GREETING, HELLO, HELLO_PORT, TEST},
+    run,
 };
 
-use crate::ground::{Ground, READY, Story, container};
+use crate::ground::{CPU_OVERHEAD, Ground, READY, Story, container, manifest};
 
 pub const STORIES: &[Story] = &[
     (
@@ -19,6 +22,10 @@ pub const STORIES: &[Story] = &[
     ("probes_decide", probes_decide),
     ("a_config_map_is_followed", a_config_map_is_followed),
     ("a_pod_is_resized_in_place", a_pod_is_resized_in_place),
+    (
+        "an_ordinary_pod_is_resized_in_place",
+        an_ordinary_pod_is_resized_in_place,
+    ),
     ("too_much_memory_is_in_the_status", too_much_memory_is_in_the_status),
 ];
 
@@ -100,6 +107,8 @@ fn every_kind_of_workload_runs_in_machines_of_its_own(ground: &Ground) -> Result
     }
     same("the machines", machines.len(), pods.len())?;
     statistics(ground, &pods)?;
+    an_exec_ends_as_its_program(ground, &pods[0])?;
+    the_node_and_the_class_are_as_told(ground)?;
     let objects: Vec<_> = kinds.iter().map(String::as_str).collect();
     ground.remove(&objects)
 }
@@ -138,9 +147,32 @@ fn answers(ground: &Ground, pod: &Value) -> Result {
     contains(&format!("the log of {name}"), &logs.text(), "url:/")
 }
 
+/// The exit code of a program that kubectl runs in a pod is the program's.
+fn an_exec_ends_as_its_program(ground: &Ground, pod: &Value) -> Result {
+    let words = ["exec", text(&pod["metadata"]["name"]), "--", "sh", "-c", "exit 7"];
+    let mut command = ground.api().kubectl_command(words)?;
+    same("the exit code", run::finish(&mut command, None, SOON)?.code, 7)
+}
+
+/// The node's status lists the handler, and what a user has changed in the RuntimeClass is still so.
+fn the_node_and_the_class_are_as_told(ground: &Ground) -> Result {
+    let node = ground.api().json(["get", "node", NODE])?;
+    let handlers = node["status"]["runtimeHandlers"].as_array();
+    claim(
+        handlers.into_iter().flatten().any(|handler| handler["name"] == "kata"),
+        format!("the node has the handlers {handlers:?}"),
+    )?;
+    let class = ground.api().json(["get", "runtimeclass", "kata"])?;
+    same(
+        "the overhead that a user has set",
+        &class["overhead"]["podFixed"]["cpu"],
+        CPU_OVERHEAD,
+    )
+}
+
 /// What the kubelet tells those who ask it, as `kubectl top` does by way of a server of metrics.
 fn statistics(ground: &Ground, pods: &[Value]) -> Result {
-    let path = format!("/api/v1/nodes/{}/proxy/stats/summary", tests::cluster::NODE);
+    let path = format!("/api/v1/nodes/{NODE}/proxy/stats/summary");
     let summary = ground.api().kubectl(["get", "--raw", &path])?.text();
     let summary: Value = serde_json::from_str(&summary).map_err(|source| Failure::Json {
         what: path.clone(),
@@ -227,36 +259,69 @@ fn a_config_map_is_followed(ground: &Ground) -> Result {
 
 /// A running container gets more memory and processors in its machine, and nothing is restarted.
 fn a_pod_is_resized_in_place(ground: &Ground) -> Result {
-    let mut grower = hello();
-    grower["resources"] =
-        json!({ "limits": { "memory": "128Mi", "cpu": "500m" }, "requests": { "memory": "128Mi", "cpu": "100m" } });
-    ground.run(
-        "grower",
-        json!({ "terminationGracePeriodSeconds": 1, "containers": [grower] }),
-    )?;
-    let (api, before) = (ground.api(), container(ground.api(), "grower")?);
+    ground.run("grower", grower())?;
     let limits = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max";
     same(
         "the limits at first",
-        ground.shell("grower", limits)?,
+        ground.shell("grower", limits)?.as_str(),
         "134217728\n50000 100000",
     )?;
-    let wanted = json!({ "limits": { "memory": "384Mi", "cpu": "1" } });
-    let patch = json!({ "spec": { "containers": [{ "name": "hello-openshift", "resources": wanted }] } }).to_string();
-    api.kubectl(["patch", "pod", "grower", "--subresource", "resize", "--patch", &patch])?;
-    for (resource, value) in [("memory", "384Mi"), ("cpu", "1")] {
-        let condition = format!("jsonpath={{.status.containerStatuses[0].resources.limits.{resource}}}={value}");
-        api.wait_for(&condition, &["pod/grower"], SOON)?;
-    }
+    let before = container(ground.api(), "grower")?;
+    resize(ground, "grower")?;
     same(
         "the limits then",
-        ground.shell("grower", limits)?,
+        ground.shell("grower", limits)?.as_str(),
         "402653184\n100000 100000",
     )?;
     // One buffer larger than the first limit, filled.
     ground.shell("grower", "dd if=/dev/zero of=/dev/null bs=200M count=1")?;
-    same("the container", container(api, "grower")?, before)?;
+    same("the container", container(ground.api(), "grower")?, before)?;
     ground.remove(&["pod/grower"])
+}
+
+/// The same with runc: what is above does not only seem so because the kubelet of this node would say so anyway.
+fn an_ordinary_pod_is_resized_in_place(ground: &Ground) -> Result {
+    let (api, pod) = (ground.api(), "pod/ordinary");
+    api.apply(&manifest("ordinary", grower()))?;
+    api.wait_for("condition=Ready", &[pod], READY)?;
+    let uid = api.json(["get", pod])?["metadata"]["uid"].clone();
+    let group = format!("{}/kubepods/burstable/pod{}", ground.node().cgroup(), text(&uid));
+    let hierarchies = census::hierarchies();
+    let exists = hierarchies.iter().any(|hierarchy| hierarchy.join(&group[1..]).exists());
+    claim(exists, format!("there is no group {group}"))?;
+    // One of the two is there: the group's file is called so in version 1 of cgroups, or in version 2.
+    let limit = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null || :";
+    same(
+        "the limit at first",
+        ground.shell("ordinary", limit)?.as_str(),
+        "134217728",
+    )?;
+    let before = container(api, "ordinary")?;
+    resize(ground, "ordinary")?;
+    same("the limit then", ground.shell("ordinary", limit)?.as_str(), "402653184")?;
+    same("the container", container(api, "ordinary")?, before)?;
+    ground.remove(&[pod])
+}
+
+/// A pod with limits.
+fn grower() -> Value {
+    let mut grower = hello();
+    grower["resources"] =
+        json!({ "limits": { "memory": "128Mi", "cpu": "500m" }, "requests": { "memory": "128Mi", "cpu": "100m" } });
+    json!({ "terminationGracePeriodSeconds": 1, "containers": [grower] })
+}
+
+/// Asks for larger limits, and waits until the kubelet says that the container has them.
+fn resize(ground: &Ground, pod: &str) -> Result {
+    let wanted = json!({ "limits": { "memory": "384Mi", "cpu": "1" } });
+    let patch = json!({ "spec": { "containers": [{ "name": "hello-openshift", "resources": wanted }] } }).to_string();
+    let api = ground.api();
+    api.kubectl(["patch", "pod", pod, "--subresource", "resize", "--patch", &patch])?;
+    for (resource, value) in [("memory", "384Mi"), ("cpu", "1")] {
+        let condition = format!("jsonpath={{.status.containerStatuses[0].resources.limits.{resource}}}={value}");
+        api.wait_for(&condition, &[&format!("pod/{pod}")], SOON)?;
+    }
+    Ok(())
 }
 
 /// A container that exceeds its limit is killed, and its pod's status says why.
