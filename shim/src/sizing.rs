@@ -1,12 +1,13 @@
 //! How large a VM is: one pure function from the configuration, the host, the CRI's hints and the containers' limits.
 //!
 //! ```text
-//! memory  boot = default_memory     target = boot + limits of the containers that exist, rounded up once   max = hint or host
+//! memory  boot = default_memory     target = boot + limits of the containers that exist, rounded up once   max = the host's
 //! vCPUs   boot = default_vcpus      target = CPU limits of the containers, summed, rounded up once, at least boot
 //! ```
 //!
 //! A limit beyond the host does not fail a pod: it is clamped. What the CRI says about the whole pod (see
-//! [`crate::annotations::pod_resources`]) sets only the maxima, or everything when `static_sandbox_resource_mgmt` asks for it.
+//! [`crate::annotations::pod_resources`]) counts only when `static_sandbox_resource_mgmt` asks for it: it is what the pod began with, and Kubernetes raises the limits of pods
+//! that run.
 
 pub use crate::annotations::PodResources as Limits;
 use crate::annotations::milli_cpus;
@@ -112,20 +113,21 @@ impl Sizing {
             .map_or(most_vcpus, whole)
             .clamp(1, most_vcpus);
 
-        let pod = pod.unwrap_or_default();
-        let hinted_mib = pod.memory.map(|bytes| boot_mib.saturating_add(plugged(bytes, plug)));
-        let hinted_vcpus = pod.milli_cpus.map(|milli| whole(milli).max(boot_vcpus));
+        let most_mib = most_mib.max(boot_mib);
         let mut sizing = Self {
             boot_mib,
-            max_mib: hinted_mib.map_or(most_mib, |hint| hint.min(most_mib)).max(boot_mib),
+            max_mib: most_mib,
             plug,
             boot_vcpus,
-            max_vcpus: hinted_vcpus.map_or(most_vcpus, |hint| hint.min(most_vcpus)),
+            max_vcpus: most_vcpus,
         };
         if config.runtime.static_sizing {
-            sizing.boot_mib = hinted_mib.map_or(boot_mib, |_| sizing.max_mib);
+            let pod = pod.unwrap_or_default();
+            let said_mib = pod.memory.map(|bytes| boot_mib.saturating_add(plugged(bytes, plug)));
+            let said_vcpus = pod.milli_cpus.map(|milli| whole(milli).max(boot_vcpus));
+            sizing.boot_mib = said_mib.map_or(boot_mib, |mib| mib.min(most_mib));
             sizing.max_mib = sizing.boot_mib;
-            sizing.boot_vcpus = hinted_vcpus.map_or(boot_vcpus, |_| sizing.max_vcpus);
+            sizing.boot_vcpus = said_vcpus.map_or(boot_vcpus, |vcpus| vcpus.min(most_vcpus));
             sizing.max_vcpus = sizing.boot_vcpus;
         }
         sizing
@@ -450,7 +452,7 @@ mod tests {
                 true,
             ),
             (
-                "the hint alone plugs nothing",
+                "what the CRI says alone plugs nothing",
                 "",
                 Some(limits(GIB, 2000)),
                 &[],
@@ -459,16 +461,16 @@ mod tests {
                 false,
             ),
             (
-                "the hint bounds the containers",
+                "limits that were raised since the pod began",
                 "",
                 Some(limits(GIB, 2000)),
                 &[limits(2 * GIB, 4000)],
-                (2048, 3072),
-                (1, 2),
-                true,
+                (2048, 4096),
+                (1, 4),
+                false,
             ),
             (
-                "a hint without limits bounds nothing",
+                "a pod that said nothing of itself",
                 "",
                 Some(none),
                 &[limits(2 * GIB, 4000)],

@@ -266,13 +266,22 @@ fn a_pod_is_resized_in_place(ground: &Ground) -> Result {
         ground.shell("grower", limits)?.as_str(),
         "134217728\n50000 100000",
     )?;
-    let before = container(ground.api(), "grower")?;
+    let memory = || -> Result<u64> {
+        let total = ground.shell("grower", "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
+        total
+            .parse()
+            .map_err(|error| Failure::Claim(format!("MemTotal is {total:?}: {error}")))
+    };
+    let (before, machine) = (container(ground.api(), "grower")?, memory()?);
     resize(ground, "grower")?;
     same(
         "the limits then",
         ground.shell("grower", limits)?.as_str(),
         "402653184\n100000 100000",
     )?;
+    // The machine grows with it, beyond what the kubelet had announced of the pod: 256 MiB, without what Linux needs to manage them.
+    let grown = memory()?.saturating_sub(machine) / 1024;
+    claim((250..=256).contains(&grown), format!("the machine grew by {grown} MiB"))?;
     // One buffer larger than the first limit, filled.
     ground.shell("grower", "dd if=/dev/zero of=/dev/null bs=200M count=1")?;
     same("the container", container(ground.api(), "grower")?, before)?;
