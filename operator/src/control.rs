@@ -184,7 +184,7 @@ impl Controller {
         } else {
             self.watches.leave_pods();
         }
-        self.metrics.observe(&world, &decision);
+        self.metrics.show(&decision.nodes);
         match self.hands.carry_out(&world, &decision).await {
             Err(ActError::Refused(refused)) => {
                 warn!(node = refused.node, "the installer's pod is refused: {}", refused.text);

@@ -8,11 +8,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{
-    api::{KataConfigStatus, KataNodes},
-    decide::{Decision, End, World},
-    report::Verb,
-};
+use crate::{api::KataNodes, decide::End, report::Verb};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct State {
@@ -90,31 +86,8 @@ impl Metrics {
         }
     }
 
-    /// Takes over the counts of the KataConfig that is in force: of what is decided now, else of what was written before.
-    pub(super) fn observe(&self, world: &World, decision: &Decision) {
-        let written = world.configs.iter().filter_map(|config| config.status.as_ref());
-        let statuses = decision.statuses.iter().map(|(_, status)| status).chain(written);
-        let duplicate = |status: &&KataConfigStatus| {
-            status
-                .in_progress()
-                .is_some_and(|condition| condition.reason == "Duplicate")
-        };
-        let status = statuses
-            .filter(|status| !duplicate(status))
-            .max_by_key(|status| status.kata_nodes.node_count);
-        let counts = match decision
-            .statuses
-            .iter()
-            .map(|(_, status)| status)
-            .find(|status| !duplicate(status))
-        {
-            Some(now) => now.kata_nodes.clone(),
-            None => status.map(|status| status.kata_nodes.clone()).unwrap_or_default(),
-        };
-        self.show(&counts);
-    }
-
-    fn show(&self, counts: &KataNodes) {
+    /// Shows the lists of the KataConfig that is in force.
+    pub(super) fn show(&self, counts: &KataNodes) {
         let states = [
             ("installed", &counts.installed),
             ("installing", &counts.installing),

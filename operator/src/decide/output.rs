@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::world::{Order, Record};
 use crate::{
-    api::KataConfigStatus,
+    api::{KataConfigStatus, KataNodes},
     report::{Code, Verb},
 };
 
@@ -21,6 +21,8 @@ pub struct Decision {
     pub notes: Vec<Note>,
     /// Runs whose end was taken note of for the first time.
     pub ends: Vec<End>,
+    /// The lists of the KataConfig that is in force, written or not.
+    pub nodes: KataNodes,
     /// When to decide again although nothing happens.
     pub wake: Option<Timestamp>,
     /// Pods that use kata are waited for: their ends have to be watched.

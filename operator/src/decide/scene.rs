@@ -108,6 +108,7 @@ impl<'a> Scene<'a> {
     }
 
     fn tell(&self, reason: &Reason, lists: KataNodes, decision: &mut Decision) {
+        decision.nodes = lists.clone();
         let runtime_class = self.world.runtime_class.is_some();
         tell_status(self.config, reason, lists, runtime_class, self.clock, decision);
     }
