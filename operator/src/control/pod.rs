@@ -184,7 +184,7 @@ mod tests {
     fn options() -> Options {
         Options {
             namespace: "openshift-sandboxed-containers-operator".into(),
-            installer_image: "ghcr.io/sandpod/installer:0.1.0".into(),
+            installer_image: "sandpod.io/installer:0.1.0".into(),
             version: "0.1.0-1a2b3c4d".into(),
             prefix: None,
             restart_command: None,
