@@ -1,4 +1,4 @@
-//! The status that users read, word for word as the guide has it.
+//! The status that users read, word for word as the user guide of OpenShift sandboxed containers has it, section 2.4.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
