@@ -109,14 +109,19 @@ fn killed_installers(rig: &mut Rig<'_>) -> Result {
     rig.nothing_left(0, "worker-0")
 }
 
-fn standby(rig: &mut Rig<'_>) -> Result {
+/// A second controller, beside the rig's own that leads.
+fn beside_a_leader(rig: &mut Rig<'_>) -> Result<Controller> {
     rig.start(&["worker-0"])?;
     rig.controller()?.until_said("leading", SOON)?;
     let second = Settings {
         identity: "controller-1".into(),
         ..Settings::default()
     };
-    let second = Controller::start(&rig.ground.kubeconfig(), &second)?;
+    Controller::start(&rig.ground.kubeconfig(), &second)
+}
+
+fn standby(rig: &mut Rig<'_>) -> Result {
+    let second = beside_a_leader(rig)?;
     let ready = |controller: &Controller| {
         let address = controller.address()?;
         let mut curl = std::process::Command::new("curl");
@@ -138,13 +143,7 @@ fn standby(rig: &mut Rig<'_>) -> Result {
 }
 
 fn killed_leader(rig: &mut Rig<'_>) -> Result {
-    rig.start(&["worker-0"])?;
-    rig.controller()?.until_said("leading", SOON)?;
-    let second = Settings {
-        identity: "controller-1".into(),
-        ..Settings::default()
-    };
-    let second = Controller::start(&rig.ground.kubeconfig(), &second)?;
+    let second = beside_a_leader(rig)?;
     second.address()?;
     rig.controller()?.kill()?;
     let since = Instant::now();
