@@ -12,6 +12,8 @@ use k8s_openapi::{
 use kube::Resource;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::log_level::LogLevel;
+
 /// The API group.
 pub const GROUP: &str = "kataconfiguration.openshift.io";
 /// Its only version.
@@ -56,43 +58,6 @@ pub struct KataConfigSpec {
     pub log_level: LogLevel,
     /// Which nodes; all workers when absent or null.
     pub kata_config_pool_selector: Option<LabelSelector>,
-}
-
-/// The levels of `crio --log-level`, crio(8).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogLevel {
-    /// Only what ends the daemon.
-    Fatal,
-    /// What ends the daemon at once.
-    Panic,
-    /// Errors.
-    Error,
-    /// And warnings.
-    Warn,
-    /// The daemon's own default.
-    #[default]
-    Info,
-    /// For must-gather.
-    Debug,
-    /// Everything.
-    Trace,
-}
-
-impl LogLevel {
-    /// The word that users write.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            LogLevel::Fatal => "fatal",
-            LogLevel::Panic => "panic",
-            LogLevel::Error => "error",
-            LogLevel::Warn => "warn",
-            LogLevel::Info => "info",
-            LogLevel::Debug => "debug",
-            LogLevel::Trace => "trace",
-        }
-    }
 }
 
 /// `status` of a KataConfig.

@@ -4,4 +4,5 @@ pub mod api;
 pub mod control;
 pub mod decide;
 pub mod install;
+pub mod log_level;
 pub mod report;

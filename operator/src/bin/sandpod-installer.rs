@@ -4,12 +4,8 @@ use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use operator::{
-    install::{
-        Options,
-        cri::Kind,
-        dropin::{DEFAULT_PREFIX, LogLevel},
-        run,
-    },
+    install::{Options, cri::Kind, dropin::DEFAULT_PREFIX, run},
+    log_level::LogLevel,
     report::Verb,
 };
 

@@ -11,7 +11,7 @@ use super::{
     fixtures,
     world::{KATA, KataPod, Progress},
 };
-use crate::{api::LogLevel, report::Code};
+use crate::{log_level::LogLevel, report::Code};
 
 #[derive(Debug, Clone)]
 enum Happening {

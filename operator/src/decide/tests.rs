@@ -316,7 +316,7 @@ fn a_new_version_and_another_log_level_go_from_node_to_node() {
         cluster.node("worker-0").record.version.as_deref(),
         Some("0.2.0-9f8e7d6c")
     );
-    cluster.respec(NAME, |config| config.spec.log_level = crate::api::LogLevel::Debug);
+    cluster.respec(NAME, |config| config.spec.log_level = crate::log_level::LogLevel::Debug);
     cluster.rest();
     assert_eq!(cluster.world.runs[0].order.log_level, "debug");
     cluster.run_all();

@@ -1,12 +1,9 @@
 //! The files that tell the CRI, and the shim, of the handler and of the log level: which there should be, and with which text.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::path::{Path, PathBuf};
 
 use super::cri::Kind;
+use crate::log_level::LogLevel;
 
 /// What the first line of each of our files begins with.
 pub const MARK: &str = "# Sandpod: ";
@@ -17,59 +14,6 @@ pub const CONFIG_FOLDER: &str = "/etc/sandpod/config.d";
 
 const CRIO: &str = include_str!("../../../deploy/cri/50-kata.crio.conf");
 const CONTAINERD: &str = include_str!("../../../deploy/cri/50-kata.containerd-2.toml");
-
-/// How much is logged: the words of `crio --log-level`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum LogLevel {
-    /// Only what ends the program.
-    Fatal,
-    /// Also what should never happen.
-    Panic,
-    /// Also what failed.
-    Error,
-    /// Also what may become a failure.
-    Warn,
-    /// The ordinary.
-    #[default]
-    Info,
-    /// What helps to find a fault.
-    Debug,
-    /// Everything.
-    Trace,
-}
-
-const LEVELS: [(LogLevel, &str); 7] = [
-    (LogLevel::Fatal, "fatal"),
-    (LogLevel::Panic, "panic"),
-    (LogLevel::Error, "error"),
-    (LogLevel::Warn, "warn"),
-    (LogLevel::Info, "info"),
-    (LogLevel::Debug, "debug"),
-    (LogLevel::Trace, "trace"),
-];
-
-/// A word that is no log level.
-#[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no log level: fatal, panic, error, warn, info, debug and trace are")]
-pub struct LogLevelError(String);
-
-impl FromStr for LogLevel {
-    type Err = LogLevelError;
-
-    fn from_str(word: &str) -> Result<Self, LogLevelError> {
-        let known = LEVELS.iter().find(|(_, name)| *name == word);
-        known
-            .map(|(level, _)| *level)
-            .ok_or_else(|| LogLevelError(word.to_owned()))
-    }
-}
-
-impl fmt::Display for LogLevel {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let known = LEVELS.iter().find(|(level, _)| level == self);
-        out.write_str(known.map_or("info", |(_, name)| name))
-    }
-}
 
 /// One file that there should be, or should not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -271,22 +215,5 @@ mod tests {
                 );
             }
         }
-    }
-
-    #[test]
-    fn log_levels_are_words() {
-        for (level, word) in LEVELS {
-            assert_eq!(
-                (word.parse::<LogLevel>().unwrap(), level.to_string().as_str()),
-                (level, word)
-            );
-        }
-        assert!(
-            "loud"
-                .parse::<LogLevel>()
-                .unwrap_err()
-                .to_string()
-                .starts_with("\"loud\" is no log level")
-        );
     }
 }

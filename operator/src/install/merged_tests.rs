@@ -1,7 +1,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::install::dropin::{self, LogLevel};
+use crate::{install::dropin, log_level::LogLevel};
 
 struct Node {
     _root: tempfile::TempDir,

@@ -24,24 +24,25 @@ mod verb_verify;
 
 use std::{
     fmt::Display,
-    fs,
     path::{Path, PathBuf},
 };
 
 use shim::{
-    check::{self, Finding},
+    check::{self, Finding, text},
     config::{self, Config},
 };
 
 use self::{
     cri::{Cri, Kind},
-    dropin::LogLevel,
     error::{Context, InstallError, Result},
     files::Host,
     payload::Payload,
     state::Layout,
 };
-use crate::report::{Accelerator, Phase, Report, Verb};
+use crate::{
+    log_level::LogLevel,
+    report::{Accelerator, Phase, Report, Verb},
+};
 
 /// What the installer is asked for.
 #[derive(Debug, Clone)]
@@ -131,8 +132,8 @@ impl<'r> Run<'r> {
             (Verb::Install, Some(folder)) => Some(Payload::open(folder)?),
             _ => None,
         };
-        report.facts.boot_id = small("/proc/sys/kernel/random/boot_id");
-        report.facts.kernel = small("/proc/sys/kernel/osrelease");
+        report.facts.boot_id = text("/proc/sys/kernel/random/boot_id");
+        report.facts.kernel = text("/proc/sys/kernel/osrelease");
         let defaults = Config::parse("", &[]).map_err(|error| InstallError::Payload(error.to_string()))?;
         let findings = check::node(&options.host_root, &defaults);
         if options.host_root != Path::new("/") {
@@ -204,9 +205,4 @@ impl<'r> Run<'r> {
     fn warn(&mut self, warning: Option<String>) {
         self.report.warnings.extend(warning);
     }
-}
-
-/// A small file of the kernel's; empty when there is none.
-fn small(path: &str) -> String {
-    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }

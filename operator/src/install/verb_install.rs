@@ -314,7 +314,7 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::install::{cri::Kind, dropin::LogLevel};
+    use crate::{install::cri::Kind, log_level::LogLevel};
     use std::path::Path;
 
     fn files_of(level: LogLevel) -> [DropIn; 2] {

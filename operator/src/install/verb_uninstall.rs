@@ -8,14 +8,14 @@ use std::{
 use super::{
     Run,
     cri::{Cri, HANDLER, Kind},
-    dropin::{self, DropIn, LogLevel, MARK},
+    dropin::{self, DropIn, MARK},
     error::{InstallError, Result},
     files, lock,
     restart::restart,
     state::{Pending, State},
     step, versions,
 };
-use crate::report::Phase;
+use crate::{log_level::LogLevel, report::Phase};
 
 /// How long a shim may take to end after its pod was removed.
 const SHIM_END: Duration = Duration::from_secs(10);
