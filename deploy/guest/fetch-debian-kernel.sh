@@ -17,7 +17,10 @@ later=(
 )
 
 meta=linux-image-cloud-amd64
-package=$(apt-cache depends $meta 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p')
+newest() { apt-cache depends $meta 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' || :; }
+package=$(newest)
+# A machine may come without package lists.
+[ -n "$package" ] || { apt-get update >/dev/null 2>&1 || :; package=$(newest); }
 [ -n "$package" ] || { echo "fetch-debian-kernel: apt knows no $meta; this needs Debian, and its package lists (apt-get update)" >&2; exit 1; }
 version=$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p')
 release=${package#linux-image-}
@@ -35,7 +38,6 @@ extract_vmlinux() {
     1f8b*) payload "$length" | gzip -dc ;;
     fd377a58) payload $((length - 4)) | xz -dc ;;
     28b52ffd) payload $((length - 4)) | zstd -dcq ;;
-    02214c18) payload $((length - 4)) | lz4 -dcq ;;
     *) echo "the compression of $image is unknown"; return 1 ;;
   esac
 }
