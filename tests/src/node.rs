@@ -42,7 +42,7 @@ mount --bind /run/cni /var/lib/cni
 mount --bind /run/netns /run/netns
 mount --make-shared /run/netns
 ip link set lo up
-sysctl -qw net.ipv4.ip_forward=1
+echo 1 >/proc/sys/net/ipv4/ip_forward
 mount --bind \"$OWN/opt\" /opt
 [ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm";
 
