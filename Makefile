@@ -21,8 +21,12 @@ export SANDPOD_IMAGES := $(CURDIR)/target/images
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
-.PHONY: help demo cluster test soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster
+# What deploy/deps.sh installs for `make demo` and for `make test`.
+DEMO_GROUPS := build run peers
+TEST_GROUPS := build kernel run test fresh peers
+
+.PHONY: help demo cluster test fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-fresh
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,7 +50,12 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) images-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak
+	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
+
+TARGET := demo
+fresh: ## `make demo`, or TARGET, in a Debian 12 that has next to nothing installed: whether deploy/deps.sh names all that it needs
+	deploy/deps.sh fresh
+	tests/fresh/run.sh -- make $(TARGET)
 
 bench: deps-test ## measure pod start, memory, exec and file sharing
 	$(MAKE) -j2 kernel programs virtiofsd peers debian-kernel
@@ -104,10 +113,10 @@ clean: ## remove what was built here (not $(SANDPOD_CACHE))
 # The steps. Each says what it does when there is something to do.
 
 deps-demo:
-	deploy/deps.sh build run peers
+	deploy/deps.sh $(DEMO_GROUPS)
 
 deps-test:
-	deploy/deps.sh build kernel run test peers
+	deploy/deps.sh $(TEST_GROUPS)
 
 # Of the whole workspace always, and in one go with the tests where they are wanted: otherwise dependencies are compiled
 # once more with other features.
@@ -123,6 +132,10 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
 suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
+
+# The quick form of `make fresh`, for both of the quick start's targets.
+suite-fresh:
+	tests/fresh/check.sh "$(DEMO_GROUPS)" "$(TEST_GROUPS) payload images"
 
 kernel: ## our own guest kernel
 	deploy/guest/build-kernel.sh >/dev/null

@@ -2,6 +2,8 @@
 # Builds our guest kernel from Debian's linux-source-6.12, kernel.config and the patches here; prints the folder that
 # holds `vmlinux`, `config`, `release` and `source`. The folder is named by the hash of everything that goes in (source,
 # compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never passes for it.
+#   build-kernel.sh
+#   build-kernel.sh --prepare    only up to the first file of the kernel's own: whether all programs and headers are there
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
@@ -41,6 +43,16 @@ compile() {
   chmod 755 out
   chmod 644 out/*
 }
+
+if [ "${1:-}" = --prepare ]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  unpack "$work"
+  cd "$work"
+  configure
+  make -s -j"$(nproc)" prepare
+  exit
+fi
 
 key=$( { echo "$version" "$(gcc -dumpfullversion)" "$(ld --version | head -n 1)" "$options"; cat "$here"/*.patch
   declare -f unpack configure compile; } | sha256sum | cut -c1-16)

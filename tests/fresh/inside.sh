@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The first process of run.sh's namespaces: mounts what a machine has, makes $FOLDER/root the root, and runs the command. Standard input has its environment, a variable per line.
+# The first process in the namespaces of run.sh: makes a root folder of $ROOT and runs the command there, at $WHERE.
+# $BINDS and $TOOLS are folders of the machine and their places (<folder>=<place>), the latter to be read only; standard
+# input has the command's variables (<name>=<value>). Each is a line.
 set -euo pipefail
 mapfile -t variables
 exec </dev/null
@@ -13,7 +15,7 @@ mount --rbind /dev dev
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=755 tmpfs run
 mkdir run/lock
-# Of the cgroups only what is ours, in the places of the whole.
+# Of each cgroup hierarchy our own part only, in the place of the whole.
 if ! grep -qx /sys/fs/cgroup <<<"$HIERARCHIES"; then
   mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
   find /sys/fs/cgroup -maxdepth 1 -type l -exec cp -P -t sys/fs/cgroup {} +
@@ -22,31 +24,29 @@ for hierarchy in $HIERARCHIES; do
   mkdir -p ".$hierarchy"
   mount --bind "$hierarchy/${FOLDER##*/}" ".$hierarchy"
 done
-# cgroup v2 has controllers only for cgroups beside which there is no process (cgroups(7), "no internal processes").
+# In cgroup v2 a cgroup that hands controllers on has no processes itself (cgroups(7), "no internal processes").
 if [ -s sys/fs/cgroup/cgroup.controllers ]; then
   mkdir sys/fs/cgroup/first
   echo 0 >sys/fs/cgroup/first/cgroup.procs
-  for controller in $(<sys/fs/cgroup/cgroup.controllers); do echo "+$controller" >sys/fs/cgroup/cgroup.subtree_control; done
+  for controller in $(<sys/fs/cgroup/cgroup.controllers); do
+    echo "+$controller" >sys/fs/cgroup/cgroup.subtree_control
+  done
 fi
 
-# Containers' root folders are overlays, and such cannot be on one: what grows is in folders of the machine's file system.
-mkdir -p opt/{rust,go} root/sandpod var/cache/sandpod
-mount --bind "$FOLDER/tmp" tmp
-mount --bind "$FOLDER/var-tmp" var/tmp
-mount --bind "$FOLDER/home" root
-mkdir -p root/sandpod
-mount --bind "$FOLDER/checkout" root/sandpod
-mount --bind "$CACHE" var/cache/sandpod
-for tool in rust go; do
-  folder=${tool^^}
-  mount --bind "${!folder}" opt/$tool
-  mount -o remount,bind,ro opt/$tool
+bind() {
+  mkdir -p ".${1#*=}"
+  mount --bind "${1%%=*}" ".${1#*=}"
+}
+for pair in $BINDS; do bind "$pair"; done
+for pair in $TOOLS; do
+  bind "$pair"
+  mount -o remount,bind,ro ".${pair#*=}"
 done
 cat /etc/resolv.conf >etc/resolv.conf
 echo "127.0.0.1 localhost fresh" >etc/hosts
 
 pivot_root . mnt
-cd /root/sandpod
+cd "$WHERE"
 umount -l /mnt
 code=0
 env -i "${variables[@]}" "$@" || code=$?

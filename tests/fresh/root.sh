@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Makes a Debian 12 root with as little in it as apt allows: what a fresh machine has, and the packages that are named. Prints its folder, which nobody may write to:
-# it is kept under the hash of what went in. Packages come from the archives that this machine's apt knows as Debian's.
+# Makes the root folder of a Debian 12 with as little in it as apt allows: what every fresh machine has, and the
+# packages that are named. Prints its path. It is kept under the hash of what went in, so nobody may write to it.
+# The packages come from the archives that this machine's apt knows as Debian's.
 #   tests/fresh/root.sh [<package>...]
 set -euo pipefail
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
 suite=bookworm
-# Whoever has a clone of the repository and can type `make` has these.
+# Who has a clone of the repository and types `make` in it has these.
 fresh=(ca-certificates git make)
-command -v mmdebstrap >/dev/null || { echo "fresh: mmdebstrap is missing; deploy/deps.sh test installs it" >&2; exit 1; }
+command -v mmdebstrap >/dev/null ||
+  { echo "fresh: mmdebstrap is missing; deploy/deps.sh fresh installs it" >&2; exit 1; }
 
-archives() { apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' | grep " $suite" || :; }
+archives() {
+  apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+    grep " $suite" || :
+}
 sources=$(archives)
-[ -n "$sources" ] || { apt-get update >/dev/null; sources=$(archives); }
+# A machine may come without package lists.
+[ -n "$sources" ] || { apt-get update >/dev/null 2>&1 || :; sources=$(archives); }
 [ -n "$sources" ] || { echo "fresh: this machine's apt has no sources of Debian 12 ($suite)" >&2; exit 1; }
-# How this machine's apt reaches them: proxies, retries, what it checks.
+# How this machine's apt reaches them: proxies, what it checks.
 access=$(apt-config dump | grep -E '^Acquire::(http|https|Retries|Check-|Max-|Force)' || :)
 
-key=$({ printf '%s\n' "$sources" "$access" "${fresh[@]}" "$@"; cat "$0"; } | sha256sum | cut -c1-16)
+key=$({ printf '%s\n' "$sources" "$access" "$@"; grep -v '^ *#' "$0"; } | sha256sum | cut -c1-16)
 out=$cache/fresh-root-$key
 mkdir -p "$cache"
 exec 9>"$cache/fresh-root.lock"
@@ -24,14 +30,15 @@ flock 9
 if [ ! -d "$out" ]; then
   log=$cache/fresh-root.log
   work=$(mktemp -d "$cache/fresh-root.XXXXXX")
-  trap 'rm -rf "$work"; [ -d "$out" ] || echo "fresh: making the root failed; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
-  echo "fresh: making a Debian 12 root with $# packages beside the smallest, usually a minute or two" >&2
+  trap 'rm -rf "$work"; [ -d "$out" ] || echo "fresh: no root; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
+  echo "fresh: making a Debian 12 root, usually a minute or two (log: $log)" >&2
   echo "$access" >"$work/access"
+  packages=$(printf ',%s' "${fresh[@]}" "$@")
   (
-    # The user that apt would become may not read the folder.
+    # The user that apt becomes otherwise may not read this folder.
     mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
-      --include="$(IFS=,; echo "${fresh[*]} $*" | tr ' ' ,)" "$suite" "$work/root" - <<<"$sources"
-    # Nothing that a package starts when it is installed: there is no init, and the network is the machine's.
+      --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
+    # No package starts anything when it is installed: there is no init, and the network is the machine's.
     printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
     chmod 755 "$work/root/usr/sbin/policy-rc.d"
     # Certificates that this machine's administrator added.

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Tries whether deploy/deps.sh names every header, library and program that the quick start needs: does parts of it on a
+# Debian 12 that has only the packages of the named groups, with our programs as they are built already. What this
+# machine has besides cannot help.
+#   tests/fresh/check.sh "<groups of make demo>" "<groups of make test>"
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+top=${here%/tests/fresh}
+[ $# = 2 ] || { sed -n '5s/^# *//p' "$0" >&2; exit 2; }
+cd "$top"
+
+# Runs a script of this folder with the packages of these groups, and a folder that stays.
+with_packages_of() {
+  local groups=$1 script=$2 packages root
+  # Groups are words.
+  mapfile -t packages < <(deploy/deps.sh --list $groups)
+  root=$("$here/root.sh" "${packages[@]}")
+  # What was built with other packages says nothing of these.
+  export FRESH_BUILD=${SANDPOD_CACHE:-/var/cache/sandpod}/fresh-build-${root##*-}
+  mkdir -p "$FRESH_BUILD"
+  "$here/run.sh" --here "${packages[@]}" -- "$here/$script"
+}
+
+# Prints where scripts and tests name a program that this machine has and a root has not.
+missing_from() {
+  local place name missing
+  missing=$(LC_ALL=C comm -23 <(programs "") <({ programs "$1"; compgen -b; } | LC_ALL=C sort -u))
+  { named_in_scripts; named_in_tests; } | while read -r place name; do
+    ! grep -qxF -- "$name" <<<"$missing" || echo "$place runs $name, which is of the package $(package_of "$name")"
+  done
+}
+programs() { find "$1"/usr/{,local/}{s,}bin -maxdepth 1 ! -type d -printf '%f\n' | LC_ALL=C sort -u; }
+package_of() { { dpkg -S "*bin/$1" || echo '(unknown):'; } 2>/dev/null | sed 's/:.*//;q'; }
+# As <file>:<line> <name>, the first word of each command.
+named_in_scripts() {
+  local keyword='(then|do|else|if|while|until|exec|xargs|nice|env|sudo|command -v)\s+'
+  local start="(^|[|;&({!\`]|\b$keyword)\s*($keyword|\w+=\S*\s+)*"
+  git ls-files '*.sh' Makefile .ci |
+    xargs grep -nHoP "^\s*#.*|\s##?\s.*|$start\K[a-z][\w.+-]*(?=[\s;)|&]|$)" |
+    sed -nE 's/^([^:]+:[0-9]+):([a-z])/\1 \2/p'
+}
+named_in_tests() {
+  git ls-files 'tests/*.rs' '*/tests/*.rs' | xargs grep -nHoP '(Command::new|\.command)\("\K[^"/ ]+' |
+    sed -E 's/^([^:]+:[0-9]+):/\1 /'
+}
+
+echo "fresh: the demo, and what is built for it, with the packages of '$1' alone, usually 2 minutes" >&2
+echo "       (some more when there is nothing yet that was built with them)" >&2
+with_packages_of "$1" demo.sh
+echo "fresh: payload, images and a whole cluster with the packages of '$2' alone, usually 2 minutes" >&2
+with_packages_of "$2" test.sh
+# Programs of which no part of this makes use.
+mapfile -t packages < <(deploy/deps.sh --list $2)
+named=$(missing_from "$("$here/root.sh" "${packages[@]}")")
+[ -z "$named" ] || { printf 'fresh: no group of deploy/deps.sh installs what this needs:\n%s\n' "$named" >&2; exit 1; }
