@@ -21,13 +21,13 @@ with_packages_of() {
   "$here/run.sh" --here "${packages[@]}" -- "$here/$script"
 }
 
-# Prints where scripts and tests name a program that this machine has and a root has not.
+# Prints where scripts and tests ($named) name a program that this machine has and a root has not.
 missing_from() {
   local place name missing
   missing=$(LC_ALL=C comm -23 <(programs "") <({ programs "$1"; compgen -b; } | LC_ALL=C sort -u))
-  { named_in_scripts; named_in_tests; } | while read -r place name; do
+  while read -r place name; do
     ! grep -qxF -- "$name" <<<"$missing" || echo "$place runs $name, which is of the package $(package_of "$name")"
-  done
+  done <<<"$named"
 }
 programs() { find "$1"/usr/{,local/}{s,}bin -maxdepth 1 ! -type d -printf '%f\n' | LC_ALL=C sort -u; }
 package_of() { { dpkg -S "*bin/$1" || echo '(unknown):'; } 2>/dev/null | sed 's/:.*//;q'; }
@@ -35,21 +35,26 @@ package_of() { { dpkg -S "*bin/$1" || echo '(unknown):'; } 2>/dev/null | sed 's/
 named_in_scripts() {
   local keyword='(then|do|else|if|while|until|exec|xargs|nice|env|sudo|command -v)\s+'
   local start="(^|[|;&({!\`]|\b$keyword)\s*($keyword|\w+=\S*\s+)*"
-  git ls-files '*.sh' Makefile .ci |
-    xargs grep -nHoP "^\s*#.*|\s##?\s.*|$start\K[a-z][\w.+-]*(?=[\s;)|&]|$)" |
-    sed -nE 's/^([^:]+:[0-9]+):([a-z])/\1 \2/p'
+  grep -rnoP "^\s*#.*|\s##?\s.*|$start\K[a-z][\w.+-]*(?=[\s;)|&]|$)" Makefile .ci deploy tests/fresh tests/peers \
+    --include=Makefile --include='*.sh' --include=run | sed -nE 's/^([^:]+:[0-9]+):([a-z])/\1 \2/p'
 }
 named_in_tests() {
-  git ls-files 'tests/*.rs' '*/tests/*.rs' | xargs grep -nHoP '(Command::new|\.command)\("\K[^"/ ]+' |
+  grep -rnoP '(Command::new|\.command)\("\K[^"/ ]+' tests agent/tests vmm/tests --include='*.rs' |
     sed -E 's/^([^:]+:[0-9]+):/\1 /'
 }
+
+# First what takes seconds: programs by their names, and whether the eyes are open.
+mapfile -t packages < <(deploy/deps.sh --list $2)
+named=$({ named_in_scripts; named_in_tests; })
+for name in curl ip readelf zstd; do
+  grep -q " $name\$" <<<"$named" || { echo "fresh: $0 does not see any more that something runs $name" >&2; exit 1; }
+done
+missing=$(missing_from "$("$here/root.sh" "${packages[@]}")")
+[ -z "$missing" ] ||
+  { printf 'fresh: no group of deploy/deps.sh installs what this needs:\n%s\n' "$missing" >&2; exit 1; }
 
 echo "fresh: the demo, and what is built for it, with the packages of '$1' alone, usually 2 minutes" >&2
 echo "       (some more when there is nothing yet that was built with them)" >&2
 with_packages_of "$1" demo.sh
 echo "fresh: payload, images and a whole cluster with the packages of '$2' alone, usually 2 minutes" >&2
 with_packages_of "$2" test.sh
-# Programs of which no part of this makes use.
-mapfile -t packages < <(deploy/deps.sh --list $2)
-named=$(missing_from "$("$here/root.sh" "${packages[@]}")")
-[ -z "$named" ] || { printf 'fresh: no group of deploy/deps.sh installs what this needs:\n%s\n' "$named" >&2; exit 1; }

@@ -22,29 +22,38 @@ sources=$(archives)
 # How this machine's apt reaches them: proxies, what it checks.
 access=$(apt-config dump | grep -E '^Acquire::(http|https|Retries|Check-|Max-|Force)' || :)
 
-key=$({ printf '%s\n' "$sources" "$access" "$@"; grep -v '^ *#' "$0"; } | sha256sum | cut -c1-16)
+make_root() (
+  set -e
+  work=$1
+  shift
+  packages=$(printf ',%s' "${fresh[@]}" "$@")
+  # The user that apt becomes otherwise may not read this folder.
+  mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
+    --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
+  # No package starts anything when it is installed: there is no init, and the network is the machine's.
+  printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
+  chmod 755 "$work/root/usr/sbin/policy-rc.d"
+  # Certificates that this machine's administrator added.
+  cp -rT /usr/local/share/ca-certificates "$work/root/usr/local/share/ca-certificates"
+  chroot "$work/root" update-ca-certificates
+)
+
+key=$({ printf '%s\n' "$suite" "$sources" "$access" "${fresh[@]}" "$@"; declare -f make_root; } |
+  sha256sum | cut -c1-16)
 out=$cache/fresh-root-$key
-mkdir -p "$cache"
-exec 9>"$cache/fresh-root.lock"
-flock 9
+# It is there when it is complete, so who only uses it need not wait for whoever makes another one.
+if [ ! -d "$out" ]; then
+  mkdir -p "$cache"
+  exec 9>"$cache/fresh-root.lock"
+  flock 9
+fi
 if [ ! -d "$out" ]; then
   log=$cache/fresh-root.log
   work=$(mktemp -d "$cache/fresh-root.XXXXXX")
   trap 'rm -rf "$work"; [ -d "$out" ] || echo "fresh: no root; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
   echo "fresh: making a Debian 12 root, usually a minute or two (log: $log)" >&2
   echo "$access" >"$work/access"
-  packages=$(printf ',%s' "${fresh[@]}" "$@")
-  (
-    # The user that apt becomes otherwise may not read this folder.
-    mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
-      --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
-    # No package starts anything when it is installed: there is no init, and the network is the machine's.
-    printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
-    chmod 755 "$work/root/usr/sbin/policy-rc.d"
-    # Certificates that this machine's administrator added.
-    cp -rT /usr/local/share/ca-certificates "$work/root/usr/local/share/ca-certificates"
-    chroot "$work/root" update-ca-certificates
-    mv -T "$work/root" "$out"
-  ) >"$log" 2>&1 9>&-
+  make_root "$work" "$@" >"$log" 2>&1 9>&-
+  mv -T "$work/root" "$out"
 fi
 echo "$out"
