@@ -27,8 +27,9 @@ make_root() (
   work=$1
   shift
   packages=$(printf ',%s' "${fresh[@]}" "$@")
-  # The user that apt becomes otherwise may not read this folder.
-  mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
+  # What it mounts goes with it, whatever ends it. The user that apt becomes otherwise may not read this folder.
+  unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+    mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
     --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
   # No package starts anything when it is installed: there is no init, and the network is the machine's.
   printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
@@ -50,7 +51,8 @@ fi
 if [ ! -d "$out" ]; then
   log=$cache/fresh-root.log
   work=$(mktemp -d "$cache/fresh-root.XXXXXX")
-  trap 'rm -rf "$work"; [ -d "$out" ] || echo "fresh: no root; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
+  trap 'rm -rf --one-file-system "$work"
+    [ -d "$out" ] || echo "fresh: no root; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
   echo "fresh: making a Debian 12 root, usually a minute or two (log: $log)" >&2
   echo "$access" >"$work/access"
   make_root "$work" "$@" >"$log" 2>&1 9>&-
