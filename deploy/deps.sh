@@ -6,7 +6,7 @@
 # gets.  images: container images.  test: what only tests use.  fresh: a Debian root folder, to try these lists in.
 # peers: nothing but Go, which builds the real programs that tests run against.
 set -euo pipefail
-build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev libelf-dev binutils kmod xz-utils zstd)
+build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev libelf-dev binutils kmod lz4 xz-utils zstd)
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)

@@ -38,6 +38,7 @@ extract_vmlinux() {
     1f8b*) payload "$length" | gzip -dc ;;
     fd377a58) payload $((length - 4)) | xz -dc ;;
     28b52ffd) payload $((length - 4)) | zstd -dcq ;;
+    02214c18) payload $((length - 4)) | lz4 -dcq ;;
     *) echo "the compression of $image is unknown"; return 1 ;;
   esac
 }

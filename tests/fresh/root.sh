@@ -28,9 +28,10 @@ make_root() (
   shift
   packages=$(printf ',%s' "${fresh[@]}" "$@")
   # What it mounts goes with it, whatever ends it. The user that apt becomes otherwise may not read this folder.
+  # Half a root is thrown away, so nothing waits for the disk.
   unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
     mmdebstrap --mode=root --variant=minbase --aptopt='APT::Sandbox::User "root"' --aptopt="$work/access" \
-    --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
+    --dpkgopt=force-unsafe-io --include="${packages#,}" "$suite" "$work/root" - <<<"$sources"
   # No package starts anything when it is installed: there is no init, and the network is the machine's.
   printf '#!/bin/sh\nexit 101\n' >"$work/root/usr/sbin/policy-rc.d"
   chmod 755 "$work/root/usr/sbin/policy-rc.d"
