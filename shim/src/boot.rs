@@ -21,7 +21,7 @@ use agent::{
 };
 use tokio::{sync::watch, time::timeout};
 use vmm::{
-    Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
+    Child, ExitReason, Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmError, VmFds,
     pcie::Passthrough,
     spec::{Channel, FsDevice, VmSpec},
 };
@@ -36,6 +36,7 @@ use crate::{
     mirror::Mirrors,
     mountinfo,
     net::{self, Network},
+    oom,
     pod::Pod,
     rootfs::Share,
     selinux,
@@ -44,12 +45,12 @@ use crate::{
     spec::{GUEST_SHM, NetNs},
     trace::{Mark, Trace},
     undo::{ProcessId, State, Undo, dir_of},
+    user::User,
     vfio::{self, Devices},
 };
 
-/// The unprivileged user that QEMU runs as. A number without a passwd entry, so that a node needs no preparation; in
-/// the range that Debian reserves for programs that ask for one.
-const QEMU_USER: u32 = 64620;
+/// KVM's device file.
+const KVM: &str = "/dev/kvm";
 /// Tag of the virtiofs device; a foreign agent expects this one.
 const SHARE_TAG: &str = "kataShared";
 
@@ -58,6 +59,9 @@ const CONFIGURE: Duration = Duration::from_secs(60);
 
 /// How long a VM whose agent has hung up may take to be known as ended: the connection closes first.
 const HANG_UP: Duration = Duration::from_secs(1);
+
+/// How long the processes of a failed start may take to end.
+const END: Duration = Duration::from_secs(5);
 
 /// Bytes that CRI-O and containerd give a pod's `/dev/shm` by default.
 const DEFAULT_SHM: u64 = 64 << 20;
@@ -83,6 +87,8 @@ pub struct Guest {
     pub devices: Devices,
     /// The owner of the VM's size.
     pub sizer: Sizer,
+    /// How readily the OOM killer takes the VM.
+    pub oom: oom::Scores,
     /// The pod's configuration.
     pub config: Config,
     /// What the pod's annotations say.
@@ -91,9 +97,17 @@ pub struct Guest {
     pub cgroup: Option<SandboxCgroup>,
     /// The network that comes later.
     late: Option<Late>,
+    /// QEMU's user, as long as there is this guest.
+    _user: User,
 }
 
 impl Guest {
+    /// The processes that hold what the pod's containers use, as long as they run.
+    pub fn processes(&self) -> Vec<u32> {
+        let children = [self.vm.child(), self.virtiofsd.child()].into_iter();
+        children.filter(|child| child.runs()).map(Child::pid).collect()
+    }
+
     /// Connects the network that the pod got after its VM was started, once there is one.
     pub async fn connect_late_network(&self) -> Result<()> {
         match &self.late {
@@ -118,8 +132,24 @@ pub struct Plan<'a> {
     pub given_up: watch::Receiver<Option<String>>,
 }
 
-/// Boots the guest of a sandbox.
-pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
+/// Boots the guest of a sandbox. When that fails, none of its processes is left.
+pub async fn boot(plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
+    let given_up = plan.given_up.clone();
+    let booted = start(plan, spawner, state, trace)
+        .await
+        .and_then(|guest| match &*given_up.borrow() {
+            Some(reason) => Err(Error::VmGone(reason.clone())),
+            None => Ok(guest),
+        });
+    if booted.is_err() {
+        // The caller undoes all steps without a pause, and only this runtime can reap the processes that it waits for.
+        drop(timeout(END, spawner.end()).await);
+    }
+    booted
+}
+
+async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: &mut Trace) -> Result<Guest> {
+    let user = User::lease(plan.sandbox)?;
     let sizing = Sizing::new(&plan.config, plan.pod.resources)?;
     let labels = std::mem::take(&mut plan.pod.labels);
     plan.pod.labels = labels.in_force(plan.config.hypervisor.selinux, Path::new(selinux::SELINUXFS));
@@ -149,7 +179,7 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
     state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
     record(state, state.virtiofsd)?;
 
-    lend_devices(&plan, &devices, state)?;
+    lend_devices(&plan, &devices, &user, state)?;
     let netns = match &plan.pod.netns {
         NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
         NetNs::New => net::empty_namespace()?,
@@ -158,10 +188,9 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
         NetNs::New => Some(Late::new(netns.try_clone().action("keep the network namespace")?)),
         NetNs::Path(_) => None,
     };
-    let (mut spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns)?;
+    let (mut spec, fds, placement) = describe(&plan, &sizing, network.as_ref(), fs, netns, &user)?;
     spec.passthrough = devices.functions.clone();
-    let started = Vm::start(spawner, &spec, fds, &placement).await;
-    let vm = Arc::new(started.map_err(selinux::explained)?);
+    let vm = Arc::new(start_vm(spawner, &spec, fds, &placement, &virtiofsd).await?);
     state.qemu = ProcessId::of(vm.child().pid());
     record(state, state.qemu)?;
     trace.set(Mark::QemuSpawned, vm.spawned_at());
@@ -200,11 +229,42 @@ pub async fn boot(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trac
         disks,
         devices,
         sizer,
+        oom: oom::Scores::default(),
         config: plan.config,
         pod: plan.pod,
         cgroup,
         late,
+        _user: user,
     })
+}
+
+/// Starts QEMU. One that virtiofsd has left alone complains of its connection, so virtiofsd's words are told then.
+async fn start_vm(
+    spawner: &Spawner,
+    spec: &VmSpec,
+    fds: VmFds,
+    placement: &Placement,
+    virtiofsd: &Virtiofsd,
+) -> Result<Vm> {
+    let error = match Vm::start(spawner, spec, fds, placement).await {
+        Ok(vm) => return Ok(vm),
+        Err(error) => selinux::explained(error),
+    };
+    // virtiofsd ends well when QEMU does. It may also be on its way still.
+    let ended = timeout(HANG_UP, virtiofsd.child().exited()).await;
+    let log = virtiofsd.last_words().await.trim().to_owned();
+    if !log.is_empty() {
+        tracing::error!("the last words of virtiofsd:\n{}", quoted(&log));
+    }
+    match ended {
+        Ok(reason) if reason != ExitReason::Code(0) => Err(VmError::Died {
+            program: "virtiofsd",
+            reason,
+            log,
+        }
+        .into()),
+        _ => Err(error),
+    }
 }
 
 /// The devices that the VM is to have; none unless the node's administrator says so.
@@ -215,15 +275,21 @@ fn find_devices(plan: &Plan<'_>) -> Result<Devices> {
     }
 }
 
-fn lend_devices(plan: &Plan<'_>, devices: &Devices, state: &mut State) -> Result<()> {
-    if devices.groups.is_empty() {
+/// Gives QEMU's user the device files that QEMU opens by their names.
+fn lend_devices(plan: &Plan<'_>, devices: &Devices, user: &User, state: &mut State) -> Result<()> {
+    let mut files = vfio::files(&devices.groups);
+    if plan.config.hypervisor.accelerator == Accelerator::Kvm {
+        // What is missing, if anything, is told better here.
+        vmm::kvm_ready().map_err(VmError::from)?;
+        files.push(KVM.into());
+    }
+    if files.is_empty() {
         return Ok(());
     }
-    let folder = dir_of(plan.sandbox).join("vfio");
+    let folder = dir_of(plan.sandbox).join("devices");
     state.push(Undo::Dir(folder.clone()))?;
     state.push(Undo::Mount(folder.clone()))?;
-    let files = vfio::files(&devices.groups);
-    vfio::lend(&files, &folder, QEMU_USER, plan.pod.labels.files.as_deref())
+    vfio::lend(&files, &folder, user.id(), plan.pod.labels.files.as_deref())
 }
 
 /// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.
@@ -258,6 +324,7 @@ fn start_virtiofsd(plan: &Plan<'_>, spawner: &Spawner, share: &Share) -> Result<
         cache: plan.config.hypervisor.virtio_fs_cache.as_str().into(),
         extra_args: plan.config.hypervisor.virtio_fs_extra_args.clone(),
         label: plan.pod.labels.process.clone(),
+        oom_score_adj: oom::of_class(plan.pod.cgroups_path.as_deref()),
     };
     Virtiofsd::start(spawner, &spec).map_err(selinux::explained)
 }
@@ -268,8 +335,11 @@ fn describe(
     network: Option<&Network>,
     fs: OwnedFd,
     netns: OwnedFd,
+    user: &User,
 ) -> Result<(VmSpec, VmFds, Placement)> {
     let config = &plan.config.hypervisor;
+    let vsock = Path::new(vmm::VHOST_VSOCK);
+    let vhost_vsock = vmm::open_device(vsock).at("open", vsock)?;
     let spec = VmSpec {
         name: format!("sandbox-{}", plan.sandbox),
         qemu: config.path.clone(),
@@ -282,7 +352,10 @@ fn describe(
         kernel_params: kernel_params(plan),
         vcpus: sizing.vcpus(),
         memory: sizing.memory(),
-        channel: Channel::for_host(),
+        channel: match vhost_vsock {
+            Some(_) => Channel::VhostVsock,
+            None => Channel::VirtioSerial,
+        },
         fs: Some(FsDevice {
             tag: SHARE_TAG.into(),
             queue_size: config.virtio_fs_queue_size,
@@ -302,6 +375,7 @@ fn describe(
     };
     let fds = VmFds {
         fs: Some(fs),
+        vhost_vsock,
         taps,
         vhost_net,
     };
@@ -310,9 +384,10 @@ fn describe(
         fds,
         Placement {
             netns: Some(netns),
-            uid: QEMU_USER,
-            gid: QEMU_USER,
+            uid: user.id(),
+            gid: user.id(),
             label: plan.pod.labels.process.clone(),
+            oom_score_adj: oom::of_class(plan.pod.cgroups_path.as_deref()),
         },
     ))
 }
@@ -326,19 +401,10 @@ fn kernel_params(plan: &Plan<'_>) -> Vec<String> {
 
 /// One vhost-net device per card, where the host has vhost-net.
 pub(crate) fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
-    let device = Path::new("/dev/vhost-net");
-    if !device.exists() {
-        return Ok(Vec::new());
-    }
-    let open = |_| {
-        File::options()
-            .read(true)
-            .write(true)
-            .open(device)
-            .map(OwnedFd::from)
-            .at("open", device)
-    };
-    (0..cards).map(open).collect()
+    let device = Path::new(vmm::VHOST_NET);
+    let opened = (0..cards).map(|_| vmm::open_device(device).at("open", device));
+    let opened: Option<Vec<OwnedFd>> = opened.collect::<Result<_>>()?;
+    Ok(opened.unwrap_or_default())
 }
 
 /// Waits for the agent and tells it what a sandbox begins with.

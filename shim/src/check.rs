@@ -90,10 +90,10 @@ pub fn node(root: &Path, config: &Config) -> Vec<Finding> {
         ));
     }
     let vsock = "load the kernel module vhost_vsock; without it the agent is reached over virtio-serial";
-    findings.push(device(root, "/dev/vhost-vsock", Verdict::Slower, vsock));
+    findings.push(device(root, vmm::VHOST_VSOCK, Verdict::Slower, vsock));
     if config.hypervisor.vhost_net {
         let net = "load the kernel module vhost_net; without it QEMU itself carries the pods' packets";
-        findings.push(device(root, "/dev/vhost-net", Verdict::Slower, net));
+        findings.push(device(root, vmm::VHOST_NET, Verdict::Slower, net));
     }
     findings.push(iommu(root));
     findings
@@ -195,11 +195,12 @@ fn file(part: &'static str, path: &Path, key: &str) -> Finding {
     }
 }
 
+/// Opens the device as a pod's start does. One that is there and does not open fails the pod, whatever it is for.
 fn device(root: &Path, path: &'static str, without: Verdict, remedy: &str) -> Finding {
-    let place = root.join(path.trim_start_matches('/'));
-    match File::options().read(true).write(true).open(place) {
-        Ok(_) => finding(path, Verdict::Ok, "opens"),
-        Err(error) => finding(path, without, format!("{error}; {remedy}")),
+    match vmm::open_device(&root.join(path.trim_start_matches('/'))) {
+        Ok(Some(_)) => finding(path, Verdict::Ok, "opens"),
+        Ok(None) => finding(path, without, format!("not there, or without its driver; {remedy}")),
+        Err(error) => finding(path, Verdict::Missing, format!("it cannot be opened: {error}")),
     }
 }
 
@@ -255,6 +256,28 @@ mod tests {
         );
         assert_eq!(none.verdict, Verdict::Slower);
         assert!(none.detail.ends_with("; load the module"));
+    }
+
+    #[test]
+    fn a_device_is_judged_by_what_a_pod_makes_of_it() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("dev")).unwrap();
+        let place = root.path().join("dev/vhost-net");
+        let look = || device(root.path(), vmm::VHOST_NET, Verdict::Slower, "load the module");
+        // A file that kmod has made for a module that is not loaded: no driver has this minor number.
+        let driverless = nix::sys::stat::makedev(10, 4095);
+        let mode = nix::sys::stat::Mode::S_IRUSR;
+        nix::sys::stat::mknod(&place, nix::sys::stat::SFlag::S_IFCHR, mode, driverless).unwrap();
+        assert_eq!(
+            look().to_string(),
+            "slower   /dev/vhost-net not there, or without its driver; load the module"
+        );
+        fs::remove_file(&place).unwrap();
+        std::os::unix::fs::symlink(&place, &place).unwrap();
+        assert_eq!(look().verdict, Verdict::Missing);
+        fs::remove_file(&place).unwrap();
+        fs::write(&place, "").unwrap();
+        assert_eq!(look().verdict, Verdict::Ok);
     }
 
     #[test]

@@ -335,6 +335,7 @@ impl Sandbox {
         }
         let mounted = spec::host_rootfs(spec, &container.bundle)?;
         let result = async {
+            guest.oom.add(&container.id, spec, &guest.processes());
             let share = guest.share.clone();
             let (mirrored, shares): (Vec<_>, Vec<_>) = guest_spec.shares.into_iter().partition(|volume| volume.updates);
             let (id, mounts) = (container.id.clone(), request.rootfs.clone());
@@ -407,6 +408,7 @@ impl Sandbox {
         }
         guest.disks.remove(container);
         guest.sizer.remove(container);
+        guest.oom.remove(container, &guest.processes());
     }
 
     fn announce_create(&self, container: &Container, request: CreateTaskRequest) {

@@ -21,10 +21,10 @@ use crate::{
     cli::Cli,
     error::{Context, Result},
     events::Events,
-    log, metrics,
+    log, metrics, oom,
     sandbox::Sandbox,
     service::Service,
-    undo::{State, Undo},
+    undo::{self, State, Undo},
     version,
 };
 
@@ -46,6 +46,7 @@ pub fn serve(cli: &Cli) -> Result<()> {
         .at("open", "/dev/null")?;
     dup2_stdin(&null).action("detach standard input")?;
     log::init(&cli.id, cli.debug);
+    oom::below_the_daemon()?;
     let _version = version::hold()?;
     private_mounts()?;
     let mut state = State::create(&cli.id)?;
@@ -101,6 +102,7 @@ async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl Fn
         .register_service(v2);
     server.start().await.map_err(std::io::Error::other).action("serve")?;
     ready()?;
+    undo::sweep();
     ended.await;
     server
         .shutdown()

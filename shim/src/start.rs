@@ -48,7 +48,6 @@ pub fn start(cli: &Cli) -> Result<String> {
     let socket = socket_path(cli, &sandbox);
     let address = format!("unix://{}", socket.display());
     if sandbox == cli.id {
-        undo::sweep();
         let events = options::event_address(cli, &stdin, std::env::var("TTRPC_ADDRESS").ok());
         spawn(cli, &socket, events)?;
         let mut trace = Trace::default();

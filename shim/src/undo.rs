@@ -9,8 +9,11 @@ use std::{
     io::{self, Write},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -23,6 +26,10 @@ use crate::{
 pub const RUN_DIR: &str = "/run/kata";
 /// Bumped when the file's meaning changes.
 const VERSION: u32 = 1;
+/// How long a sandbox is left alone that could not be removed.
+const BACK_OFF: Duration = Duration::from_secs(10);
+/// How often a shim tries before it leaves the rest to the next one.
+const TRIES: u32 = 6;
 
 /// How to take back one step. Every action succeeds on what is already gone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -121,6 +128,9 @@ pub struct State {
     /// The VM, from its start on.
     #[serde(default)]
     pub qemu: Option<ProcessId>,
+    /// When its removal was last tried in vain, in seconds after 1970.
+    #[serde(default)]
+    failed_at: Option<u64>,
     undo: Vec<Undo>,
 }
 
@@ -155,6 +165,7 @@ impl State {
             pod: None,
             virtiofsd: None,
             qemu: None,
+            failed_at: None,
             undo: Vec::new(),
         };
         state.save()?;
@@ -202,6 +213,7 @@ impl State {
     pub fn remove(mut self) -> Result<()> {
         self.unwind_to(0);
         if !self.undo.is_empty() {
+            self.failed_at = Some(seconds());
             return self.save();
         }
         let dir = dir_of(&self.sandbox);
@@ -238,24 +250,72 @@ pub fn names() -> Result<Vec<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).at("read", RUN_DIR),
     };
-    let names = entries.flatten().map(|entry| entry.file_name().into_string());
+    // Files belong to all of them.
+    let folders = entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    let names = folders.map(|entry| entry.file_name().into_string());
     // What is no text is no sandbox: ids are plain names.
     let mut names: Vec<String> = names.flatten().collect();
     names.sort();
     Ok(names)
 }
 
-/// Removes what shims that no longer live have left on this node. Under CRI-O nobody else does.
+/// Removes what shims that no longer live have left on this node, in a thread of its own: a process that cannot be
+/// killed would hold its caller up. Under CRI-O nobody else does it.
 pub fn sweep() {
-    let names = match names() {
-        Ok(names) => names,
-        Err(error) => return tracing::warn!(%error, "cannot sweep"),
-    };
-    for name in names {
-        if let Err(error) = remove_if_dead(&name) {
-            tracing::warn!(%error, sandbox = name, "cannot sweep");
+    let thread = thread::Builder::new().name("sweep".into()).spawn(|| {
+        for _ in 0..TRIES {
+            match sweep_in_turn() {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "cannot sweep"),
+            }
+            thread::sleep(BACK_OFF);
+        }
+    });
+    if let Err(error) = thread {
+        tracing::warn!(%error, "cannot sweep");
+    }
+}
+
+/// Sweeps once; `false` when something is left. The shims of a node take turns, so that those of many pods that start
+/// together do not all wait for the same process.
+fn sweep_in_turn() -> Result<bool> {
+    let dir = fs::File::open(RUN_DIR).at("open", RUN_DIR)?;
+    let _turn = Flock::lock(dir, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .at("lock", RUN_DIR)?;
+    let mut clean = true;
+    for name in names()? {
+        match sweep_one(&name) {
+            Ok(gone) => clean &= gone,
+            Err(error) => {
+                tracing::warn!(%error, sandbox = name, "cannot sweep");
+                clean = false;
+            }
         }
     }
+    Ok(clean)
+}
+
+/// Whether nothing is to be done about a sandbox any more.
+fn sweep_one(sandbox: &str) -> Result<bool> {
+    let tried = |state: State| {
+        state
+            .failed_at
+            .is_some_and(|at| seconds().saturating_sub(at) < BACK_OFF.as_secs())
+    };
+    if State::load(sandbox)?.is_some_and(tried) {
+        return Ok(false);
+    }
+    remove_if_dead(sandbox)?;
+    Ok(State::load(sandbox)?.is_none_or(|state| state.failed_at.is_none()))
+}
+
+fn seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// Removes a sandbox whose shim is dead or about to be; does nothing for a live or an unknown one.

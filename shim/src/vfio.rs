@@ -227,8 +227,11 @@ fn window(resource: &str) -> u64 {
     resource.lines().filter_map(size).fold(0, u64::saturating_add)
 }
 
-/// The host's files that QEMU opens for these groups.
+/// The host's files that QEMU opens for these groups, none for no group.
 pub fn files(groups: &BTreeSet<u32>) -> Vec<PathBuf> {
+    if groups.is_empty() {
+        return Vec::new();
+    }
     let names = groups.iter().map(u32::to_string);
     let names = ["vfio".to_owned()].into_iter().chain(names);
     names.map(|name| Path::new(FOLDER).join(name)).collect()
@@ -249,9 +252,9 @@ pub fn lend(files: &[PathBuf], folder: &Path, user: u32, label: Option<&str>) ->
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     mount(Some("sandpod"), folder, Some("tmpfs"), flags, Some(options.as_str())).at("mount", folder)?;
     for file in files {
-        let host = fs::metadata(file).at("use the VFIO device", file)?;
+        let host = fs::metadata(file).at("use the device", file)?;
         if !host.file_type().is_char_device() {
-            return Err(io::Error::other("it is no character device")).at("use the VFIO device", file);
+            return Err(io::Error::other("it is no character device")).at("use the device", file);
         }
         let own = folder.join(file.file_name().unwrap_or_default());
         mknod(&own, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, host.rdev()).at("make", &own)?;

@@ -12,7 +12,6 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    path::Path,
     pin::Pin,
     sync::{Mutex, PoisonError},
     task::{Context, Poll},
@@ -73,10 +72,10 @@ pub(crate) struct Prepared {
 }
 
 impl Link {
-    /// Makes the channel that `channel` describes.
-    pub fn prepare(channel: &Channel) -> Result<Prepared, VmError> {
-        match channel {
-            Channel::VirtioSerial => {
+    /// Makes the channel that `channel` describes; `vhost` is the open device if it has one.
+    pub fn prepare(channel: &Channel, vhost: Option<OwnedFd>) -> Result<Prepared, VmError> {
+        match (channel, vhost) {
+            (Channel::VirtioSerial, _) => {
                 let (ours, theirs) = StdUnixStream::pair().map_err(VmError::system("make the agent's socket pair"))?;
                 let wiring = ChannelFd::VirtioSerial(theirs.as_raw_fd());
                 Ok(Prepared {
@@ -85,13 +84,12 @@ impl Link {
                     inherit: theirs.into(),
                 })
             }
-            Channel::VhostVsock => {
-                let device = Path::new("/dev/vhost-vsock");
-                let opened = std::fs::File::options().read(true).write(true).open(device);
-                let vhost = OwnedFd::from(opened.map_err(|source| VmError::Open {
-                    path: device.into(),
-                    source,
-                })?);
+            (Channel::VhostVsock, None) => Err(VmError::Files {
+                device: "vhost-vsock",
+                devices: 1,
+                files: 0,
+            }),
+            (Channel::VhostVsock, Some(vhost)) => {
                 let cid = lease_cid(&vhost).map_err(VmError::system("lease a vsock context id"))?;
                 let ready = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, ANY_PORT));
                 let ready = ready.map_err(VmError::system("listen on vsock"))?;
@@ -111,7 +109,7 @@ impl Link {
                     inherit: vhost,
                 })
             }
-            Channel::VhostUserVsock => Err(SpecError::VhostUserVsock.into()),
+            (Channel::VhostUserVsock, _) => Err(SpecError::VhostUserVsock.into()),
         }
     }
 

@@ -11,6 +11,7 @@
 pub mod args;
 mod channel;
 mod clock;
+mod device;
 mod disk;
 mod error;
 mod hotplug;
@@ -26,6 +27,7 @@ mod virtiofsd;
 mod vm;
 
 pub use channel::AgentStream;
+pub use device::{VHOST_NET, VHOST_VSOCK, open_device};
 pub use disk::Disk;
 pub use error::VmError;
 pub use hotplug::MemoryState;

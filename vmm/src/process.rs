@@ -1,14 +1,21 @@
 //! Child processes that cannot outlive their parent.
 //!
 //! ```text
-//! spawn ──▶ running ──(exits, is killed, is dropped, parent dies)──▶ ended ──▶ reaped by our task
+//! this process ──┬── keeper, PID 1 of a PID namespace
+//!                └── children, in that namespace
+//!
+//! spawn ──▶ running ──(exits, is killed, is dropped, parent or keeper dies)──▶ ended ──▶ reaped by our task
 //! ```
+//!
+//! The keeper ends with this process, and the kernel ends the namespace with the keeper. A death signal alone would not
+//! do: the kernel clears it when a program is executed in another SELinux domain. The children also have one, which
+//! spares them the detour where it holds.
 
 use std::{
     fmt, io,
     os::fd::{AsFd, OwnedFd},
     process::Command,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, PoisonError, Weak, mpsc},
     thread,
 };
 
@@ -31,21 +38,28 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Spawner {
     requests: mpsc::Sender<Request>,
+    /// Held by its children, and so ended with the last of them.
+    keeper: Arc<Mutex<Weak<Child>>>,
+    /// The soft limit of open files that this process had.
+    open_files: u64,
     born: Moment,
 }
 
 #[derive(Debug)]
 struct Request {
-    command: Command,
+    /// The program to start; without one, a keeper.
+    command: Option<Command>,
     reply: mpsc::SyncSender<io::Result<(u32, OwnedFd)>>,
 }
 
 impl Spawner {
-    /// Starts the thread.
+    /// Starts the thread. Every child costs this process some open files, so its soft limit of them is raised to the
+    /// hard one; the children have the former.
     ///
     /// # Errors
-    /// When the system has no thread to give.
+    /// When the system has no thread to give, or the limit cannot be raised.
     pub fn new() -> io::Result<Spawner> {
+        let open_files = sys::raise_open_files()?;
         let (requests, inbox) = mpsc::channel::<Request>();
         // The thread holds a sender of its own, so that its queue never closes.
         let open = requests.clone();
@@ -53,16 +67,22 @@ impl Spawner {
             .name("spawner".into())
             .stack_size(128 * 1024)
             .spawn(move || {
-                for Request { mut command, reply } in &inbox {
-                    let started = spawn(&mut command);
-                    // Our copies of the child's files go with the command: the child alone must hold them.
-                    drop(command);
-                    let _requester_gone = reply.send(started);
+                for Request { command, reply } in &inbox {
+                    let started = match command {
+                        // Our copies of the child's files go with the command: the child alone must hold them.
+                        Some(mut command) => command.spawn().map(|child| child.id()),
+                        None => sys::fork_keeper(),
+                    };
+                    // Nobody waits for it yet, so the number is still its own.
+                    let held = started.and_then(|pid| Ok((pid, sys::pidfd_open(pid)?)));
+                    let _requester_gone = reply.send(held);
                 }
                 drop(open);
             })?;
         Ok(Spawner {
             requests,
+            keeper: Arc::default(),
+            open_files,
             born: Moment::now(),
         })
     }
@@ -72,22 +92,53 @@ impl Spawner {
         self.born
     }
 
+    /// The process whose end ends all children; there is one as long as there are children.
+    pub fn keeper(&self) -> Option<u32> {
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        keeper.map(|keeper| keeper.pid())
+    }
+
+    /// Ends all children and waits until none of them is left, nor what they started.
+    pub async fn end(&self) {
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let Some(keeper) = keeper {
+            keeper.kill();
+            keeper.exited().await;
+        }
+    }
+
     /// Starts `command` with nothing of our environment. To be called within a tokio runtime, which reaps the child.
     pub(crate) fn start(&self, mut command: Command, setup: ChildSetup) -> io::Result<Child> {
         command.env_clear().current_dir("/");
+        let setup = ChildSetup {
+            open_files: Some(self.open_files),
+            ..setup
+        };
         sys::prepare(&mut command, setup);
+        let keeper = self.keep()?;
+        let (pid, pidfd) = self.ask(Some(command))?;
+        Child::watch(pid, pidfd, Some(keeper))
+    }
+
+    /// The keeper of the next child.
+    fn keep(&self) -> io::Result<Arc<Child>> {
+        let mut kept = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(keeper) = kept.upgrade().filter(|keeper| keeper.runs()) {
+            return Ok(keeper);
+        }
+        let forked = self.ask(None).and_then(|(pid, pidfd)| Child::watch(pid, pidfd, None));
+        let explain = |error: io::Error| io::Error::new(error.kind(), format!("no PID namespace: {error}"));
+        let keeper = Arc::new(forked.map_err(explain)?);
+        *kept = Arc::downgrade(&keeper);
+        Ok(keeper)
+    }
+
+    fn ask(&self, command: Option<Command>) -> io::Result<(u32, OwnedFd)> {
         let (reply, answer) = mpsc::sync_channel(1);
         let gone = || io::Error::other("the thread that starts children is gone");
         self.requests.send(Request { command, reply }).map_err(|_| gone())?;
-        let (pid, pidfd) = answer.recv().map_err(|_| gone())??;
-        Child::watch(pid, pidfd)
+        answer.recv().map_err(|_| gone())?
     }
-}
-
-fn spawn(command: &mut Command) -> io::Result<(u32, OwnedFd)> {
-    let child = command.spawn()?;
-    // Nobody waits for it yet, so the number is still its own.
-    Ok((child.id(), sys::pidfd_open(child.id())?))
 }
 
 /// A child process. Dropping it kills it.
@@ -99,7 +150,8 @@ pub struct Child {
 }
 
 impl Child {
-    fn watch(pid: u32, pidfd: OwnedFd) -> io::Result<Child> {
+    /// `keeper` is held until the child has been reaped.
+    fn watch(pid: u32, pidfd: OwnedFd, keeper: Option<Arc<Child>>) -> io::Result<Child> {
         let pidfd = Arc::new(pidfd);
         let (tell, end) = watch::channel(None);
         let watched = sys::readiness(pidfd.clone())?;
@@ -108,6 +160,7 @@ impl Child {
                 ready.retain_ready();
             }
             tell.send_replace(Some(reap(&watched)));
+            drop(keeper);
         });
         Ok(Child { pid, pidfd, end })
     }
@@ -115,6 +168,11 @@ impl Child {
     /// Process id; stays the child's own until [`Child::exited`] returns.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Whether it has not been reaped yet, and so keeps its number.
+    pub fn runs(&self) -> bool {
+        self.end.borrow().is_none()
     }
 
     /// Waits until the child has ended. Any number of tasks may wait, before and after.
@@ -175,7 +233,7 @@ impl fmt::Display for ExitReason {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Stdio;
+    use std::{fs, path::Path, process::Stdio, time::Duration};
 
     use super::*;
 
@@ -227,6 +285,106 @@ mod tests {
         // The shell counts in KiB.
         let child = spawner.start(shell("[ $(ulimit -l) = 52 ]"), setup).unwrap();
         assert_eq!(child.exited().await, ExitReason::Code(0));
+    }
+
+    /// A limit of the calling process as proc_pid_limits(5) shows it: soft and hard.
+    fn open_files(pid: u32) -> (String, String) {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let mut words = line.split_whitespace().skip(3).map(str::to_owned);
+        (words.next().unwrap(), words.next().unwrap())
+    }
+
+    #[tokio::test]
+    async fn this_process_has_all_the_open_files_it_may_and_its_children_have_what_it_had() {
+        let spawner = Spawner {
+            open_files: 345,
+            ..Spawner::new().unwrap()
+        };
+        let (soft, hard) = open_files(std::process::id());
+        assert_eq!(soft, hard);
+        let child = spawner.start(shell("exec sleep 1000"), ChildSetup::default()).unwrap();
+        assert_eq!(open_files(child.pid()), ("345".into(), hard));
+    }
+
+    /// The kernel takes a child's death signal away at an exec in another SELinux domain; `setpriv` does so here.
+    #[tokio::test]
+    async fn a_keepers_death_ends_the_children_and_what_they_have_started() {
+        let spawner = Spawner::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("(exec sleep 1000 >{}/held) & wait", folder.path().display());
+        let mut deathless = Command::new("/usr/bin/setpriv");
+        deathless.args(["--pdeathsig", "clear", "/bin/sh", "-c", &script]);
+        let deathless = spawner.start(deathless, ChildSetup::default()).unwrap();
+        let other = spawner.start(shell("exec sleep 1000"), ChildSetup::default()).unwrap();
+        while !folder.path().join("held").exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let keeper = spawner.keeper().unwrap();
+        sys::pidfd_send_signal(sys::pidfd_open(keeper).unwrap().as_fd(), Signal::SIGKILL).unwrap();
+        assert_eq!(deathless.exited().await, ExitReason::Signal(9));
+        assert_eq!(other.exited().await, ExitReason::Signal(9));
+        spawner.end().await;
+        assert_eq!(fs::read_link(format!("/proc/{keeper}/exe")).ok(), None);
+        let next = spawner.start(shell("exit 3"), ChildSetup::default()).unwrap();
+        assert_eq!(next.exited().await, ExitReason::Code(3));
+    }
+
+    #[tokio::test]
+    async fn a_keeper_has_a_name_and_no_files_and_ends_with_the_last_child() {
+        let spawner = Spawner::new().unwrap();
+        assert_eq!(spawner.keeper(), None);
+        let child = spawner.start(shell("exec sleep 1000"), ChildSetup::default()).unwrap();
+        let keeper = spawner.keeper().unwrap();
+        let of = |file: &str| format!("/proc/{keeper}/{file}");
+        // It names itself first of all, and closes its files then.
+        while fs::read_dir(of("fd")).unwrap().count() != 1 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let line = fs::read_to_string(of("cmdline")).unwrap();
+        assert_eq!(line.trim_end_matches('\0'), "vm-keeper");
+        assert_eq!(fs::read_to_string(of("comm")).unwrap(), "vm-keeper\n");
+        assert_eq!(fs::read_link(of("fd/0")).unwrap().to_str(), Some("anon_inode:[pidfd]"));
+        let second = spawner.start(shell("exit 0"), ChildSetup::default()).unwrap();
+        assert_eq!(second.exited().await, ExitReason::Code(0));
+        assert_eq!(spawner.keeper(), Some(keeper));
+        child.kill();
+        child.exited().await;
+        spawner.end().await;
+        assert_eq!(spawner.keeper(), None);
+    }
+
+    #[tokio::test]
+    async fn a_child_with_a_proc_of_its_own_sees_its_namespace_only() {
+        let spawner = Spawner::new().unwrap();
+        let setup = ChildSetup {
+            own_proc: true,
+            ..ChildSetup::default()
+        };
+        // The keeper is the first process there, and this shell the second.
+        let script = format!(
+            "set -- /proc/[0-9]*; [ \"$*\" = '/proc/1 /proc/2' ] && [ $$ = 2 ] && ! kill -0 {}",
+            std::process::id()
+        );
+        let child = spawner.start(shell(&script), setup).unwrap();
+        assert_eq!(child.exited().await, ExitReason::Code(0));
+        assert!(Path::new(&format!("/proc/{}", std::process::id())).exists());
+    }
+
+    #[tokio::test]
+    async fn a_child_has_its_score_for_the_oom_killer_if_it_may() {
+        let spawner = Spawner::new().unwrap();
+        let score = |score| ChildSetup {
+            oom_score_adj: Some(score),
+            ..ChildSetup::default()
+        };
+        let raised = spawner
+            .start(shell("[ $(cat /proc/self/oom_score_adj) = 876 ]"), score(876))
+            .unwrap();
+        assert_eq!(raised.exited().await, ExitReason::Code(0));
+        // It takes a privilege that this machine may not give, and starts all the same.
+        let lowered = spawner.start(shell("exit 0"), score(-1000)).unwrap();
+        assert_eq!(lowered.exited().await, ExitReason::Code(0));
     }
 
     #[tokio::test]

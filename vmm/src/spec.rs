@@ -1,6 +1,6 @@
 //! What a VM is made of: plain data that is checked once, before anything is started.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::pcie::{MOST_FUNCTIONS, Passthrough};
 
@@ -86,17 +86,6 @@ pub enum Channel {
     /// vsock served by a process on the host. Known, and refused: the one such server there is, vhost-device-vsock 0.3,
     /// stops for good when a connection reaches it while the guest's driver starts, and at guest writes above 32 KiB.
     VhostUserVsock,
-}
-
-impl Channel {
-    /// [`Channel::VhostVsock`] where the host has `/dev/vhost-vsock`, else [`Channel::VirtioSerial`].
-    pub fn for_host() -> Channel {
-        if Path::new("/dev/vhost-vsock").exists() {
-            Channel::VhostVsock
-        } else {
-            Channel::VirtioSerial
-        }
-    }
 }
 
 /// A virtiofs device, served by [`crate::Virtiofsd`].

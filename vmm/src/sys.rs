@@ -2,7 +2,8 @@
 #![allow(unsafe_code)]
 
 use std::{
-    io,
+    fs, io,
+    ops::Range,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
@@ -14,26 +15,38 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open},
-    sched::{CloneFlags, setns},
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
     sys::{
         prctl,
         resource::{Resource, getrlimit, setrlimit},
-        signal::Signal,
+        signal::{SigHandler, SigSet, SigmaskHow, Signal, signal},
         stat::Mode,
     },
-    unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid, write},
+    unistd::{ForkResult, Gid, Uid, chdir, fork, setgroups, setresgid, setresuid, write},
 };
 use tokio::io::{Interest, unix::AsyncFd};
+
+/// The name of a keeper in process lists.
+const KEEPER: &std::ffi::CStr = c"vm-keeper";
 
 /// What a child does between fork and exec.
 #[derive(Debug, Default)]
 pub(crate) struct ChildSetup {
     /// SELinux label of the program that is executed.
     pub label: Option<String>,
+    /// How readily the OOM killer takes it (proc_pid_oom_score_adj(5)); as readily as its parent without.
+    pub oom_score_adj: Option<i32>,
     /// Network namespace to enter.
     pub netns: Option<OwnedFd>,
+    /// Whether it has a mount namespace of its own, in which `/proc` shows the processes of its PID namespace only.
+    pub own_proc: bool,
     /// Identity to take on for good; without one the child stays who the parent is.
     pub user: Option<User>,
+    /// Capabilities that the program cannot have, by their numbers (capabilities(7)).
+    pub without: &'static [u8],
+    /// Its soft limit of open files; its parent's without.
+    pub open_files: Option<u64>,
     /// Bytes of memory that it may lock, whoever it is; as many as its parent without.
     pub locked_memory: Option<u64>,
     /// Files that stay open across exec, under the numbers they have here.
@@ -50,19 +63,33 @@ pub(crate) struct User {
 
 /// Makes `command` run `setup` in the child. The child dies with the thread that spawns it.
 pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
-    let parent = Pid::this();
+    let score = setup.oom_score_adj.map(|score| score.to_string());
     // SAFETY: between fork and exec the closure only makes system calls and reads memory that was filled before; it
     // neither allocates nor takes a lock.
-    unsafe { command.pre_exec(move || setup.apply(parent).map_err(io::Error::from)) };
+    unsafe { command.pre_exec(move || setup.apply(score.as_deref()).map_err(io::Error::from)) };
 }
 
 impl ChildSetup {
-    fn apply(&self, parent: Pid) -> Result<(), Errno> {
+    fn apply(&self, oom_score_adj: Option<&str>) -> Result<(), Errno> {
+        if let Some(score) = oom_score_adj {
+            match write_to(c"/proc/self/oom_score_adj", score) {
+                // To lower it takes a privilege (CAP_SYS_RESOURCE); a VM that is not protected runs all the same.
+                Ok(()) | Err(Errno::EACCES) => {}
+                Err(error) => return Err(error),
+            }
+        }
         if let Some(label) = &self.label {
             set_exec_label(label)?;
         }
         if let Some(netns) = &self.netns {
             setns(netns, CloneFlags::CLONE_NEWNET)?;
+        }
+        if self.own_proc {
+            own_proc()?;
+        }
+        if let Some(files) = self.open_files {
+            let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+            setrlimit(Resource::RLIMIT_NOFILE, files.min(most), most)?;
         }
         if let Some(bytes) = self.locked_memory {
             // To raise what the parent may have takes a privilege of its own, so it is not touched where it is enough.
@@ -73,14 +100,14 @@ impl ChildSetup {
             setgroups(&user.groups)?;
             setresgid(user.gid, user.gid, user.gid)?;
             setresuid(user.uid, user.uid, user.uid)?;
-            prctl::set_no_new_privs()?;
         }
-        // A change of credentials clears the death signal, so it comes after; and it says nothing of a parent that
-        // was dead before, so the parent is checked after that.
+        for capability in self.without {
+            drop_capability(*capability)?;
+        }
+        prctl::set_no_new_privs()?;
+        // A change of credentials clears the death signal, so it comes after. An exec that changes the SELinux domain
+        // clears it too: then the keeper's end is what ends the child.
         prctl::set_pdeathsig(Signal::SIGKILL)?;
-        if getppid() != parent {
-            return Err(Errno::ESRCH);
-        }
         for fd in &self.inherit {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
@@ -90,14 +117,129 @@ impl ChildSetup {
 
 /// Tells the kernel the label of the program that this thread executes next (proc_pid_attr(5)). Allocates nothing.
 fn set_exec_label(label: &str) -> Result<(), Errno> {
-    let opened = open(
-        c"/proc/thread-self/attr/exec",
-        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    );
-    // A kernel without labels has no such file; the error of a program that is missing must not be the same.
-    let file = opened.map_err(|error| if error == Errno::ENOENT { Errno::ENOTSUP } else { error })?;
-    write(&file, label.as_bytes()).map(drop)
+    write_to(c"/proc/thread-self/attr/exec", label).map_err(|error| match error {
+        // A kernel without labels has no such file; the error of a program that is missing must not be the same.
+        Errno::ENOENT => Errno::ENOTSUP,
+        error => error,
+    })
+}
+
+/// Writes to a file of the kernel's. Allocates nothing.
+fn write_to(path: &std::ffi::CStr, text: &str) -> Result<(), Errno> {
+    let file = open(path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    write(&file, text.as_bytes()).map(drop)
+}
+
+/// Leaves the mount namespace for a copy whose `/proc` shows this process's PID namespace. Allocates nothing.
+///
+/// What the host unmounts later goes from the copy too, so that it keeps no volume busy.
+fn own_proc() -> Result<(), Errno> {
+    const NONE: Option<&std::ffi::CStr> = None;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(NONE, c"/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some(c"proc"), c"/proc", Some(c"proc"), flags, NONE)
+}
+
+/// Takes a capability out of what the program that is executed next can have; one that the kernel does not know is
+/// nobody's.
+fn drop_capability(number: u8) -> Result<(), Errno> {
+    // SAFETY: the call takes integers only.
+    let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) };
+    match Errno::result(dropped) {
+        Ok(_) | Err(Errno::EINVAL) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Lets this process have as many open files as it may, and returns how many it had before.
+pub(crate) fn raise_open_files() -> io::Result<u64> {
+    /// What the kernel itself allows by default (`nr_open` in proc_sys_fs(5)).
+    const MOST: u64 = 1 << 20;
+    let (now, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, now.max(most.min(MOST)), most)?;
+    Ok(now)
+}
+
+/// Makes a PID namespace for the children that this thread starts from now on, and its first process, the keeper, which
+/// ends with this process: by its death signal, and because it watches this process. With it the kernel ends
+/// everything in the namespace (pid_namespaces(7)). Returns its number here.
+///
+/// It executes no program, so no security module takes its death signal away, and it can be killed by nobody but who
+/// may kill this process.
+pub(crate) fn fork_keeper() -> io::Result<u32> {
+    // A thread can leave its own namespace once only, so it goes back there first.
+    let own = open(c"/proc/self/ns/pid", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    setns(&own, CloneFlags::CLONE_NEWPID)?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let parent = pidfd_open(std::process::id())?;
+    let arguments = arguments()?;
+    // No handler of this process is to run in the keeper.
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: the child never returns from `keep`, which only makes system calls and writes to its own stack and
+    // arguments; it neither allocates nor takes a lock.
+    let forked = unsafe { fork() };
+    if let Ok(ForkResult::Child) = forked {
+        keep(parent.as_raw_fd(), arguments);
+    }
+    mask.thread_set_mask()?;
+    match forked? {
+        ForkResult::Parent { child } => Ok(child.as_raw().unsigned_abs()),
+        ForkResult::Child => unreachable!("`keep` does not return"),
+    }
+}
+
+/// Where this process's command line is in memory (`arg_start` and `arg_end` of proc_pid_stat(5)).
+fn arguments() -> io::Result<Range<usize>> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rfind(')').map(|end| &stat[end + 1..]).unwrap_or_default();
+    // The first one after the name is the third.
+    let mut fields = fields.split_whitespace().skip(48 - 3).map(str::parse);
+    match (fields.next(), fields.next()) {
+        (Some(Ok(start)), Some(Ok(end))) if start <= end => Ok(start..end),
+        _ => Err(io::Error::other(
+            "/proc/self/stat does not tell where the command line is",
+        )),
+    }
+}
+
+/// The keeper's life: it holds nothing and waits for the end of `parent`, a pidfd. Its children are those whose
+/// parents have ended; the kernel removes them.
+fn keep(parent: RawFd, arguments: Range<usize>) -> ! {
+    // SAFETY: SIGCHLD gets no handler. The arguments are this process's own copy, which nothing refers to any more,
+    // and the name is cut to their length. The calls take integers and pointers to what outlives them.
+    unsafe {
+        let _best_effort = (
+            prctl::set_pdeathsig(Signal::SIGKILL),
+            signal(Signal::SIGCHLD, SigHandler::SigIgn),
+            prctl::set_name(KEEPER),
+            chdir(c"/"),
+        );
+        let name = KEEPER.to_bytes();
+        std::ptr::write_bytes(arguments.start as *mut u8, 0, arguments.len());
+        std::ptr::copy_nonoverlapping(
+            name.as_ptr(),
+            arguments.start as *mut u8,
+            name.len().min(arguments.len().saturating_sub(1)),
+        );
+        // The pidfd becomes the only open file.
+        libc::dup2(parent, 0);
+        if libc::syscall(libc::SYS_close_range, 1, libc::c_uint::MAX, 0) != 0 {
+            // Linux before 5.9.
+            let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(most, _)| most);
+            for fd in 1..i32::try_from(most).unwrap_or(i32::MAX) {
+                libc::close(fd);
+            }
+        }
+        let mut end = libc::pollfd {
+            fd: 0,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // Every signal is blocked but the one that ends it.
+        libc::poll(&raw mut end, 1, -1);
+        libc::_exit(0)
+    }
 }
 
 /// A file descriptor that stands for the process `pid`, a child that nobody has waited for yet.

@@ -17,6 +17,19 @@ use crate::{
     tail::Tail,
 };
 
+/// Capabilities that neither of virtiofsd's two processes has a use for, by their numbers (`<linux/capability.h>`). The
+/// process that serves drops all but eight by itself; the one that has started it and waits for its end keeps what it
+/// was given.
+const USELESS: &[u8] = &[
+    10, 11, 12, 13, // NET_*
+    14, 15, // IPC_*
+    16, 17, 19, 20, 22, 23, 25, 26, // SYS_MODULE, RAWIO, PTRACE, PACCT, BOOT, NICE, TIME, TTY_CONFIG
+    28, // LEASE
+    29, 30, 37, // AUDIT_*
+    32, 33, // MAC_*
+    34, 35, 36, 38, 39, 40, // SYSLOG, WAKE_ALARM, BLOCK_SUSPEND, PERFMON, BPF, CHECKPOINT_RESTORE
+];
+
 /// What virtiofsd serves, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VirtiofsdSpec {
@@ -30,6 +43,9 @@ pub struct VirtiofsdSpec {
     pub extra_args: Vec<String>,
     /// SELinux label to run with; that which the host's policy gives without one.
     pub label: Option<String>,
+    /// How readily the OOM killer takes it, -1000 to 1000 (proc_pid_oom_score_adj(5)); as readily as this process
+    /// without.
+    pub oom_score_adj: Option<i32>,
 }
 
 /// A running virtiofsd. When it dies the guest's file system calls hang: end the VM then.
@@ -59,6 +75,8 @@ impl Virtiofsd {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);
         let setup = ChildSetup {
             label: spec.label.clone(),
+            oom_score_adj: spec.oom_score_adj,
+            without: USELESS,
             inherit: vec![listener],
             ..ChildSetup::default()
         };
@@ -72,7 +90,13 @@ impl Virtiofsd {
         &self.child
     }
 
-    /// The last 64 KiB of what it wrote to its standard error.
+    /// The last 64 KiB of what it wrote to its standard error before it ended; what is on its way is waited for, a
+    /// second at most.
+    pub async fn last_words(&self) -> String {
+        self.log.last_words().await
+    }
+
+    /// The last 64 KiB of what it has written to its standard error.
     pub fn log_tail(&self) -> String {
         self.log.text()
     }

@@ -28,7 +28,7 @@ use crate::{
     kvm::kvm_ready,
     process::{Child, ExitReason, Spawner},
     qmp::Qmp,
-    spec::{Accelerator, VmSpec},
+    spec::{Accelerator, Channel, VmSpec},
     sys::{ChildSetup, User},
     tail::Tail,
 };
@@ -44,6 +44,9 @@ pub struct Placement {
     pub gid: u32,
     /// SELinux label to run with; that which the host's policy gives without one.
     pub label: Option<String>,
+    /// How readily the OOM killer takes it, -1000 to 1000 (proc_pid_oom_score_adj(5)); as readily as this process
+    /// without.
+    pub oom_score_adj: Option<i32>,
 }
 
 /// Open files that QEMU takes over.
@@ -51,6 +54,8 @@ pub struct Placement {
 pub struct VmFds {
     /// The connection to virtiofsd; present exactly if the VM has a virtiofs device.
     pub fs: Option<OwnedFd>,
+    /// `/dev/vhost-vsock`; present exactly if the agent is reached by it.
+    pub vhost_vsock: Option<OwnedFd>,
     /// One tap per interface, in order.
     pub taps: Vec<OwnedFd>,
     /// Empty, or one open `/dev/vhost-net` per interface.
@@ -104,10 +109,13 @@ impl Vm {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let setup = ChildSetup {
             label: placement.label.clone(),
+            oom_score_adj: placement.oom_score_adj,
             netns: duplicate(placement.netns.as_ref())?,
+            own_proc: true,
             locked_memory: locked_memory(spec),
             user: Some(identity(spec.accelerator, placement)?),
             inherit: wiring.inherit,
+            ..ChildSetup::default()
         };
 
         let spawned_at = SystemTime::now();
@@ -200,6 +208,11 @@ impl VmFds {
             usize::from(spec.fs.is_some()),
             usize::from(self.fs.is_some()),
         )?;
+        same(
+            "vhost-vsock",
+            usize::from(spec.channel == Channel::VhostVsock),
+            usize::from(self.vhost_vsock.is_some()),
+        )?;
         same("network", spec.nics.len(), self.taps.len())?;
         if self.vhost_net.is_empty() {
             Ok(())
@@ -214,7 +227,7 @@ impl Wiring {
         let (kernel, initrd) = (open(&spec.kernel)?, open(&spec.initrd)?);
         let (qmp, qmp_qemu) = socket_pair()?;
         let (console, console_qemu) = socket_pair()?;
-        let Prepared { link, wiring, inherit } = Link::prepare(&spec.channel)?;
+        let Prepared { link, wiring, inherit } = Link::prepare(&spec.channel, fds.vhost_vsock)?;
         let number = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect::<Vec<RawFd>>();
         let numbers = FdNumbers {
             kernel: kernel.as_raw_fd(),

@@ -116,9 +116,9 @@ fn attempts(folder: &Path) -> Vec<Attempt> {
         },
     );
     taps.fds = VmFds {
-        fs: None,
         taps: vec![null()],
         vhost_net: vec![null(), null()],
+        ..VmFds::default()
     };
     attempts.push(taps);
     let mut no_tap = attempt(folder, "TUNGETIFF", |spec| spec.nics = vec![support::nic(1)]);
@@ -130,10 +130,13 @@ fn attempts(folder: &Path) -> Vec<Attempt> {
             spec.accelerator = Accelerator::Kvm
         }));
     }
-    if !Path::new("/dev/vhost-vsock").exists() {
-        let says = "cannot open /dev/vhost-vsock: No such file or directory (os error 2)";
-        attempts.push(attempt(folder, says, |spec| spec.channel = Channel::VhostVsock));
-    }
+    let says = "the VM has 1 vhost-vsock devices but got 0 open files for them";
+    attempts.push(attempt(folder, says, |spec| spec.channel = Channel::VhostVsock));
+    let mut no_vsock = attempt(folder, "cannot lease a vsock context id: ", |spec| {
+        spec.channel = Channel::VhostVsock;
+    });
+    no_vsock.fds.vhost_vsock = Some(null());
+    attempts.push(no_vsock);
     attempts
 }
 
@@ -147,12 +150,15 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
         attempt(folder.path(), "QEMU exited", |spec| spec.qemu = "/bin/false".into()),
     )
     .await;
+    // The last child's keeper ends after it.
+    spawner.end().await;
     let before = belongings();
     for attempt in attempts(folder.path()) {
         start(&spawner, attempt).await;
     }
     label_nothing(&spawner, folder.path()).await;
     serve_nothing(&spawner, folder.path()).await;
+    spawner.end().await;
     assert_eq!(belongings(), before);
 }
 
@@ -162,6 +168,7 @@ fn nobody() -> Placement {
         uid: 64620,
         gid: 64620,
         label: None,
+        oom_score_adj: None,
     }
 }
 
@@ -178,6 +185,7 @@ async fn serve_nothing(spawner: &Spawner, folder: &Path) {
         cache: "auto".into(),
         extra_args: Vec::new(),
         label: None,
+        oom_score_adj: None,
     };
     let error = Virtiofsd::start(spawner, &spec).unwrap_err().to_string();
     assert_eq!(
@@ -223,6 +231,7 @@ async fn label_nothing(spawner: &Spawner, folder: &Path) {
         cache: "auto".into(),
         extra_args: Vec::new(),
         label,
+        oom_score_adj: None,
     };
     let error = Virtiofsd::start(spawner, &server).unwrap_err().to_string();
     assert!(error.starts_with(says), "{error}");

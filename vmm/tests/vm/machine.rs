@@ -110,6 +110,7 @@ pub fn placement() -> Placement {
         uid: USER,
         gid: USER,
         label: None,
+        oom_score_adj: None,
     }
 }
 

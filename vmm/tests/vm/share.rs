@@ -36,6 +36,7 @@ async fn shared(kit: &Kit) -> Shared {
         cache: "auto".into(),
         extra_args: Vec::new(),
         label: None,
+        oom_score_adj: None,
     };
     let (virtiofsd, connection) = Virtiofsd::start(&spawner, &server).unwrap();
     let mut spec = kit.spec();

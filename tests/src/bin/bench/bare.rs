@@ -58,7 +58,8 @@ impl Bare {
     /// # Errors
     /// When it does not boot.
     pub fn boot(&self, guest: Guest) -> Result<Boot> {
-        let spec = spec(guest)?;
+        let vhost_vsock = vmm::open_device(vmm::VHOST_VSOCK.as_ref()).trying("opening the vsock device")?;
+        let spec = spec(guest, vhost_vsock.is_some())?;
         self.runtime.block_on(async {
             let share = VirtiofsdSpec {
                 program: places::virtiofsd()?,
@@ -66,10 +67,12 @@ impl Bare {
                 cache: "auto".into(),
                 extra_args: Vec::new(),
                 label: None,
+                oom_score_adj: None,
             };
             let (virtiofsd, connection) = Virtiofsd::start(&self.spawner, &share).map_err(refused)?;
             let fds = VmFds {
                 fs: Some(connection),
+                vhost_vsock,
                 ..VmFds::default()
             };
             let placement = Placement {
@@ -77,6 +80,7 @@ impl Bare {
                 uid: 64620,
                 gid: 64620,
                 label: None,
+                oom_score_adj: None,
             };
             let vm = Vm::start(&self.spawner, &spec, fds, &placement)
                 .await
@@ -94,7 +98,7 @@ impl Bare {
 }
 
 /// What the shim makes of the harness's configuration for a pod without a network.
-fn spec(guest: Guest) -> Result<VmSpec> {
+fn spec(guest: Guest, vsock: bool) -> Result<VmSpec> {
     let folder = places::guest(guest.name())?;
     let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN).map_err(std::io::Error::from);
     let cpus = cpus.trying("counting processors")?.unwrap_or(1);
@@ -121,7 +125,10 @@ fn spec(guest: Guest) -> Result<VmSpec> {
                 Guest::Debian => MemoryPlug::PcDimm { slots: 10 },
             },
         },
-        channel: Channel::for_host(),
+        channel: match vsock {
+            true => Channel::VhostVsock,
+            false => Channel::VirtioSerial,
+        },
         fs: Some(FsDevice {
             tag: "kataShared".into(),
             queue_size: 1024,
