@@ -24,6 +24,8 @@ pub enum Kind {
     Vm,
     /// The file system server.
     FileServer,
+    /// What ends the two when the shim ends.
+    Keeper,
 }
 
 impl Kind {
@@ -36,6 +38,7 @@ impl Kind {
             }
             Kind::Vm => process.program().starts_with("qemu-system-"),
             Kind::FileServer => process.program() == "virtiofsd",
+            Kind::Keeper => process.program() == "vm-keeper",
         }
     }
 }
@@ -79,7 +82,7 @@ pub fn appears(kind: Kind, crio: &Crio<'_>, deadline: Duration) -> Result {
 pub fn of_the_vm(crio: &Crio<'_>) -> Vec<i32> {
     match crio.runtime {
         Runtime::Reference => Vec::new(),
-        Runtime::Sandpod => [Kind::Vm, Kind::FileServer]
+        Runtime::Sandpod => [Kind::Vm, Kind::FileServer, Kind::Keeper]
             .iter()
             .flat_map(|kind| running(*kind, crio))
             .collect(),

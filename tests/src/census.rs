@@ -11,8 +11,9 @@ use crate::procs;
 /// Names of processes that the harness itself has in the node.
 const HARNESS: &[&str] = &["cat", "nsenter", "containerd", "ctr", "crictl"];
 
-/// Files that CNI's host-local keeps for ever: which address it gave last, and its lock.
-const KEPT: &[&str] = &["last_reserved_ip.0", "lock"];
+/// Files that are kept for ever: CNI's host-local has which address it gave last, and its lock, and our shims have the leases of
+/// QEMU's users.
+const KEPT: &[&str] = &["last_reserved_ip.0", "lock", "uids"];
 
 /// What a node holds at one moment, each thing as a line that a reader understands.
 #[derive(Debug, Clone, PartialEq, Eq)]

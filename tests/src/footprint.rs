@@ -14,7 +14,7 @@ use crate::{
 /// The parts of a pod's memory in KiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Footprint {
-    /// The shim's proportional set size.
+    /// The shim's proportional set size, with that of its keeper, which is a copy of it without anything to do.
     pub shim_kib: u64,
     /// Of it, what no other pod has a share of: all but mapped files.
     pub shim_unshared_kib: u64,
@@ -40,14 +40,15 @@ impl Footprint {
         };
         let own = |name: &str| sum(name, |memory| memory.own_kib);
         let files = |name: &str| sum(name, |memory| memory.files_kib);
+        let of_shim = |part: &dyn Fn(&str) -> u64| part("containerd-shim-") + part("vm-keeper");
         let objects: BTreeMap<u64, u64> = processes.iter().flat_map(memory_objects).collect();
         Footprint {
-            shim_kib: own("containerd-shim-"),
-            shim_unshared_kib: own("containerd-shim-") - files("containerd-shim-"),
+            shim_kib: of_shim(&own),
+            shim_unshared_kib: of_shim(&own) - of_shim(&files),
             virtiofsd_kib: own("virtiofsd"),
             qemu_kib: own("qemu-system-"),
             qemu_files_kib: files("qemu-system-"),
-            files_kib: files("containerd-shim-") + files("virtiofsd") + files("qemu-system-"),
+            files_kib: of_shim(&files) + files("virtiofsd") + files("qemu-system-"),
             guest_kib: objects.values().sum(),
         }
     }

@@ -1,13 +1,19 @@
 //! Something below CRI-O dies.
 
-use std::time::Duration;
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use containerd_shim_protos::api::Status;
-use tests::failure::{Result, claim, same};
+use serde_json::json;
+use tests::{
+    config::Guest,
+    failure::{Result, Trying, claim, same},
+    places,
+    wait::Bell,
+};
 
 use super::{BOTH, OURS, Told};
 use crate::{
-    crio::Crio,
+    crio::{Crio, Runtime},
     pod::{GRACE, Pod},
     process::{self, Kind},
     task::ORDINARY,
@@ -17,10 +23,13 @@ use crate::{
 pub const TOLD: Told = &[
     (
         OURS,
-        "a_dead_shim_takes_everything_with_it_and_the_next_start_sweeps",
+        "a_dead_shim_takes_everything_with_it_and_the_next_pod_sweeps",
         shim,
     ),
+    (OURS, "a_machine_without_death_signals_ends_with_its_shim", deathless),
+    (OURS, "leftovers_that_cannot_be_killed_hold_no_start_up", leftovers),
     (OURS, "a_dead_virtual_machine_becomes_exits", machine),
+    (OURS, "a_dead_keeper_becomes_exits", keeper),
     (OURS, "a_dead_file_server_becomes_exits", file_server),
     (OURS, "a_dead_machine_ends_a_waiting_exec", waiting_exec),
     (BOTH, "a_container_that_dies_leaves_the_others_alone", neighbour),
@@ -28,6 +37,9 @@ pub const TOLD: Told = &[
 
 /// How soon the end of something below the shim must be told.
 const SOON: Duration = Duration::from_secs(5);
+
+/// How soon leftovers are gone that nothing holds any more: they are looked at one after the other, with pauses.
+const SWEEP: Duration = Duration::from_secs(180);
 
 fn shim(crio: &Crio<'_>) -> Result {
     let before = crio.node.census();
@@ -44,15 +56,98 @@ fn shim(crio: &Crio<'_>) -> Result {
     let mut dead = pod;
     dead.disconnect()?;
     dead.sandbox.rootfs.unmount()?;
-    // Nobody calls `delete` under CRI-O: the next `start` on the node has to sweep.
+    // Nobody calls `delete` under CRI-O: the next pod on the node has to sweep.
+    let leftover = Path::new("/run/kata").join(&dead.facts.id);
+    claim(leftover.exists(), "nothing is left to sweep")?;
     let next = Pod::run(crio)?;
+    Bell::default().until("the sweep", SWEEP, || match leftover.exists() {
+        false => Ok(()),
+        true => Err(format!("{} is there", leftover.display())),
+    })?;
     dead.discard()?;
     next.end([])?;
     crio.node.as_before(&before, SOON)
 }
 
+/// A program of the configuration that executes the real one without its death signal, as the kernel does to one that it
+/// executes in an SELinux domain of its own.
+fn without_death_signal(crio: &Crio<'_>, name: &str, program: &Path) -> Result<String> {
+    let path = crio.node.folder().join(name);
+    let script = format!(
+        "#!/bin/sh\nexec /usr/bin/setpriv --pdeathsig clear -- {} \"$@\"\n",
+        program.display()
+    );
+    fs::write(&path, script)
+        .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+        .trying(format!("writing {}", path.display()))?;
+    Ok(path.display().to_string())
+}
+
+fn deathless(crio: &Crio<'_>) -> Result {
+    let qemu = without_death_signal(crio, "deathless-qemu", Path::new("/usr/bin/qemu-system-x86_64"))?;
+    let virtiofsd = without_death_signal(crio, "deathless-virtiofsd", &places::virtiofsd()?)?;
+    let changed = |line: &str| match line.split_once(" = ") {
+        Some(("path", _)) => format!("path = {qemu:?}\n"),
+        Some(("virtio_fs_daemon", _)) => format!("virtio_fs_daemon = {virtiofsd:?}\n"),
+        _ => format!("{line}\n"),
+    };
+    let text: String = Guest::Own.configuration()?.lines().map(changed).collect();
+    let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)?;
+    for kind in [Kind::Vm, Kind::FileServer] {
+        same(
+            "processes before the pod",
+            process::running(kind, &crio),
+            Vec::<i32>::new(),
+        )?;
+    }
+    shim(&crio)
+}
+
+/// SIGKILL does not reach the first process of a node from within it, so leftovers that name it are there until the story lets
+/// go of them.
+fn leftovers(crio: &Crio<'_>) -> Result {
+    let started = fs::read_to_string("/proc/1/stat").trying("reading /proc/1/stat")?;
+    let started = started
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .nth(19);
+    let started: u64 = started.and_then(|ticks| ticks.parse().ok()).unwrap_or_default();
+    let state = |name: &str, undo: serde_json::Value| -> std::io::Result<()> {
+        let dead = json!({"pid": u32::from(u16::MAX) << 8, "started": 1});
+        let state = json!({"version": 1, "sandbox": name, "shim": dead, "undo": undo});
+        fs::write(Path::new("/run/kata").join(name).join("state.json"), state.to_string())
+    };
+    // Each is waited for some seconds: together they take longer than a `start` may.
+    let names: Vec<String> = (0..6).map(|n| format!("leftover-{n}")).collect();
+    for name in &names {
+        fs::create_dir_all(Path::new("/run/kata").join(name)).trying("making a leftover")?;
+        state(name, json!([{"process": {"pid": 1, "started": started}}])).trying("making a leftover")?;
+    }
+    let pod = Pod::run(crio)?;
+    let left = || names.iter().filter(|name| Path::new("/run/kata").join(name).exists());
+    same("leftovers beside the new pod", left().count(), names.len())?;
+    // With nothing to wait for, whoever has failed to remove them tries again.
+    Bell::default().until("the end of the leftovers", SWEEP, || {
+        for name in left() {
+            // One that goes in this moment needs no more.
+            drop(state(name, json!([])));
+        }
+        match left().count() {
+            0 => Ok(()),
+            left => Err(format!("{left} leftovers")),
+        }
+    })?;
+    pod.end([])
+}
+
 fn machine(crio: &Crio<'_>) -> Result {
     dies(crio, Kind::Vm)
+}
+
+fn keeper(crio: &Crio<'_>) -> Result {
+    dies(crio, Kind::Keeper)
 }
 
 /// The guest would hang for ever on its root file systems.

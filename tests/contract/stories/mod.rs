@@ -3,6 +3,7 @@
 mod death;
 mod exec;
 mod exits;
+mod host;
 mod hostile;
 mod lifecycle;
 mod numbers;
@@ -40,7 +41,7 @@ type Told = &'static [(&'static [Runtime], &'static str, fn(&Crio<'_>) -> Result
 
 /// Every story.
 pub fn all() -> impl Iterator<Item = Story> {
-    let told: [Told; 9] = [
+    let told: [Told; 10] = [
         lifecycle::TOLD,
         exec::TOLD,
         exits::TOLD,
@@ -50,6 +51,7 @@ pub fn all() -> impl Iterator<Item = Story> {
         death::TOLD,
         refusals::TOLD,
         hostile::TOLD,
+        host::TOLD,
     ];
     told.into_iter().flatten().flat_map(|(runtimes, name, play)| {
         runtimes.iter().map(|runtime| Story {

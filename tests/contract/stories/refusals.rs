@@ -1,10 +1,10 @@
 //! What must fail, with a sentence and without a trace.
 
-use std::time::Duration;
+use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use tests::{
     config::Guest,
-    failure::{Result, claim, contains, same},
+    failure::{Result, Trying, claim, contains, same},
 };
 
 use super::{BOTH, OURS, Told};
@@ -21,6 +21,7 @@ pub const TOLD: Told = &[
     (OURS, "a_pod_on_the_hosts_network_is_refused", host_network),
     (OURS, "an_unknown_key_of_the_configuration_is_named", unknown_key),
     (OURS, "a_kernel_that_is_not_there_is_named", no_kernel),
+    (OURS, "a_file_server_that_fails_is_told_in_its_own_words", no_server),
     (OURS, "a_shim_that_is_asked_for_nothing_ends", unused),
     (OURS, "a_container_of_an_unknown_sandbox_is_refused", unknown_sandbox),
     (BOTH, "a_second_create_of_the_same_container_is_refused", second_create),
@@ -96,6 +97,24 @@ fn no_kernel(crio: &Crio<'_>) -> Result {
         &refused(&crio, &PodWanted::default())?,
         "/no/such/vmlinux",
     )
+}
+
+/// QEMU, which it leaves alone, only says that it could not read from a socket.
+fn no_server(crio: &Crio<'_>) -> Result {
+    let server = crio.node.folder().join("broken-virtiofsd");
+    fs::write(&server, "#!/bin/sh\necho 'the disk has a headache' >&2; exit 3\n")
+        .and_then(|()| fs::set_permissions(&server, fs::Permissions::from_mode(0o755)))
+        .trying(format!("writing {}", server.display()))?;
+    let changed = |line: &str| match line.split_once(" = ") {
+        Some(("virtio_fs_daemon", _)) => format!("virtio_fs_daemon = {server:?}\n"),
+        _ => format!("{line}\n"),
+    };
+    let text: String = Guest::Own.configuration()?.lines().map(changed).collect();
+    let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)?;
+    let sentence = refused(&crio, &PodWanted::default())?;
+    contains("the refusal", &sentence, "virtiofsd exited with code 3")?;
+    contains("the refusal", &sentence, "the disk has a headache")?;
+    contains("the log", &crio.log(), "the last words of virtiofsd")
 }
 
 /// CRI-O dies between `start` and Create, and its next life knows nothing of the pod.
