@@ -27,7 +27,7 @@ use vmm::{
 };
 
 use crate::{
-    cgroup::SandboxCgroup,
+    cgroup::{CpuList, OomKills, Processors, SandboxCgroup},
     config::{self, Accelerator, Config, NetworkModel},
     disks::Disks,
     error::{Context, Error, Result},
@@ -95,6 +95,10 @@ pub struct Guest {
     pub pod: Pod,
     /// The sandbox's cgroup on the host.
     pub cgroup: Option<SandboxCgroup>,
+    /// The owner of the processors that it is bound to.
+    processors: Option<Processors>,
+    /// What the host's kernel kills in it for want of memory.
+    pub host_kills: Option<OomKills>,
     /// The network that comes later.
     late: Option<Late>,
     /// QEMU's user, as long as there is this guest.
@@ -117,6 +121,33 @@ impl Guest {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Guest {
+    /// Gives a container its processors of the host, which the VM then runs on.
+    pub async fn bind(&self, container: &str, cpus: CpuList) -> Result<()> {
+        let Some(processors) = self.processors.clone() else {
+            if cpus != CpuList::default() {
+                tracing::warn!(%cpus, container, "the sandbox has no cgroup that could be bound to processors");
+            }
+            return Ok(());
+        };
+        let container = container.to_owned();
+        in_thread("bind the pod to processors", move || processors.set(&container, cpus)).await
+    }
+
+    /// The container is gone, and the VM runs where the others may.
+    pub fn unbind(&self, container: &str) {
+        let Some(processors) = self.processors.clone() else {
+            return;
+        };
+        let container = container.to_owned();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = processors.remove(&container) {
+                tracing::warn!(%error, container, "the pod stays bound to its processors");
+            }
+        });
     }
 }
 
@@ -154,7 +185,7 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     let labels = std::mem::take(&mut plan.pod.labels);
     plan.pod.labels = labels.in_force(plan.config.hypervisor.selinux, Path::new(selinux::SELINUXFS));
     let devices = find_devices(&plan)?;
-    let cgroup = enter_cgroup(&plan, state)?;
+    let cgroup = enter_cgroup(&plan, state).await?;
     let share = make_share(&plan, state)?;
     let network = match &plan.pod.netns {
         NetNs::Path(netns) if plan.config.runtime.network == NetworkModel::TcFilter => {
@@ -232,6 +263,8 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
         oom: oom::Scores::default(),
         config: plan.config,
         pod: plan.pod,
+        processors: cgroup.clone().map(Processors::new),
+        host_kills: cgroup.clone().map(OomKills::new),
         cgroup,
         late,
         _user: user,
@@ -293,15 +326,16 @@ fn lend_devices(plan: &Plan<'_>, devices: &Devices, user: &User, state: &mut Sta
 }
 
 /// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.
-fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgroup>> {
+async fn enter_cgroup(plan: &Plan<'_>, state: &mut State) -> Result<Option<SandboxCgroup>> {
     let Some(path) = plan.pod.cgroups_path.as_deref().filter(|path| !path.is_empty()) else {
         return Ok(None);
     };
     let cgroup = SandboxCgroup::plan(path)?;
     state.push(Undo::Cgroup(cgroup.record()))?;
-    cgroup.create()?;
-    cgroup.add(std::process::id())?;
-    Ok(Some(cgroup))
+    in_thread("enter the pod's cgroup", move || {
+        cgroup.create(std::process::id()).map(|()| Some(cgroup))
+    })
+    .await
 }
 
 fn make_share(plan: &Plan<'_>, state: &mut State) -> Result<Share> {

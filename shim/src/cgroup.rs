@@ -1,37 +1,48 @@
 //! The sandbox's cgroup on the host: the shim enters it before it starts anything, so that QEMU, virtiofsd and the shim itself are
 //! counted, and limited, as the pod.
 //!
-//! The path is the sandbox's `linux.cgroupsPath`, in cgroupfs form (`/kubepods/pod1/abc`) or as systemd's triple
-//! (`kubepods-pod1.slice:crio:abc`). A triple becomes a folder of the slice, made directly: systemd leaves what it does not know alone, and the
-//! pod's limits are the slice's. Limits are never written here; kubelet and the CRI do that.
-//! Sources: cgroups(7), `Documentation/admin-guide/cgroup-v2.rst`, `docs/design/host-cgroups.md` of kata-containers.
+//! The path is the sandbox's `linux.cgroupsPath`. In cgroupfs form (`/kubepods/pod1/abc`) the folders are made here. As systemd's triple
+//! (`kubepods-pod1.slice:crio:abc`) it is a scope, which systemd makes: it takes the controllers back from folders that it does not know.
+//! On a host that was not booted with systemd a triple is a folder as well. Limits of the pod are never written here, kubelet and the CRI do that; only
+//! the processors of its containers are ([`Processors`]).
+//! Sources: cgroups(7), `Documentation/admin-guide/cgroup-v2.rst`, <https://systemd.io/CGROUP_DELEGATION>, `docs/design/host-cgroups.md` of
+//! kata-containers.
 
+mod bus;
+mod cpuset;
+mod systemd;
+mod tree;
 mod usage;
 
-use crate::mountinfo;
-use cgroups_rs::Cgroup;
-use cgroups_rs::CgroupPid;
-use cgroups_rs::hierarchies::{self, is_cgroup2_unified_mode};
+pub use bus::BusError;
+pub use cpuset::{CpuList, Processors};
+pub use tree::is_v2;
+pub use usage::OomKills;
+
 use nix::poll::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
+use tree::{create_folder, trees};
 
 /// How long killed processes may take to be gone: one may be in the middle of unmapping all of the guest's memory.
 const END: Duration = Duration::from_secs(5);
 
-/// The host has one cgroup tree (v2); otherwise one for each controller (v1).
-pub fn is_v2() -> bool {
-    is_cgroup2_unified_mode()
-}
-
 /// The cgroup of a sandbox, before and after it exists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxCgroup {
-    path: String,
     record: Record,
+    /// What systemd has to make.
+    scope: Option<Scope>,
+}
+
+/// A transient unit of systemd (systemd.scope(5)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Scope {
+    slice: String,
+    unit: String,
 }
 
 /// What [`SandboxCgroup::create`] is going to make, for whoever has to remove it later, in another process if need be.
@@ -61,23 +72,15 @@ pub enum CgroupError {
     /// No hierarchy is mounted.
     #[error("this host has no cgroups mounted")]
     NoHierarchy,
-    /// The folder cannot be made.
-    #[error("cannot make cgroup {path}: {source}")]
-    Create {
-        /// Relative to the hierarchies.
-        path: String,
-        /// What the library says.
-        source: cgroups_rs::error::Error,
-    },
     /// A process cannot be moved.
-    #[error("cannot move process {pid} into cgroup {path}: {source}")]
+    #[error("cannot move process {pid} into cgroup {folder}: {source}")]
     Add {
         /// The process.
         pid: u32,
-        /// Relative to the hierarchies.
-        path: String,
-        /// What the library says.
-        source: cgroups_rs::error::Error,
+        /// The cgroup.
+        folder: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// A file of the cgroup cannot be used.
     #[error("cannot {action} {path}: {source}")]
@@ -92,6 +95,30 @@ pub enum CgroupError {
     /// Killed processes are still there.
     #[error("processes of cgroup {0} did not end within 5 s of being killed")]
     Busy(PathBuf),
+    /// systemd does not do its part.
+    #[error("systemd does not {action} {unit}: {source}")]
+    Systemd {
+        /// What it was asked for.
+        action: &'static str,
+        /// The scope.
+        unit: String,
+        /// Its answer, or why there is none.
+        source: BusError,
+    },
+    /// A controller that the host has is not enabled for the sandbox.
+    #[error("the pod's {controller} is not counted: the controller is not enabled in {folder}")]
+    NotCounted {
+        /// The controller.
+        controller: &'static str,
+        /// The cgroup.
+        folder: PathBuf,
+    },
+    /// A list of processors that no kernel takes.
+    #[error("`{0}` is no list of processors such as `0-3,8`")]
+    Cpus(String),
+    /// The host cannot bind the sandbox to processors.
+    #[error("cannot bind the pod to processors {0}: the host has no cgroup controller cpuset for it")]
+    NoCpuset(String),
 }
 
 impl SandboxCgroup {
@@ -100,32 +127,34 @@ impl SandboxCgroup {
     /// # Errors
     /// Not a cgroup's path; no cgroups on this host.
     pub fn plan(cgroups_path: &str) -> Result<Self, CgroupError> {
-        let path = relative(cgroups_path)?;
-        let mut made = Vec::new();
+        let (path, scope) = located(cgroups_path)?;
+        let scope = scope.filter(|_| systemd::is_booted());
         let mut leaves: Vec<Leaf> = Vec::new();
         for (root, home) in trees()? {
             let folder = root.join(&path);
-            if leaves.iter().any(|leaf| leaf.folder == folder) {
-                continue;
+            if leaves.iter().all(|leaf| leaf.folder != folder) {
+                leaves.push(Leaf { folder, home, root });
             }
-            let missing = folder
-                .ancestors()
-                .take_while(|folder| !folder.exists())
-                .map(Path::to_owned);
-            let missing: Vec<_> = missing.collect();
-            made.extend(missing.into_iter().rev());
-            leaves.push(Leaf { folder, home, root });
         }
         if leaves.is_empty() {
             return Err(CgroupError::NoHierarchy);
         }
+        // Who has made the sandbox's cgroup has made it in the way that this host wants.
+        let scope = scope.filter(|_| !leaves.iter().any(|leaf| leaf.folder.exists()));
+        let missing = |leaf: &Leaf| -> Vec<PathBuf> {
+            let missing = leaf.folder.ancestors().take_while(|folder| !folder.exists());
+            // The slices above a scope are systemd's.
+            let most = if scope.is_some() { 1 } else { usize::MAX };
+            missing.take(most).map(Path::to_owned).collect()
+        };
+        let made = leaves.iter().flat_map(|leaf| missing(leaf).into_iter().rev()).collect();
         Ok(Self {
-            path,
             record: Record {
                 made,
                 leaves,
                 v2: is_v2(),
             },
+            scope,
         })
     }
 
@@ -134,32 +163,46 @@ impl SandboxCgroup {
         self.record.clone()
     }
 
-    /// Makes the folders that do not exist.
+    /// Makes the cgroup and moves a process there, with all its threads; what it starts later starts there. Blocks until systemd has
+    /// made the scope, where it is one.
     ///
     /// # Errors
-    /// The kernel refuses.
-    pub fn create(&self) -> Result<(), CgroupError> {
-        self.handle().create().map_err(|source| CgroupError::Create {
-            path: self.path.clone(),
-            source,
-        })
+    /// The kernel or systemd refuses; the process is gone, or may not be moved.
+    pub fn create(&self, pid: u32) -> Result<(), CgroupError> {
+        if let Some(scope) = &self.scope {
+            systemd::start(scope, pid)?;
+        }
+        for leaf in &self.record.leaves {
+            create_folder(leaf)?;
+            // Of a scope systemd does this, as it is delegated.
+            if self.record.v2 && self.scope.is_none() {
+                tree::enable_controllers(leaf);
+            }
+        }
+        self.add(pid)
     }
 
-    /// Moves a process here, with all its threads; what it starts later starts here.
-    ///
-    /// # Errors
-    /// The process is gone, or may not be moved.
-    pub fn add(&self, pid: u32) -> Result<(), CgroupError> {
-        let moved = self.handle().add_task_by_tgid(CgroupPid::from(u64::from(pid)));
-        moved.map_err(|source| CgroupError::Add {
-            pid,
-            path: self.path.clone(),
-            source,
-        })
+    fn add(&self, pid: u32) -> Result<(), CgroupError> {
+        for leaf in &self.record.leaves {
+            let moved = std::fs::write(leaf.folder.join("cgroup.procs"), pid.to_string());
+            moved.map_err(|source| CgroupError::Add {
+                pid,
+                folder: leaf.folder.clone(),
+                source,
+            })?;
+        }
+        Ok(())
     }
 
-    fn handle(&self) -> Cgroup {
-        Cgroup::load(hierarchies::auto(), &self.path)
+    /// The sandbox's folder where this controller is; on v2 all are in one place.
+    fn folder_of(&self, controller: &str) -> Option<&Path> {
+        let leaves = &self.record.leaves;
+        // On v1 controllers share a hierarchy (`cpu,cpuacct`), which has one mount point.
+        let with = |leaf: &&Leaf| {
+            let name = leaf.root.file_name().unwrap_or_default().to_string_lossy();
+            self.record.v2 || name.split(',').any(|part| part == controller)
+        };
+        leaves.iter().find(with).map(|leaf| leaf.folder.as_path())
     }
 }
 
@@ -212,7 +255,11 @@ impl Record {
         }
         let kill_file = folder.join("cgroup.kill");
         if self.v2 && kill_file.exists() {
-            write(&kill_file, "1")?;
+            // Its last process may have ended by itself meanwhile, and systemd has removed the folder.
+            match write(&kill_file, "1") {
+                Err(CgroupError::File { source, .. }) if is_gone(&source) => return Ok(()),
+                written => written?,
+            }
         } else {
             // Frozen first, so that nothing is started in between.
             freeze(folder, true)?;
@@ -250,10 +297,14 @@ fn processes(folder: &Path) -> Result<Vec<u32>, CgroupError> {
             .filter_map(|line| line.parse().ok())
             .filter(|pid| *pid != 0)
             .collect()),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => Ok(Vec::new()),
-        Err(error) if error.raw_os_error() == Some(nix::Error::ENODEV as i32) => Ok(Vec::new()),
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
         Err(source) => Err(file("read", &path, source)),
     }
+}
+
+/// The cgroup has been removed: before its file was opened, or after.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::Error::ENODEV as i32)
 }
 
 /// Freezes or thaws, in a hierarchy that can. A frozen process of v1 dies when it is thawed.
@@ -268,64 +319,23 @@ fn freeze(folder: &Path, frozen: bool) -> Result<(), CgroupError> {
     }
 }
 
-/// For each hierarchy: where it is mounted, and this process's folder in it. The one that can freeze comes first, so that it is
-/// emptied first.
-fn trees() -> Result<Vec<(PathBuf, PathBuf)>, CgroupError> {
-    let path = Path::new("/proc/self/cgroup");
-    let own = std::fs::read_to_string(path).map_err(|source| file("read", path, source))?;
-    // `id:controllers:path`, without controllers on v2; the path itself may hold colons.
-    let own: Vec<_> = own
-        .lines()
-        .filter_map(|line| line.split_once(':')?.1.split_once(':'))
-        .collect();
-    let home = |root: &Path, mounted: &Path, names: &dyn Fn(&str) -> bool| {
-        let path = own
-            .iter()
-            .find(|(controllers, _)| controllers.split(',').any(names))
-            .map_or("/", |(_, path)| path);
-        let path = Path::new(path).strip_prefix(mounted).unwrap_or(Path::new(path));
-        let home = root.join(path.strip_prefix("/").unwrap_or(path));
-        if home.exists() { home } else { root.to_owned() }
-    };
-    if is_v2() {
-        let root = PathBuf::from(hierarchies::UNIFIED_MOUNTPOINT);
-        let home = home(&root, Path::new("/"), &str::is_empty);
-        return Ok(vec![(root, home)]);
-    }
-    let subsystems = hierarchies::auto().subsystems();
-    let mut trees = Vec::new();
-    let mounts = mountinfo::mounts().map_err(|source| file("read", Path::new("/proc/self/mountinfo"), source))?;
-    for mount in mounts {
-        let root = mount.point;
-        if subsystems
-            .iter()
-            .any(|subsystem| subsystem.to_controller().path() == root)
-        {
-            let home = home(&root, &mount.root, &|name| {
-                mount.super_options.iter().any(|option| option == name)
-            });
-            trees.push((root, home));
-        }
-    }
-    trees.sort_by_key(|(root, _)| !root.ends_with("freezer"));
-    Ok(trees)
-}
-
-/// The folder below each hierarchy's mount point: never the root itself, never outside.
-fn relative(cgroups_path: &str) -> Result<String, CgroupError> {
+/// The folder below each hierarchy's mount point, never the root itself, never outside; and the scope that it is to systemd, where it is one.
+fn located(cgroups_path: &str) -> Result<(String, Option<Scope>), CgroupError> {
     let wrong = || CgroupError::Path(cgroups_path.to_owned());
-    let path = match cgroups_path.split(':').collect::<Vec<_>>().as_slice() {
-        [path] => path.trim_matches('/').to_owned(),
+    let (path, scope) = match cgroups_path.split(':').collect::<Vec<_>>().as_slice() {
+        [path] => (path.trim_matches('/').to_owned(), None),
         [slice, prefix, name] if !name.is_empty() && !name.contains('/') && !prefix.contains('/') => {
             // What runc takes when the CRI names none.
             let slice = if slice.is_empty() { "system.slice" } else { slice };
-            let slice = expand_slice(slice).ok_or_else(wrong)?;
+            let folder = expand_slice(slice).ok_or_else(wrong)?;
             let unit = if prefix.is_empty() {
                 format!("{name}.scope")
             } else {
                 format!("{prefix}-{name}.scope")
             };
-            format!("{slice}/{unit}").trim_start_matches('/').to_owned()
+            let path = format!("{folder}/{unit}").trim_start_matches('/').to_owned();
+            let slice = slice.to_owned();
+            (path, Some(Scope { slice, unit }))
         }
         _ => return Err(wrong()),
     };
@@ -335,7 +345,7 @@ fn relative(cgroups_path: &str) -> Result<String, CgroupError> {
     if path.is_empty() || !plain {
         Err(wrong())
     } else {
-        Ok(path)
+        Ok((path, scope))
     }
 }
 

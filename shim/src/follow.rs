@@ -62,6 +62,9 @@ pub fn process(
             // The VM died under it, which kills it.
             Err(error) => {
                 tracing::info!(%error, ?name, "the process ended with its VM");
+                if exec.is_empty() && sandbox.out_of_memory() {
+                    oom(&sandbox, &container);
+                }
                 KILLED
             }
         };
@@ -180,8 +183,16 @@ pub fn watch_guest(sandbox: Arc<Sandbox>) {
             // A guest without its file server hangs on the next access: better it ends.
             exit = guest.virtiofsd.child().exited() => format!("was ended: virtiofsd {exit}"),
         };
-        sandbox.bring_down(&reason, KILLED).await;
+        end(&sandbox, reason).await;
     });
+}
+
+/// Ends a sandbox whose VM has ended, or has to, though nobody asked for it.
+async fn end(sandbox: &Arc<Sandbox>, mut reason: String) {
+    if sandbox.out_of_memory() {
+        reason += ": the host is out of memory, or the pod's cgroup has reached its limit (those of the containers, and the RuntimeClass's overhead)";
+    }
+    sandbox.bring_down(&reason, KILLED).await;
 }
 
 async fn watch_oom(sandbox: Arc<Sandbox>) {
@@ -198,7 +209,7 @@ async fn watch_oom(sandbox: Arc<Sandbox>) {
             // speak to that guest again.
             Err(error @ ClientError::Gone) => {
                 drop(tokio::time::timeout(LAST_BREATH, guest.vm.child().exited()).await);
-                return sandbox.bring_down(&format!("was ended: {error}"), KILLED).await;
+                return end(&sandbox, format!("was ended: {error}")).await;
             }
             Err(error) => {
                 tracing::debug!(%error, "no more OOM events");

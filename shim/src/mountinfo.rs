@@ -1,7 +1,9 @@
 //! The mounts of this process's mount namespace, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)), and their sizes.
 
 use std::{
+    ffi::OsString,
     fs, io,
+    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
 
@@ -27,8 +29,8 @@ pub struct Mount {
 /// # Errors
 /// The table cannot be read.
 pub fn mounts() -> io::Result<Vec<Mount>> {
-    let table = fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(table.lines().filter_map(parse).collect())
+    let table = fs::read("/proc/self/mountinfo")?;
+    Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 
 /// Bytes that the file system at `path` has room for, used or not.
@@ -40,33 +42,52 @@ pub fn size(path: &Path) -> io::Result<u64> {
     Ok(space.blocks() * space.fragment_size())
 }
 
-fn parse(line: &str) -> Option<Mount> {
-    let (before, after) = line.split_once(" - ")?;
-    let mut before = before.split(' ').skip(2);
-    let mut after = after.split(' ');
+/// Paths are bytes: somebody's mount point in another encoding must not hide all the other mounts.
+fn parse(line: &[u8]) -> Option<Mount> {
+    const SEPARATOR: &[u8] = b" - ";
+    let middle = line.windows(SEPARATOR.len()).position(|bytes| bytes == SEPARATOR)?;
+    let fields = |part: &'_ [u8]| -> Vec<Vec<u8>> { part.split(|byte| *byte == b' ').map(<[u8]>::to_vec).collect() };
+    let (before, after) = (fields(&line[..middle]), fields(&line[middle + SEPARATOR.len()..]));
+    let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
     Some(Mount {
-        device: before.next()?.to_owned(),
-        root: unescape(before.next()?).into(),
-        point: unescape(before.next()?).into(),
-        kind: after.next()?.to_owned(),
-        super_options: after.nth(1)?.split(',').map(str::to_owned).collect(),
+        device: text(before.get(2)?),
+        root: unescape(before.get(3)?),
+        point: unescape(before.get(4)?),
+        kind: text(after.first()?),
+        super_options: text(after.get(2)?).split(',').map(str::to_owned).collect(),
     })
 }
 
-/// Space, tab, newline and backslash are written as octal escapes.
-fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+/// A byte that would end the field, such as a space, is written as a backslash and three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut path = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match escaped.filter(|_| *first == b'\\') {
+            Some(byte) => {
+                path.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                path.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(path).into()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
     use super::*;
 
     #[test]
     fn a_line_has_its_optional_fields_in_the_middle() {
-        let line = "36 35 98:0 /mnt\\0401 /a\\134b rw,noatime master:1 shared:7 - cgroup cgroup rw,cpu,cpuacct";
+        let line = b"36 35 98:0 /mnt\\0401 /a\\134b rw,noatime master:1 shared:7 - cgroup cgroup rw,cpu,cpuacct";
         let mount = Mount {
             device: "98:0".into(),
             root: "/mnt 1".into(),
@@ -75,6 +96,14 @@ mod tests {
             super_options: ["rw", "cpu", "cpuacct"].map(str::to_owned).to_vec(),
         };
         assert_eq!(parse(line), Some(mount));
-        assert_eq!(parse("36 35 98:0 /"), None);
+        assert_eq!(parse(b"36 35 98:0 /"), None);
+    }
+
+    #[test]
+    fn a_mount_point_may_be_in_any_encoding_and_hold_what_looks_like_an_escape() {
+        let mount =
+            parse(b"36 35 98:0 / /mnt/caf\xe9\\040\\134040\\777 rw - vfat /dev/sdb1 rw,iocharset=iso8859-1").unwrap();
+        assert_eq!(mount.point.as_os_str(), OsStr::from_bytes(b"/mnt/caf\xe9 \\040\\777"));
+        assert_eq!(mount.kind, "vfat");
     }
 }

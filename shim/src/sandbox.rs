@@ -33,6 +33,7 @@ use vmm::Spawner;
 use crate::{
     annotations::{Role, identify},
     boot::{self, Guest, Plan},
+    cgroup::CpuList,
     config::Config,
     container::{Container, Kind},
     error::{Context, Error, Result},
@@ -144,6 +145,12 @@ impl Sandbox {
         self.guest
             .get()
             .ok_or_else(|| Error::Precondition(format!("sandbox {} is not created yet", self.id)))
+    }
+
+    /// Whether the host's kernel has killed the VM, or what serves it, for want of memory.
+    pub fn out_of_memory(&self) -> bool {
+        let kills = self.guest.get().and_then(|guest| guest.host_kills.as_ref());
+        kills.is_some_and(|kills| kills.any())
     }
 
     /// Whether the caller is CRI-O, which has contracts of its own.
@@ -345,6 +352,10 @@ impl Sandbox {
             });
             // The memory is there before the container: it may use its limit from its first instruction on.
             let limits = Limits::of(spec);
+            let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+            guest
+                .bind(&container.id, resources.map_or(Ok(CpuList::default()), CpuList::of)?)
+                .await?;
             let (mount, resize, network) = tokio::join!(
                 mount,
                 guest.sizer.set(&container.id, limits),
@@ -409,6 +420,7 @@ impl Sandbox {
         guest.disks.remove(container);
         guest.sizer.remove(container);
         guest.oom.remove(container, &guest.processes());
+        guest.unbind(container);
     }
 
     fn announce_create(&self, container: &Container, request: CreateTaskRequest) {

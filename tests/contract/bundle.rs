@@ -47,6 +47,8 @@ pub struct Wanted {
     pub stdin: bool,
     /// Its memory limit in bytes.
     pub memory: Option<u64>,
+    /// The host's processors that the kubelet's static CPU manager has given it.
+    pub cpus: Option<&'static str>,
     /// Its limit of huge pages of 2 MiB, in bytes.
     pub huge_pages: u64,
     /// Volumes: host path, path in the container, whether read-only.
@@ -81,6 +83,14 @@ impl Wanted {
     pub fn with_memory(self, mib: u64) -> Wanted {
         Wanted {
             memory: Some(mib << 20),
+            ..self
+        }
+    }
+
+    /// With these processors of the host.
+    pub fn with_cpus(self, cpus: &'static str) -> Wanted {
+        Wanted {
+            cpus: Some(cpus),
             ..self
         }
     }
@@ -191,6 +201,9 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
     spec["annotations"] = Value::Object(annotations);
     spec["process"]["oomScoreAdj"] = json!(1000);
     spec["linux"]["resources"]["cpu"] = json!({"shares": 102, "quota": 0, "period": 100_000});
+    if let Some(cpus) = wanted.cpus {
+        spec["linux"]["resources"]["cpu"]["cpus"] = json!(cpus);
+    }
     spec["linux"]["resources"]["pids"] = json!({"limit": -1});
     if wanted.huge_pages > 0 {
         spec["linux"]["resources"]["hugepageLimits"] = json!([{"pageSize": "2MB", "limit": wanted.huge_pages}]);

@@ -1,7 +1,7 @@
 //! Real cgroups below a folder of the test's own: these tests need root.
 
 use super::*;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 /// A folder name that no other test, and no other run, has.
 fn unique(name: &str) -> String {
@@ -19,6 +19,7 @@ fn leftovers(name: &str) -> Vec<PathBuf> {
 
 #[test]
 fn the_cris_two_spellings_lead_to_a_folder() {
+    let relative = |path: &str| located(path).map(|(path, _)| path);
     assert_eq!(
         relative("/kubepods/burstable/pod0e5b/5ab1").unwrap(),
         "kubepods/burstable/pod0e5b/5ab1"
@@ -47,14 +48,23 @@ fn the_cris_two_spellings_lead_to_a_folder() {
 }
 
 #[test]
+fn only_a_triple_is_a_scope() {
+    let scope = |path: &str| located(path).unwrap().1;
+    assert_eq!(scope("/kubepods/burstable/pod0e5b/5ab1"), None);
+    let (slice, unit) = ("kubepods-pod0e5b.slice".to_owned(), "crio-5ab1.scope".to_owned());
+    assert_eq!(scope("kubepods-pod0e5b.slice:crio:5ab1"), Some(Scope { slice, unit }));
+    let (slice, unit) = ("system.slice".to_owned(), "77.scope".to_owned());
+    assert_eq!(scope("::77"), Some(Scope { slice, unit }));
+}
+
+#[test]
 fn a_sandboxs_processes_are_counted_killed_and_removed_with_it() {
     let name = "whole";
     let cgroup = SandboxCgroup::plan(&format!("/{}/pod/abc", unique(name))).unwrap();
     let record = cgroup.record();
-    cgroup.create().unwrap();
     let mut children = [sleeper(), sleeper()];
     for child in &children {
-        cgroup.add(child.id()).unwrap();
+        cgroup.create(child.id()).unwrap();
     }
     for leaf in &record.leaves {
         assert_eq!(processes(&leaf.folder).unwrap().len(), 2, "{leaf:?}");
@@ -82,14 +92,13 @@ fn a_sandboxs_processes_are_counted_killed_and_removed_with_it() {
 fn what_was_there_before_stays_and_so_do_its_processes() {
     let name = "shared";
     let parent = SandboxCgroup::plan(&unique(name)).unwrap();
-    parent.create().unwrap();
     let mut stranger = sleeper();
-    parent.add(stranger.id()).unwrap();
+    parent.create(stranger.id()).unwrap();
 
     // A CRI that has made the folder itself: nothing of it is the sandbox's.
     let given = SandboxCgroup::plan(&unique(name)).unwrap();
     assert!(given.record().made.is_empty());
-    given.create().unwrap();
+    given.create(stranger.id()).unwrap();
     given.record().remove().unwrap();
     assert!(stranger.try_wait().unwrap().is_none(), "a stranger's process lives on");
     assert!(!leftovers(name).is_empty());
@@ -118,8 +127,7 @@ fn the_shim_leaves_before_its_cgroup_is_removed() {
     }
     let before = std::fs::read_to_string("/proc/self/cgroup").unwrap();
     let cgroup = SandboxCgroup::plan(&unique(name)).unwrap();
-    cgroup.create().unwrap();
-    cgroup.add(std::process::id()).unwrap();
+    cgroup.create(std::process::id()).unwrap();
     assert_ne!(std::fs::read_to_string("/proc/self/cgroup").unwrap(), before);
     // Children are born where the shim is.
     let mut child = sleeper();
@@ -127,4 +135,102 @@ fn the_shim_leaves_before_its_cgroup_is_removed() {
     assert!(!child.wait().unwrap().success());
     assert_eq!(std::fs::read_to_string("/proc/self/cgroup").unwrap(), before);
     assert_eq!(leftovers(name), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_pod_runs_on_the_processors_of_its_containers() {
+    let name = "bound";
+    let cgroup = SandboxCgroup::plan(&format!("/{}/abc", unique(name))).unwrap();
+    let mut child = sleeper();
+    let allowed = |pid: u32| -> CpuList {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        list.unwrap().parse().unwrap()
+    };
+    let list = |text: &str| -> CpuList { text.parse().unwrap() };
+    let everywhere = allowed(child.id());
+    cgroup.create(child.id()).unwrap();
+    let processors = Processors::new(cgroup.clone());
+    processors.set("one", list("0")).unwrap();
+    assert_eq!(allowed(child.id()), list("0"));
+    processors.set("two", list("1")).unwrap();
+    assert_eq!(allowed(child.id()), list("0-1"));
+    processors.remove("one").unwrap();
+    assert_eq!(allowed(child.id()), list("1"));
+    // One that may run anywhere must not be held back by the other.
+    processors.set("three", CpuList::default()).unwrap();
+    assert_eq!(allowed(child.id()), everywhere);
+    processors.remove("three").unwrap();
+    processors.set("four", list("8191")).unwrap_err();
+    assert_eq!(allowed(child.id()), list("1"), "what is refused changes nothing");
+
+    cgroup.record().remove().unwrap();
+    child.wait().unwrap();
+    assert_eq!(leftovers(name), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_kill_for_want_of_memory_is_known_when_its_process_has_ended() {
+    let name = "memory";
+    let cgroup = SandboxCgroup::plan(&format!("/{}/abc", unique(name))).unwrap();
+    let mut innocent = sleeper();
+    cgroup.create(innocent.id()).unwrap();
+    let kills = OomKills::new(cgroup.clone());
+    innocent.kill().unwrap();
+    innocent.wait().unwrap();
+    assert!(!kills.any());
+
+    let mut glutton = Command::new("tail")
+        .arg("/dev/zero")
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    cgroup.create(glutton.id()).unwrap();
+    let limit = if is_v2() { "memory.max" } else { "memory.limit_in_bytes" };
+    std::fs::write(cgroup.folder_of("memory").unwrap().join(limit), "16777216").unwrap();
+    assert!(!glutton.wait().unwrap().success());
+    assert!(kills.any());
+    cgroup.record().remove().unwrap();
+    assert_eq!(leftovers(name), Vec::<PathBuf>::new());
+    assert!(kills.any(), "also when the cgroup is gone");
+}
+
+/// On a host without systemd a triple is a folder, and everything else is the same.
+#[test]
+fn a_scope_is_systemds_where_systemd_is() {
+    let name = unique("scope").replace('-', "_");
+    let cgroup = SandboxCgroup::plan(&format!("{name}.slice:story:{name}")).unwrap();
+    let unit = format!("story-{name}.scope");
+    let active = || {
+        let answer = Command::new("systemctl").args(["is-active", &unit]).output();
+        answer.is_ok_and(|answer| answer.status.success())
+    };
+    let mut child = sleeper();
+    cgroup.create(child.id()).unwrap();
+    let own = std::fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap();
+    assert!(
+        own.lines()
+            .all(|line| line.ends_with(&format!("/{name}.slice/{unit}")) || line.starts_with("0::/") && !is_v2()),
+        "{own}"
+    );
+    assert_eq!(active(), systemd::is_booted());
+    for leaf in &cgroup.record.leaves {
+        assert_eq!(processes(&leaf.folder).unwrap(), [child.id()]);
+    }
+    if is_v2() {
+        assert!(cgroup.usage().unwrap().memory_stats.usage.usage > 0);
+    }
+    let processors = Processors::new(cgroup.clone());
+    processors.set("one", "0".parse().unwrap()).unwrap();
+    let allowed = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    assert!(allowed.contains("Cpus_allowed_list:\t0\n"), "{allowed}");
+    processors.remove("one").unwrap();
+
+    cgroup.record().remove().unwrap();
+    child.wait().unwrap();
+    for leaf in &cgroup.record.leaves {
+        assert!(!leaf.folder.exists(), "{leaf:?}");
+        // Of a slice that systemd has made it says itself when it is not needed.
+        drop(std::fs::remove_dir(leaf.folder.parent().unwrap()));
+    }
 }

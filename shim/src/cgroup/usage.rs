@@ -1,31 +1,25 @@
 //! What the sandbox's cgroup has used, in the agent's terms, so that pods and containers become metrics by the same code.
 //! Sources: `Documentation/admin-guide/cgroup-v1/{memory,cpuacct}.rst`, `Documentation/admin-guide/cgroup-v2.rst`.
 
-use super::{CgroupError, SandboxCgroup, file};
+use super::{CgroupError, Leaf, SandboxCgroup, file};
 use agent::protocol::agent::{CgroupStats, MemoryData};
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 impl SandboxCgroup {
-    /// What the sandbox has used so far. A controller that the host has not mounted, or that has no such file, counts as zero.
+    /// What the sandbox has used so far. A controller that the host has not, or a file that its kernel has not, counts as zero.
     ///
     /// # Errors
-    /// A file that cannot be read.
+    /// A file that cannot be read; a controller that the host has and the sandbox has not: zero would be taken for its usage.
     pub fn usage(&self) -> Result<CgroupStats, CgroupError> {
-        let folder = |controller: &str| {
-            let leaves = &self.record.leaves;
-            // On v1 controllers share a hierarchy (`cpu,cpuacct`), which has one mount point.
-            let with = |leaf: &&super::Leaf| {
-                let name = leaf.root.file_name().unwrap_or_default().to_string_lossy();
-                self.record.v2 || name.split(',').any(|part| part == controller)
-            };
-            leaves.iter().find(with).map(|leaf| leaf.folder.as_path())
-        };
+        let folder = |controller: &str| self.folder_of(controller);
         let mut stats = CgroupStats::new();
         if self.record.v2 {
-            if let Some(folder) = folder("") {
-                read_v2(folder, &mut stats)?;
+            if let Some(leaf) = self.record.leaves.first() {
+                counted(leaf)?;
+                read_v2(&leaf.folder, &mut stats)?;
             }
             return Ok(stats);
         }
@@ -55,6 +49,68 @@ impl SandboxCgroup {
             pids(folder, &mut stats)?;
         }
         Ok(stats)
+    }
+
+    /// How many of the sandbox's processes the kernel has killed for want of memory, the pod's or the host's.
+    fn oom_kills(&self) -> Result<u64, CgroupError> {
+        let name = if self.record.v2 {
+            "memory.events"
+        } else {
+            "memory.oom_control"
+        };
+        let table = self.folder_of("memory").map(|folder| table(folder, name)).transpose()?;
+        Ok(table.and_then(|table| table.get("oom_kill").copied()).unwrap_or(0))
+    }
+}
+
+/// Whether the host's kernel has killed a sandbox's processes for want of memory. It counts a kill before it kills, so whoever sees the end of the
+/// process sees the count.
+#[derive(Debug)]
+pub struct OomKills {
+    cgroup: SandboxCgroup,
+    before: u64,
+    /// Outlives the cgroup.
+    seen: AtomicBool,
+}
+
+impl OomKills {
+    /// Counts from now on.
+    pub fn new(cgroup: SandboxCgroup) -> Self {
+        let before = cgroup.oom_kills().unwrap_or_default();
+        Self {
+            cgroup,
+            before,
+            seen: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether there was one.
+    pub fn any(&self) -> bool {
+        match self.cgroup.oom_kills() {
+            Ok(kills) if kills > self.before => self.seen.store(true, Ordering::SeqCst),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "cannot tell whether the host was out of memory"),
+        }
+        self.seen.load(Ordering::SeqCst)
+    }
+}
+
+/// Whether the controllers that v2's numbers come from are the sandbox's, as far as the host has them.
+fn counted(leaf: &Leaf) -> Result<(), CgroupError> {
+    let (host, own) = (
+        text(&leaf.root, "cgroup.controllers")?,
+        text(&leaf.folder, "cgroup.controllers")?,
+    );
+    let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    match ["memory", "pids"]
+        .into_iter()
+        .find(|name| has(&host, name) && !has(&own, name))
+    {
+        Some(controller) => Err(CgroupError::NotCounted {
+            controller,
+            folder: leaf.folder.clone(),
+        }),
+        None => Ok(()),
     }
 }
 

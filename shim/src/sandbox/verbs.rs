@@ -17,6 +17,7 @@ use oci_spec::runtime::LinuxResources;
 use super::{Sandbox, lock};
 use crate::{
     boot::Guest,
+    cgroup::CpuList,
     container::{Container, Exec, Kind},
     error::{Error, Result, decode},
     follow::{self, KILLED},
@@ -324,6 +325,10 @@ impl Sandbox {
             &mut warnings,
         )))
         .into();
+        let cpus = CpuList::of(&resources)?;
+        if cpus != CpuList::default() {
+            guest.bind(id, cpus).await?;
+        }
         let before = guest.sizer.grow(id, Limits::of_resources(&resources)).await?;
         let updated = guest.agent.update_container(request).await;
         let limits = if updated.is_ok() {

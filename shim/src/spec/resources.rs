@@ -22,9 +22,9 @@ pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>
         memory.set_disable_oom_killer(None);
     }
     if let Some(cpu) = resources.cpu_mut() {
-        let named = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
-        if named(cpu.cpus()) || named(cpu.mems()) {
-            lost("cpu.cpus", "it names CPUs and memory of the host");
+        // The processors of `cpu.cpus` are the host's, and it is there that the VM is bound to them.
+        if cpu.mems().as_ref().is_some_and(|list| !list.is_empty()) {
+            lost("cpu.mems", "it names memory of the host");
         }
         cpu.set_cpus(None).set_mems(None);
         if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0) {

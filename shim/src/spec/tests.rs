@@ -130,7 +130,7 @@ fn a_crio_containers_limits_and_filter_hold_in_the_guest_and_the_hosts_own_thing
         "pod_container"
     );
     assert!(!guest.sandbox_pidns);
-    for what in ["SELinux", "AppArmor", "cpu.cpus", "blockIO", "hooks"] {
+    for what in ["SELinux", "AppArmor", "cpu.mems", "blockIO", "hooks"] {
         assert!(
             guest.warnings.iter().any(|warning| warning.contains(what)),
             "{what}: {:?}",

@@ -4,7 +4,8 @@ use std::fs;
 
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 use tests::{
-    failure::{Failure, Result, claim, contains, same},
+    census,
+    failure::{Failure, Result, Trying, claim, contains, same},
     wait::Bell,
 };
 
@@ -26,6 +27,11 @@ pub const TOLD: Told = &[
     (BOTH, "a_container_without_a_program_fails_and_is_removed", no_program),
     (BOTH, "a_created_container_that_never_starts_is_removed", never_started),
     (OURS, "an_out_of_memory_kill_is_told_by_a_file", out_of_memory),
+    (
+        OURS,
+        "a_machine_that_its_pods_cgroup_has_no_memory_for_is_told_as_out_of_memory",
+        host_out_of_memory,
+    ),
     (OURS, "an_exit_is_told_by_a_file_too", exits_folder),
 ];
 
@@ -173,6 +179,43 @@ fn out_of_memory(crio: &Crio<'_>) -> Result {
     let other = pod.start(&Wanted::shell("kill -9 $$; exit 137"))?;
     same("the exit code of another", other.exited(ORDINARY)?.exit_status, 137)?;
     claim(!file(&other), "a container that had memory enough has a file `oom`")?;
+    pod.end([hog, other])
+}
+
+fn host_out_of_memory(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let (hog, other) = (pod.start(&Wanted::idle())?, pod.idle()?);
+    // The kubelet limits the pod to what its containers may use and an overhead; here that is as good as used up.
+    let folder = census::hierarchies()
+        .into_iter()
+        .map(|hierarchy| hierarchy.join(pod.facts.cgroup.trim_start_matches('/')));
+    let file = |names: [&str; 2]| {
+        folder
+            .clone()
+            .flat_map(|folder| names.map(|name| folder.join(name)))
+            .find(|file| file.exists())
+    };
+    let missing = || Failure::Claim("the host has no memory controller".into());
+    let used = file(["memory.current", "memory.usage_in_bytes"]).ok_or_else(missing)?;
+    let limit = file(["memory.max", "memory.limit_in_bytes"]).ok_or_else(missing)?;
+    let used = fs::read_to_string(&used).trying(format!("reading {}", used.display()))?;
+    let bytes = used
+        .trim()
+        .parse::<u64>()
+        .map_err(|error| Failure::Claim(format!("{used}: {error}")))?
+        + (32 << 20);
+    fs::write(&limit, bytes.to_string()).trying(format!("writing {}", limit.display()))?;
+
+    let exec = hog.begin_exec(&["sh", "-c", "head -c 800000000 /dev/zero | tail"], false, false)?;
+    for task in [&hog, &other] {
+        let exit = task.exited(ORDINARY)?;
+        claim(
+            task.bundle.join("oom").exists(),
+            "Wait of a container whose machine was killed for want of memory was answered before the file `oom` was in its bundle",
+        )?;
+        same("the exit code", exit.exit_status, 137)?;
+    }
+    exec.finish(ORDINARY)?;
     pod.end([hog, other])
 }
 

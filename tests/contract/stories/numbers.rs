@@ -1,6 +1,6 @@
 //! Statistics, and resources that change.
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
 use containerd_shim_protos::{
     cgroups::metrics::Metrics as MetricsV1,
@@ -9,14 +9,18 @@ use containerd_shim_protos::{
 };
 use nix::mount::{MsFlags, mount, umount};
 use serde_json::json;
-use tests::failure::{Result, Trying, claim, same};
+use tests::{
+    failure::{Result, Trying, claim, same},
+    wait::Bell,
+};
 
 use super::{BOTH, OURS, Told};
 use crate::{
     bundle::Wanted,
     crio::{Crio, Runtime},
     pod::{GRACE, Pod},
-    task::{ORDINARY, Task},
+    process::{self, Kind},
+    task::{KILL, ORDINARY, Task},
 };
 
 /// This module's stories.
@@ -25,6 +29,11 @@ pub const TOLD: Told = &[
     (OURS, "statistics_count_what_the_container_uses", usage),
     (BOTH, "an_update_changes_the_limits_of_a_running_container", update),
     (OURS, "the_memory_of_the_virtual_machine_follows_the_limits", memory),
+    (
+        OURS,
+        "a_machine_runs_on_the_processors_that_its_containers_have_been_given",
+        processors,
+    ),
     (OURS, "huge_pages_come_and_go_with_their_container", huge_pages),
 ];
 
@@ -189,6 +198,50 @@ fn memory(crio: &Crio<'_>) -> Result {
         format!("memory went from {with} to {more} KiB for 256 MiB more"),
     )?;
     pod.end([small, large])
+}
+
+/// The processors that a process's threads may run on, each list once.
+fn allowed(pid: i32) -> Result<BTreeSet<String>> {
+    let tasks = format!("/proc/{pid}/task");
+    let threads = fs::read_dir(&tasks).trying(format!("reading {tasks}"))?;
+    // A thread may end while its folder is looked at.
+    let status = threads
+        .flatten()
+        .filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+    let list = |status: String| {
+        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        list.map(|list| list.trim().to_owned())
+    };
+    Ok(status.filter_map(list).collect())
+}
+
+fn processors(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let machine = || [process::of_the_vm(crio), process::running(Kind::Shim, crio)].concat();
+    let everywhere = allowed(process::only(Kind::Vm, crio)?)?;
+    let all_on = |what: &str, wanted: &BTreeSet<String>| {
+        machine()
+            .into_iter()
+            .try_for_each(|pid| same(what, &allowed(pid)?, wanted))
+    };
+    let on = |list: &str| BTreeSet::from([list.to_owned()]);
+
+    let first = pod.start(&Wanted::idle().with_cpus("1"))?;
+    all_on("with a container on processor 1", &on("1"))?;
+    let second = pod.start(&Wanted::idle().with_cpus("0"))?;
+    all_on("with another on processor 0", &on("0-1"))?;
+    first.update(&json!({"cpu": {"shares": 512, "cpus": "0"}}))?;
+    all_on("when the first has moved to processor 0", &on("0"))?;
+    first.update(&json!({"cpu": {"shares": 256}}))?;
+    all_on("after an update of something else", &on("0"))?;
+    let third = pod.create(&Wanted::idle())?;
+    all_on("with one that may run anywhere", &everywhere)?;
+    third.kill("", KILL)?.granted(ORDINARY)?;
+    third.remove()?;
+    Bell::default().until("the pod's return to processor 0", ORDINARY, || {
+        all_on("when that one is gone", &on("0")).map_err(|failure| failure.to_string())
+    })?;
+    pod.end([first, second])
 }
 
 fn huge_pages(crio: &Crio<'_>) -> Result {

@@ -1,0 +1,83 @@
+//! Scopes: cgroups that systemd makes for processes that it has not started.
+//! Sources: org.freedesktop.systemd1(5), systemd.scope(5), <https://systemd.io/CONTROL_GROUP_INTERFACE>.
+
+use super::bus::{Bus, BusError, Object, Value};
+use super::{CgroupError, CpuList, Scope};
+use std::path::Path;
+use std::time::Duration;
+
+/// systemd answers in milliseconds, and in seconds when a node starts all its pods at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const MANAGER: Object = Object {
+    service: "org.freedesktop.systemd1",
+    path: "/org/freedesktop/systemd1",
+    interface: "org.freedesktop.systemd1.Manager",
+};
+
+/// The host was booted with systemd (sd_booted(3)).
+pub(super) fn is_booted() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// Makes a scope with the process in it. Its slice is started if it is not there.
+pub(super) fn start(scope: &Scope, pid: u32) -> Result<(), CgroupError> {
+    start_unit(scope, pid).map_err(failed("start", scope))
+}
+
+/// Binds the processes of a scope to processors; to those of its slice when the list is empty.
+pub(super) fn bind(scope: &Scope, cpus: &CpuList) -> Result<(), CgroupError> {
+    let bind = || -> Result<(), BusError> {
+        let mask = cpus.mask();
+        let properties = [("AllowedCPUs", Value::Bytes(&mask))];
+        let until_reboot = Value::Bool(true);
+        let arguments = [Value::Text(&scope.unit), until_reboot, Value::Properties(&properties)];
+        Bus::connect(PATIENCE)?
+            .call(MANAGER, "SetUnitProperties", &arguments)
+            .map(drop)
+    };
+    bind().map_err(failed("bind the processors of", scope))
+}
+
+fn failed(action: &'static str, scope: &Scope) -> impl FnOnce(BusError) -> CgroupError {
+    move |source| CgroupError::Systemd {
+        action,
+        unit: scope.unit.clone(),
+        source,
+    }
+}
+
+fn start_unit(scope: &Scope, pid: u32) -> Result<(), BusError> {
+    let mut bus = Bus::connect(PATIENCE)?;
+    bus.listen(MANAGER, "JobRemoved", &format!("arg2='{}'", scope.unit))?;
+    let description = format!("Sandpod virtual machine {}", scope.unit);
+    let properties = [
+        ("Description", Value::Text(&description)),
+        ("Slice", Value::Text(&scope.slice)),
+        ("PIDs", Value::Numbers(&[pid])),
+        // Controllers are on, and stay on, and what happens below is not systemd's business.
+        ("Delegate", Value::Bool(true)),
+        // The limits are the slice's.
+        ("TasksMax", Value::Number(u64::MAX)),
+        // A scope in which something was killed for want of memory is forgotten like any other.
+        ("CollectMode", Value::Text("inactive-or-failed")),
+        // At the node's end the kubelet stops pods in its order; systemd has no part in it.
+        ("DefaultDependencies", Value::Bool(false)),
+    ];
+    let arguments = [
+        Value::Text(&scope.unit),
+        Value::Text("replace"),
+        Value::Properties(&properties),
+        Value::NoUnits,
+    ];
+    let answer = bus.call(MANAGER, "StartTransientUnit", &arguments)?;
+    let job = answer.first().ok_or(BusError::Format("it names no job"))?;
+    let result = bus.wait_for("JobRemoved", |texts| match texts {
+        [removed, _unit, result] if removed == job => Some(result.clone()),
+        _ => None,
+    })?;
+    match result.as_str() {
+        "done" => Ok(()),
+        _ => Err(BusError::Job(result)),
+    }
+}
