@@ -11,6 +11,8 @@ pub enum Action {
     Delete,
     /// Be the shim of one sandbox; standard input is the listening socket. Internal: only `start` asks for it.
     Serve,
+    /// Remove what dead shims have left on the node. Internal: only `start` asks for it.
+    Sweep,
     /// Print the version.
     Version,
     /// Print the OCI features document (CRI-O).
@@ -70,6 +72,7 @@ impl Cli {
                     "delete" => Action::Delete,
                     "features" => Action::Features,
                     "serve" => Action::Serve,
+                    "sweep" => Action::Sweep,
                     _ => return Err(CliError::Unknown(arg)),
                 });
                 continue;
@@ -98,7 +101,11 @@ impl Cli {
             }
         }
         cli.action = action.ok_or_else(|| CliError::Unknown(String::new()))?;
-        if matches!(cli.action, Action::Start | Action::Delete | Action::Serve) && !is_name(&cli.id) {
+        let named = matches!(
+            cli.action,
+            Action::Start | Action::Delete | Action::Serve | Action::Sweep
+        );
+        if named && !is_name(&cli.id) {
             return Err(CliError::Id);
         }
         Ok(cli)

@@ -10,6 +10,7 @@ use std::{
 };
 
 use agent::protocol::agent::StatsContainerResponse;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
@@ -19,7 +20,8 @@ use crate::{
 };
 
 /// What a task of the CRI is for us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// The sandbox's own task: it stands for the VM, and no process of the guest belongs to it.
     Sandbox,
@@ -119,14 +121,11 @@ impl Container {
         }
     }
 
-    /// All processes, the init last.
-    pub fn processes(&self) -> Vec<Arc<Process>> {
+    /// All processes with their exec ids, the init last.
+    pub fn processes(&self) -> Vec<(String, Arc<Process>)> {
         let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
-        execs
-            .values()
-            .map(|exec| exec.process.clone())
-            .chain([self.init.clone()])
-            .collect()
+        let execs = execs.iter().map(|(id, exec)| (id.clone(), exec.process.clone()));
+        execs.chain([(String::new(), self.init.clone())]).collect()
     }
 
     /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there). Refuses those that no cgroup has.

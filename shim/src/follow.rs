@@ -73,7 +73,11 @@ pub fn process(
             at: SystemTime::now(),
         };
         process.begin_end();
-        copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
+        let unread = copies.finish(!exec.is_empty() && sandbox.under_crio()).await;
+        // Nobody comes back for an exec: it ends with the daemon that asked for it.
+        if exec.is_empty() {
+            process.keep_unread(unread);
+        }
         ended(&sandbox, &container, &exec, &process, exit).await;
     });
 }
@@ -104,6 +108,7 @@ pub fn announce(sandbox: &Sandbox, container: &Container, exec: &str, exit: Exit
     };
     sandbox.events().send(topics::TASK_EXIT_EVENT_TOPIC, &event);
     if exec.is_empty() && sandbox.under_crio() {
+        sandbox.keep_record();
         tell_crio(&container.id, exit);
     }
 }
@@ -118,6 +123,11 @@ async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exi
             .bring_down("is not needed any more: its container ended", exit.status)
             .await;
     }
+    remove(sandbox, guest, container).await;
+}
+
+/// Takes a container back from the guest and the host.
+pub async fn remove(sandbox: &Sandbox, guest: &Guest, container: &Container) {
     let mut request = wire::RemoveContainerRequest::new();
     request.container_id = container.id.clone();
     request.timeout = 10;

@@ -1,16 +1,25 @@
 //! Carries a process's bytes between the agent and the caller's fifos.
 //!
 //! One request per stream is outstanding at a time, which keeps the order; none has a deadline. Output fifos are held
-//! open for reading and writing: a CRI daemon that restarts goes away and comes back on the same paths, and in
-//! between the bytes wait in the pipe instead of killing the writer. End of input is what `CloseIO` says, not what the fifo
-//! says, for the same reason.
+//! open for reading and writing: a CRI daemon that restarts goes away and comes back on the same paths, and in between
+//! the bytes wait in the pipe instead of killing the writer, and after the process's end for as long as its caller has
+//! not forgotten it. End of input is what `CloseIO` says, not what the fifo says, for the same reason.
 
-use std::{os::fd::AsFd, path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+    time::Duration,
+};
 
 use agent::{
     client::{Client, ClientError, LONGEST_READ},
     protocol::agent::{CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::AsyncWriteExt,
     net::unix::pipe::{OpenOptions, Receiver, Sender},
@@ -25,7 +34,7 @@ use crate::error::{Context, Error, Result};
 const STALLED_OUTPUT: Duration = Duration::from_secs(10);
 
 /// Where a process's streams go, as the caller said it. `State` must echo it to the letter.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stdio {
     /// Path of a fifo, or empty.
     pub stdin: String,
@@ -90,7 +99,7 @@ impl Output {
                     "output '{path}' is of scheme {scheme}; this runtime takes fifos and file://"
                 )));
             }
-            let file = std::fs::OpenOptions::new()
+            let file = fs::OpenOptions::new()
                 .create(true)
                 .append(true)
                 .open(rest)
@@ -103,6 +112,15 @@ impl Output {
         Ok(Some(Output::Fifo(
             OpenOptions::new().read_write(true).open_sender(path).at("open", path)?,
         )))
+    }
+
+    /// A further descriptor, of a fifo only.
+    fn fifo(&self) -> Option<OwnedFd> {
+        match self {
+            // Without one, output that nobody reads before the end is lost, and nothing else.
+            Output::Fifo(fifo) => fifo.as_fd().try_clone_to_owned().ok(),
+            Output::File(_) => None,
+        }
     }
 
     async fn write(&mut self, data: &[u8]) -> std::io::Result<()> {
@@ -153,12 +171,16 @@ impl ProcessName {
 /// The running copies of one process's streams.
 pub struct Copies {
     output: Vec<JoinHandle<Option<Output>>>,
+    /// Further descriptors of the output's fifos.
+    fifos: Vec<OwnedFd>,
     input: Option<JoinHandle<()>>,
 }
 
 impl Streams {
     /// Starts copying. `close_stdin` turns true when the caller has closed the process's input.
     pub fn copy(self, client: &Client, name: &ProcessName, close_stdin: watch::Receiver<bool>) -> Copies {
+        let outputs = [&self.stdout, &self.stderr];
+        let fifos = outputs.into_iter().flatten().filter_map(Output::fifo).collect();
         let output = [(self.stdout, true), (self.stderr, false)]
             .into_iter()
             .filter_map(|(output, stdout)| {
@@ -171,7 +193,7 @@ impl Streams {
             Input::Empty => Some(tokio::spawn(async move { end_input(&client, &name).await })),
             Input::Idle => None,
         };
-        Copies { output, input }
+        Copies { output, fifos, input }
     }
 }
 
@@ -180,7 +202,10 @@ impl Copies {
     ///
     /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, or a guest
     /// that has no end, and it is given up after 10 s.
-    pub async fn finish(self, wait_for_reader: bool) {
+    ///
+    /// Returns reading ends of what is not read: as long as they are open the bytes are there for a reader that comes
+    /// back, and it sees their end.
+    pub async fn finish(self, wait_for_reader: bool) -> Vec<File> {
         if let Some(input) = self.input {
             input.abort();
         }
@@ -197,7 +222,19 @@ impl Copies {
                 }
             }
         }
+        self.fifos.iter().filter_map(reading_end).collect()
     }
+}
+
+/// A fifo's reading end, if there is something in it.
+fn reading_end(fifo: &OwnedFd) -> Option<File> {
+    crate::sys::unread(fifo.as_fd()).ok().filter(|bytes| *bytes > 0)?;
+    // Its caller may have removed its name.
+    let path = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+    let mut options = fs::OpenOptions::new();
+    let end = options.read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
+    end.inspect_err(|error| tracing::warn!(%error, "output is lost: nobody has read it"))
+        .ok()
 }
 
 async fn copy_output(client: Client, name: ProcessName, mut output: Output, stdout: bool) -> Option<Output> {

@@ -18,6 +18,7 @@ pub mod follow;
 pub mod forward;
 #[cfg(test)]
 mod fuzz;
+pub mod host;
 pub mod http;
 pub mod io;
 pub mod late;
@@ -30,6 +31,7 @@ pub mod oom;
 pub mod options;
 pub mod pod;
 pub mod process;
+pub mod record;
 pub mod rootfs;
 pub mod sandbox;
 pub mod selinux;

@@ -31,6 +31,7 @@ use inotify::{EventStream, Inotify, WatchMask};
 
 use crate::{
     error::{Context, Error, Result},
+    host,
     rootfs::Share,
     spec::{Propagation, ShareMount},
 };
@@ -63,26 +64,11 @@ impl Mirrors {
             return Ok(());
         }
         made.copies += 1;
-        let source = volume.source.clone();
-        let maps = volume.maps.clone();
-        // First the watch, then the copy: what changes in between is an event.
-        let changes = watch(&source).at("watch", &source)?;
-        let copied = ShareMount {
-            source: share.place_of_copy(made.copies),
-            readonly: false, // the agent writes to it
-            recursive: false,
-            propagation: Propagation::Private,
-            maps: None, // the files of the copy have the IDs of the guest
-            ..volume.clone()
-        };
-        let share = share.clone();
-        let published = tokio::task::spawn_blocking(move || {
-            fs::create_dir_all(&copied.source).at("create", &copied.source)?;
-            let seen = copy(&source, &copied.source, maps.as_ref()).at("copy", &source)?;
-            let folder = Item::of(&copied.source, Path::new(&seen.data), None).at("look at the copy of", &source)?;
-            share.add_volume(&copied).map(|()| (seen, folder))
-        });
-        let (seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
+        let place = share.place_of_copy(made.copies);
+        let (volume_, share_) = (volume.clone(), share.clone());
+        let published = tokio::task::spawn_blocking(move || publish(&volume_, place, &share_));
+        let (watch, seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
+        let changes = watch.into_event_stream([0; EVENTS]).at("watch", &volume.source)?;
         made.volumes.insert(volume.share_path.clone());
         let guest = Path::new(GUEST_SHARE).join(&volume.share_path);
         let mirror = Mirror {
@@ -99,11 +85,35 @@ impl Mirrors {
     }
 }
 
-fn watch(volume: &Path) -> io::Result<EventStream<[u8; EVENTS]>> {
+/// Copies a volume and puts the copy into the share. Blocks.
+fn publish(volume: &ShareMount, place: PathBuf, share: &Share) -> Result<(Inotify, Seen, Item)> {
+    let source = &volume.source;
+    // First the watch, then the look: what changes in between is an event.
+    let looked = host::there(|| -> Result<_> {
+        let changes = watch(source).at("watch", source)?;
+        let (seen, items) = look(source, volume.maps.as_ref()).at("copy", source)?;
+        Ok((changes, seen, items))
+    })?;
+    let (changes, seen, items) = looked?;
+    fs::create_dir_all(&place).at("create", &place)?;
+    make(&items, &place).at("copy", source)?;
+    let folder = Item::of(&place, Path::new(&seen.data), None).at("look at the copy of", source)?;
+    share.add_copy(&ShareMount {
+        source: place,
+        readonly: false, // the agent writes to it
+        recursive: false,
+        propagation: Propagation::Private,
+        maps: None, // the files of the copy have the IDs of the guest
+        ..volume.clone()
+    })?;
+    Ok((changes, seen, folder))
+}
+
+fn watch(volume: &Path) -> io::Result<Inotify> {
     let inotify = Inotify::init()?;
     let what = WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::ONLYDIR;
     inotify.watches().add(volume, what)?;
-    inotify.into_event_stream([0; EVENTS])
+    Ok(inotify)
 }
 
 /// What a volume's folder holds beside the files themselves.
@@ -243,19 +253,22 @@ fn collect(volume: &Path, path: &Path, maps: Option<&IdMaps>, items: &mut Vec<It
     Ok(())
 }
 
-/// The first copy. Blocks.
-fn copy(volume: &Path, target: &Path, maps: Option<&IdMaps>) -> io::Result<Seen> {
+/// The volume's folder and everything in it, in the order in which it is to be made.
+fn look(volume: &Path, maps: Option<&IdMaps>) -> io::Result<(Seen, Vec<Item>)> {
     loop {
         let seen = Seen::of(volume)?;
-        let items = match seen.since(&Seen::default(), volume, maps) {
+        let mut items = vec![Item::of(volume, Path::new(""), maps)?];
+        match seen.since(&Seen::default(), volume, maps) {
             // The kubelet has just replaced these files.
             Err(error) if error.kind() == io::ErrorKind::NotFound && Seen::of(volume)? != seen => continue,
-            items => items?,
-        };
-        Item::of(volume, Path::new(""), maps)?.make(target)?;
-        items.iter().try_for_each(|item| item.make(target))?;
-        return Ok(seen);
+            all => items.append(&mut all?),
+        }
+        return Ok((seen, items));
     }
+}
+
+fn make(items: &[Item], target: &Path) -> io::Result<()> {
+    items.iter().try_for_each(|item| item.make(target))
 }
 
 /// One volume and its copy.
@@ -287,9 +300,13 @@ impl Mirror {
 
     async fn update(&mut self) -> Result<()> {
         let source = &self.source;
-        let now = Seen::of(source).at("look at", source)?;
+        let (now, items) = host::there(|| -> Result<_> {
+            let now = Seen::of(source).at("look at", source)?;
+            let items = now.since(&self.seen, source, self.maps.as_ref());
+            Ok((now, items))
+        })??;
         // When its files are gone already, the kubelet has made the next swap, and its event comes.
-        let items = match now.since(&self.seen, source, self.maps.as_ref()) {
+        let items = match items {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             items => items.at("read", source)?,
         };
@@ -324,7 +341,9 @@ mod tests {
         let (volume, target) = (folder.path().join("volume"), folder.path().join("copy"));
         swap(&volume, "..1", &[("a", "one")]);
         fs::set_permissions(volume.join("..1/a"), fs::Permissions::from_mode(0o440)).unwrap();
-        let before = copy(&volume, &target, None).unwrap();
+        let (before, items) = look(&volume, None).unwrap();
+        fs::create_dir(&target).unwrap();
+        make(&items, &target).unwrap();
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "one");
         assert_eq!(fs::read_link(target.join(KUBELET_DATA)).unwrap(), Path::new("..1"));
         assert_eq!(fs::metadata(target.join("a")).unwrap().mode() & 0o7777, 0o440);

@@ -18,6 +18,8 @@ pub struct Mount {
     pub root: PathBuf,
     /// Where.
     pub point: PathBuf,
+    /// Mounted and unmounted below it is what its original gets and loses (`master` in mount_namespaces(7)).
+    pub follows: bool,
     /// The file system's type.
     pub kind: String,
     /// The options of the file system.
@@ -53,6 +55,8 @@ fn parse(line: &[u8]) -> Option<Mount> {
         device: text(before.get(2)?),
         root: unescape(before.get(3)?),
         point: unescape(before.get(4)?),
+        // Behind the options of the mount.
+        follows: before.iter().skip(6).any(|field| field.starts_with(b"master:")),
         kind: text(after.first()?),
         super_options: text(after.get(2)?).split(',').map(str::to_owned).collect(),
     })
@@ -92,6 +96,7 @@ mod tests {
             device: "98:0".into(),
             root: "/mnt 1".into(),
             point: "/a\\b".into(),
+            follows: true,
             kind: "cgroup".into(),
             super_options: ["rw", "cpu", "cpuacct"].map(str::to_owned).to_vec(),
         };

@@ -1,18 +1,28 @@
 //! One process in the guest as its caller sees it.
 //!
 //! ```text
+//! Creating ──the agent has it──▶ Created, then
+//!
 //! Created ──start──▶ Starting ──agent took it──▶ Running ◀──pause/resume──▶ Paused
 //!    │                  │ agent refused: back to Created     │                 │
 //!    │                  │                                    └──── ended ──────┴──▶ Ending
 //!    └──────────────────┴──────────────────── VM gone, or host done ──────────────────┴──▶ Stopped
 //! ```
 //!
+//! What ends in `Creating` goes to `Stopped` at once, and whoever creates it finds it so and takes it back. What is
+//! killed in `Created` goes to `Ending`.
+//!
 //! `Stopped` is published last: output is delivered, fifos are closed and the host has let go of the container's root
 //! file system before any `Wait` is answered. Until then, in `Ending`, the guest may know the process no more.
 
-use std::{sync::atomic::AtomicBool, time::SystemTime};
+use std::{
+    fs::File,
+    sync::{Mutex, PoisonError, atomic::AtomicBool},
+    time::{Duration, SystemTime},
+};
 
-use tokio::sync::watch;
+use serde::{Deserialize, Serialize};
+use tokio::{sync::watch, time::timeout};
 
 use crate::{
     error::{Error, Result},
@@ -22,7 +32,9 @@ use crate::{
 /// Where a process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// Known, not started.
+    /// Known, and not in the guest yet.
+    Creating,
+    /// Not started.
     Created,
     /// The agent is being asked to start it.
     Starting,
@@ -37,7 +49,7 @@ pub enum Status {
 }
 
 /// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// Exit code, or 128 + signal.
     pub status: u32,
@@ -67,18 +79,45 @@ pub struct Process {
     pub close_stdin: watch::Sender<bool>,
     /// Rows and columns asked for before there was a terminal.
     pub size: watch::Sender<Option<(u32, u32)>>,
+    /// The reading ends of its output that nobody has read to the end.
+    unread: Mutex<Vec<File>>,
 }
 
 impl Process {
     /// A process that is not started yet.
     pub fn new(stdio: Stdio) -> Process {
+        Process::at(Status::Created, stdio)
+    }
+
+    /// The first process of a container that is not in the guest yet.
+    pub fn of_new_container(stdio: Stdio) -> Process {
+        Process::at(Status::Creating, stdio)
+    }
+
+    /// A process of an earlier shim, which ended with it at the latest.
+    pub fn ended_before(stdio: Stdio, exit: Exit) -> Process {
+        Process::at(Status::Stopped(exit), stdio)
+    }
+
+    fn at(status: Status, stdio: Stdio) -> Process {
         Process {
             stdio,
-            status: watch::Sender::new(Status::Created),
+            status: watch::Sender::new(status),
             killed: AtomicBool::new(false),
             close_stdin: watch::Sender::new(false),
             size: watch::Sender::new(None),
+            unread: Mutex::default(),
         }
+    }
+
+    /// The guest has its container; false if it has ended meanwhile.
+    pub fn created(&self) -> bool {
+        self.change(|now| (now == Status::Creating).then_some(Status::Created))
+    }
+
+    /// Keeps output for a reader that comes back, until this process is forgotten.
+    pub fn keep_unread(&self, ends: Vec<File>) {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner).extend(ends);
     }
 
     /// Its status now.
@@ -109,9 +148,10 @@ impl Process {
         self.change(|now| matches!(now, Status::Running | Status::Paused).then_some(next));
     }
 
-    /// The guest said that it has ended.
-    pub fn begin_end(&self) {
-        self.change(|now| matches!(now, Status::Running | Status::Paused).then_some(Status::Ending));
+    /// The guest said that it has ended, or it is not to start any more.
+    pub fn begin_end(&self) -> bool {
+        let may = |now| matches!(now, Status::Created | Status::Running | Status::Paused);
+        self.change(|now| may(now).then_some(Status::Ending))
     }
 
     /// Whether it has ended in the guest, whoever knows of it.
@@ -132,12 +172,18 @@ impl Process {
         }
     }
 
-    /// Waits until it has ended in the guest, whoever knows of it.
-    pub async fn ended(&self) {
+    /// Whether it goes on running for so long. What is being started is looked at when it runs.
+    pub async fn outlives(&self, patience: Duration) -> bool {
         let mut status = self.status.subscribe();
-        let ended = |status: &Status| matches!(status, Status::Ending | Status::Stopped(_));
+        let runs = |status: &Status| matches!(status, Status::Running | Status::Paused);
         // The sender lives as long as `self`.
-        status.wait_for(ended).await.map(drop).unwrap_or_default();
+        let begun = status.wait_for(|status| *status != Status::Starting).await;
+        if !begun.is_ok_and(|status| runs(&status)) {
+            return false;
+        }
+        timeout(patience, status.wait_for(|status| !runs(status)))
+            .await
+            .is_err()
     }
 
     /// Waits for its end, from any status.
@@ -169,6 +215,7 @@ impl Status {
     /// The word for messages.
     pub fn word(self) -> &'static str {
         match self {
+            Status::Creating => "being created",
             Status::Created => "created",
             Status::Starting => "starting",
             Status::Running => "running",
@@ -192,6 +239,44 @@ mod tests {
         process.begin_start("c").unwrap();
         process.end_start(true);
         assert_eq!(process.status(), Status::Running);
+    }
+
+    #[test]
+    fn what_ended_while_it_was_created_is_not_created() {
+        let process = Process::of_new_container(Stdio::default());
+        assert!(
+            process
+                .begin_start("c")
+                .unwrap_err()
+                .to_string()
+                .contains("being created")
+        );
+        process.stop(Exit::now(137));
+        assert!(!process.created());
+        let process = Process::of_new_container(Stdio::default());
+        assert!(process.created());
+        process.begin_start("c").unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_what_runs_is_slow_to_die() {
+        const LONG: Duration = Duration::from_secs(3600);
+        let running = || {
+            let process = Process::new(Stdio::default());
+            process.begin_start("c").unwrap();
+            process.end_start(true);
+            process
+        };
+        assert!(running().outlives(Duration::ZERO).await);
+        let ending = running();
+        ending.begin_end();
+        assert!(!ending.outlives(LONG).await);
+        assert!(!Process::new(Stdio::default()).outlives(LONG).await);
+
+        // A start that fails leaves nothing that could be slow.
+        let failing = Process::new(Stdio::default());
+        failing.begin_start("c").unwrap();
+        assert!(!tokio::join!(failing.outlives(LONG), async { failing.end_start(false) }).0);
     }
 
     #[test]

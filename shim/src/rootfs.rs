@@ -1,8 +1,8 @@
 //! The sandbox's share: one tmpfs in the shim's own mount namespace, onto which root file systems and volumes are mounted.
 //!
 //! ```text
-//! staging ──made ready, then moved──▶ share ──propagates──▶ export ──virtiofsd──▶ guest
-//! (private)                           (ours to write)        (read-only, but for what is mounted on it)
+//! host ──▶ staging ──made ready, then moved──▶ share ──propagates──▶ export ──virtiofsd──▶ guest
+//!          (private)                           (ours to write)        (read-only, but for what is mounted on it)
 //! ```
 //!
 //! The guest is root in what it is shown: could it write there, it would put a symbolic link where the shim is about to make a file.
@@ -21,6 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     error::{Context, Error, Result},
+    host::Tree,
     mountinfo, selinux,
     spec::{Propagation, ShareMount},
     sys,
@@ -28,6 +29,8 @@ use crate::{
 };
 
 const NONE: Option<&str> = None;
+/// What fails where IDs cannot be mapped.
+const MAPPING: &str = "map the IDs (`hostUsers: false` needs a file system that can) of";
 
 /// The share of one sandbox.
 #[derive(Debug, Clone)]
@@ -80,7 +83,8 @@ impl Share {
             mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
         }
         fs::create_dir_all(&share.export).at("create", &share.export)?;
-        bind(&share.root, &share.export, false)?;
+        let bind = MsFlags::MS_BIND;
+        mount(Some(&share.root), &share.export, NONE, bind, NONE).at("bind", &share.root)?;
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
         mount(NONE, &share.export, NONE, flags, NONE).at("make read-only", &share.export)?;
         Ok(share)
@@ -101,65 +105,64 @@ impl Share {
     pub fn add_rootfs(&self, container: &str, mounts: &[Mount], mounted: &Path) -> Result<()> {
         let target = self.root.join(container).join("rootfs");
         fs::create_dir_all(&target).at("create", &target)?;
-        match mounts {
-            [] => bind(mounted, &target, true),
-            mounts => mounts
-                .iter()
-                .try_for_each(|m| mount_as_asked(m, &target, &self.staging.join("layers").join(container))),
+        if mounts.is_empty() {
+            let staged = self.staging.join("roots").join(container);
+            fs::create_dir_all(&staged).at("create", &staged)?;
+            let tree = Tree::of_host("use the root file system", mounted, true)?;
+            attach(&tree, &staged, Propagation::Private)?;
+            return move_to_its_place(&tree, &staged, &target);
         }
+        let layers = self.staging.join("layers").join(container);
+        mounts.iter().try_for_each(|m| mount_as_asked(m, &target, &layers))
     }
 
-    /// Binds a volume at its place in the share. It is made ready elsewhere and moved there: virtiofsd gets it as it is then, and
-    /// hears of no change of its flags.
-    pub fn add_volume(&self, volume: &ShareMount) -> Result<()> {
+    /// Mounts a volume of the host at its place in the share. Returns the parts below it, relative to it, that may be
+    /// written to though it is read-only: a guest's kernel mounts them by itself, and takes them for read-only as well.
+    pub fn add_volume(&self, volume: &ShareMount) -> Result<Vec<PathBuf>> {
+        let tree = Tree::of_host("use the volume", &volume.source, volume.recursive)?;
+        self.publish(&tree, volume)
+    }
+
+    /// Mounts a copy of a volume, made at [`Share::place_of_copy`], at the volume's place in the share.
+    pub fn add_copy(&self, volume: &ShareMount) -> Result<()> {
+        let tree = Tree::of_own("use the copy of a volume", &volume.source, volume.recursive)?;
+        self.publish(&tree, volume).map(drop)
+    }
+
+    /// It is made ready elsewhere and moved to its place: virtiofsd gets it as it is then, and hears of no change of
+    /// its flags.
+    fn publish(&self, tree: &Tree, volume: &ShareMount) -> Result<Vec<PathBuf>> {
         let target = self.root.join(&volume.share_path);
         let staged = self.staging.join(&volume.share_path);
-        // The source may be a symbolic link (a ConfigMap's file, a hostPath): the mount follows it, so must the test.
-        let is_dir = fs::metadata(&volume.source)
-            .at("use the volume", &volume.source)?
-            .is_dir();
         for path in [&staged, &target] {
             let parent = path.parent().unwrap_or(&self.root);
             fs::create_dir_all(parent).at("create", parent)?;
-            if is_dir {
+            if tree.is_dir {
                 fs::create_dir_all(path).at("create", path)?;
             } else {
                 fs::File::create(path).at("create", path)?;
             }
         }
-        bind(&volume.source, &staged, volume.recursive)?;
-        if volume.propagation == Propagation::Private {
-            let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-            mount(NONE, &staged, NONE, flags, NONE).at("detach from the host's the mount of", &volume.source)?;
+        if let Some(maps) = &volume.maps {
+            let users = user_namespace(maps)?;
+            sys::map_ids(&tree.mount, volume.recursive, &users).at(MAPPING, &volume.source)?;
         }
-        if volume.readonly {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            let points = if volume.readonly_below {
-                mounts_below(&staged)?
-            } else {
-                vec![staged.clone()]
-            };
-            for point in points {
+        attach(tree, &staged, volume.propagation)?;
+        let points = mounts_below(&staged)?;
+        let mut writable = Vec::new();
+        for point in points {
+            let is_below = point != staged;
+            if volume.readonly && (volume.readonly_below || !is_below) {
+                let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
                 mount(NONE, &point, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
+            } else if volume.readonly
+                && let Ok(below) = point.strip_prefix(&staged)
+            {
+                writable.push(below.to_owned());
             }
         }
-        match &volume.maps {
-            None => {
-                mount(Some(&staged), &target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", &volume.source)?
-            }
-            Some(maps) => {
-                let users = user_namespace(maps)?;
-                let mapped = mapped_copy(&staged, volume.recursive, &users)?;
-                sys::mount_copy(&mapped, &target).at("move to its place", &volume.source)?;
-                detach(&staged)?;
-            }
-        }
-        if is_dir {
-            fs::remove_dir(&staged)
-        } else {
-            fs::remove_file(&staged)
-        }
-        .at("remove", staged)
+        move_to_its_place(tree, &staged, &target)?;
+        Ok(writable)
     }
 
     /// Lets go of everything of a container, so that its owner can unmount and remove it.
@@ -195,10 +198,25 @@ fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
-fn bind(source: &Path, target: &Path, recursive: bool) -> Result<()> {
-    let mut flags = MsFlags::MS_BIND;
-    flags.set(MsFlags::MS_REC, recursive);
-    mount(Some(source), target, NONE, flags, NONE).at("bind", source)
+/// Mounts a tree where nobody sees it. At once it stops being a peer of its original: what is unmounted here stays
+/// mounted on the host.
+fn attach(tree: &Tree, staged: &Path, propagation: Propagation) -> Result<()> {
+    sys::mount_copy(&tree.mount, staged).at("mount", staged)?;
+    let propagation = match propagation {
+        Propagation::Private => MsFlags::MS_PRIVATE,
+        Propagation::Slave => MsFlags::MS_SLAVE,
+    };
+    mount(NONE, staged, NONE, propagation | MsFlags::MS_REC, NONE).at("detach from the host's the mount of", staged)
+}
+
+fn move_to_its_place(tree: &Tree, staged: &Path, target: &Path) -> Result<()> {
+    mount(Some(staged), target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", target)?;
+    if tree.is_dir {
+        fs::remove_dir(staged)
+    } else {
+        fs::remove_file(staged)
+    }
+    .at("remove", staged)
 }
 
 /// `layers` is a place for the layers of an image whose IDs are mapped.
@@ -233,7 +251,7 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
         detach(layer)?;
     }
     if flags.contains(MsFlags::MS_BIND) {
-        let mapped = mapped_copy(target, false, &users)?;
+        let mapped = mapped_copy(target, &users)?;
         detach(target)?;
         sys::mount_copy(&mapped, target).at("mount the root file system on", target)?;
     }
@@ -269,7 +287,7 @@ fn map_layers(data: &str, users: &OwnedFd, place: &Path) -> Result<String> {
         for (number, layer) in layers.split(':').enumerate() {
             let copy = place.join(number.to_string());
             fs::create_dir_all(&copy).at("create", &copy)?;
-            let tree = mapped_copy(Path::new(layer), false, users)?;
+            let tree = mapped_copy(Path::new(layer), users)?;
             sys::mount_copy(&tree, &copy).at("mount", &copy)?;
             copies.push(copy.display().to_string());
         }
@@ -278,9 +296,11 @@ fn map_layers(data: &str, users: &OwnedFd, place: &Path) -> Result<String> {
     Ok(mapped.join(","))
 }
 
-fn mapped_copy(mount: &Path, recursive: bool, users: &OwnedFd) -> Result<OwnedFd> {
-    let action = "map the IDs (`hostUsers: false` needs a file system that can) of";
-    sys::mapped_copy(mount, recursive, users).at(action, mount)
+/// A copy of a mount of the shim's own namespace, with its IDs mapped.
+fn mapped_copy(mount: &Path, users: &OwnedFd) -> Result<OwnedFd> {
+    let tree = sys::open_tree(mount, false).at("copy the mount", mount)?;
+    sys::map_ids(&tree, false, users).at(MAPPING, mount)?;
+    Ok(tree)
 }
 
 fn user_namespace(maps: &IdMaps) -> Result<OwnedFd> {

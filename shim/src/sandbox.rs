@@ -5,58 +5,43 @@
 //!   │ boot failed: everything is undone, and the shim ends when its caller lets go
 //! ```
 //!
-//! In `Down` every verb still answers: what ran has exits, Kill and Delete succeed, and nothing waits for the guest.
-//! Bookkeeping is behind short locks that are never held across an await; each container's exit has one task that
-//! follows it.
+//! In `Down` every verb still answers: what ran has exits, Kill and Delete succeed, and nothing waits for the guest. A
+//! shim that takes a dead one's place begins there. Bookkeeping is behind short locks that are never held across an
+//! await; each container's exit has one task that follows it.
 
+mod create;
+mod down;
+mod files;
 mod verbs;
 
 use std::{
     collections::HashMap,
     future::Future,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use agent::{client::Durations, protocol::agent as wire};
-use containerd_shim_protos::{
-    api::CreateTaskRequest,
-    events::task::{TaskCreate, TaskIO},
-    protobuf::well_known_types::any::Any,
-    topics,
-};
+use agent::client::Durations;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use files::Stuck;
 use oci_spec::runtime::Spec;
 use tokio::sync::watch;
 use vmm::Spawner;
 
 use crate::{
-    annotations::{Role, identify},
     boot::{self, Guest, Plan},
-    cgroup::CpuList,
     config::Config,
-    container::{Container, Kind},
+    container::Container,
     error::{Context, Error, Result},
     events::Events,
-    follow::{self, KILLED},
-    io::Stdio,
-    log, options,
+    follow, log, options,
     pod::Pod,
-    process::{Exit, Process, Status},
-    sizing::Limits,
-    spec::{self, MemoryVolume, PidNamespace},
-    start::read_spec,
     trace::Trace,
     undo::State,
 };
-
-/// A shim whose sandbox could not be created stays this long for its caller's Delete and Shutdown.
-const FAILED_CREATE_GRACE: Duration = Duration::from_secs(2);
-/// How soon a boot is over that was given up; what is left of it then is for the next start's sweep.
-const BOOT_ENDS: Duration = Duration::from_secs(5);
-
-/// A shim that nobody asks for anything stays this long: a caller that lives creates its sandbox at once.
-const FIRST_CREATE: Duration = Duration::from_secs(30);
 
 /// One sandbox and its containers.
 pub struct Sandbox {
@@ -72,8 +57,14 @@ pub struct Sandbox {
     booting: watch::Sender<bool>,
     /// How long the calls of the task API took, by their names.
     durations: Mutex<Durations>,
+    /// Volumes that do not answer.
+    files: Stuck,
+    /// Whether the caller is CRI-O, once that is known.
+    crio: AtomicBool,
     /// Why the VM has ended.
     down: watch::Sender<Option<String>>,
+    /// It has, and whoever waited was told.
+    brought_down: watch::Sender<bool>,
     ended: watch::Sender<bool>,
 }
 
@@ -90,7 +81,10 @@ impl Sandbox {
             trace: Mutex::default(),
             booting: watch::Sender::new(false),
             durations: Mutex::default(),
+            files: Stuck::default(),
+            crio: AtomicBool::new(false),
             down: watch::Sender::new(None),
+            brought_down: watch::Sender::new(false),
             ended: watch::Sender::new(false),
         }))
     }
@@ -155,78 +149,7 @@ impl Sandbox {
 
     /// Whether the caller is CRI-O, which has contracts of its own.
     pub fn under_crio(&self) -> bool {
-        self.guest.get().is_some_and(|guest| guest.pod.is_crio())
-    }
-
-    /// Creates a task; returns its pid.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32> {
-        if !crate::cli::is_name(&request.id) {
-            return Err(Error::Invalid(format!("container id '{}' is not a name", request.id)));
-        }
-        let bundle = PathBuf::from(&request.bundle);
-        let spec = read_spec(&bundle)?;
-        let role = identify(spec.annotations().as_ref().unwrap_or(&HashMap::new()))?.role;
-        let kind = match &role {
-            Role::Sandbox => Kind::Sandbox,
-            Role::Single => Kind::Single,
-            Role::Container { sandbox_id } if *sandbox_id == self.id => Kind::Member,
-            Role::Container { sandbox_id } => {
-                return Err(Error::Invalid(format!(
-                    "container {} is of sandbox {sandbox_id}, this is {}",
-                    request.id, self.id
-                )));
-            }
-        };
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let own_pids = PidNamespace::of(&spec) == PidNamespace::Own;
-        let init = Process::new(stdio);
-        let container = Arc::new(Container::new(&request.id, kind, bundle, own_pids, init));
-        self.reserve(&container)?;
-        if let Err(error) = self.fill(&container, &request, &spec, &role).await {
-            lock(&self.containers).remove(&container.id);
-            return Err(error);
-        }
-        self.announce_create(&container, request);
-        Ok(self.pid())
-    }
-
-    fn reserve(&self, container: &Arc<Container>) -> Result<()> {
-        let mut containers = lock(&self.containers);
-        if containers.contains_key(&container.id) {
-            return Err(Error::AlreadyExists(format!("container {}", container.id)));
-        }
-        if container.kind != Kind::Member && !containers.is_empty() {
-            return Err(Error::AlreadyExists(format!("sandbox {}", self.id)));
-        }
-        containers.insert(container.id.clone(), container.clone());
-        Ok(())
-    }
-
-    async fn fill(
-        self: &Arc<Self>,
-        container: &Container,
-        request: &CreateTaskRequest,
-        spec: &Spec,
-        role: &Role,
-    ) -> Result<()> {
-        if container.kind != Kind::Member {
-            self.boot(spec, request.options.as_ref()).await?;
-        }
-        if container.kind == Kind::Sandbox {
-            return Ok(());
-        }
-        let result = self.create_in_guest(container, request, spec, role).await;
-        if result.is_err() && container.kind == Kind::Single {
-            self.bring_down("is not needed: its only container could not be created", KILLED)
-                .await;
-            self.end_soon();
-        }
-        result
+        self.crio.load(Ordering::SeqCst)
     }
 
     async fn boot(self: &Arc<Self>, spec: &Spec, options: Option<&Any>) -> Result<()> {
@@ -242,6 +165,7 @@ impl Sandbox {
         let result = async {
             let pod = Pod::of(spec)?;
             state.pod = pod.identity.name();
+            self.crio.store(pod.is_crio(), Ordering::SeqCst);
             let config = Config::load(options::config_path(options)?.as_deref())?.with_annotations(&pod.annotations)?;
             if config.hypervisor.debug || config.agent.debug || config.runtime.debug {
                 log::verbose();
@@ -290,221 +214,6 @@ impl Sandbox {
                 Err(error)
             }
         }
-    }
-
-    /// Ends the shim if its caller dies between `start` and the first Create, after which nobody knows of it.
-    pub fn expect_create(self: &Arc<Self>) {
-        let sandbox = self.clone();
-        tokio::spawn(async move {
-            let mut booting = sandbox.booting.subscribe();
-            let begun = tokio::time::timeout(FIRST_CREATE, booting.wait_for(|booting| *booting)).await;
-            if begun.is_err() && lock(&sandbox.containers).is_empty() && sandbox.guest.get().is_none() {
-                tracing::warn!("nothing was created within {FIRST_CREATE:?}: the shim ends");
-                sandbox.end();
-            }
-        });
-    }
-
-    /// Ends the shim of a sandbox that could not be created, even when nobody calls Shutdown.
-    fn end_soon(self: &Arc<Self>) {
-        let sandbox = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(FAILED_CREATE_GRACE).await;
-            if lock(&sandbox.containers).is_empty() {
-                sandbox.end();
-            }
-        });
-    }
-
-    async fn create_in_guest(
-        &self,
-        container: &Container,
-        request: &CreateTaskRequest,
-        spec: &Spec,
-        role: &Role,
-    ) -> Result<()> {
-        let guest = self.guest()?;
-        let pid_target = self.pid_target(spec)?;
-        let context = spec::Context {
-            container_id: &container.id,
-            bundle: &container.bundle,
-            role,
-            disable_guest_seccomp: guest.config.runtime.disable_guest_seccomp,
-            pod_sees_guest: guest.pod.sees_guest,
-            pod_sysctls: &guest.pod.sysctls,
-            pid_target: pid_target.as_deref(),
-            id_maps: guest.pod.id_maps.as_ref(),
-            vfio_groups: &guest.devices.groups,
-        };
-        let guest_spec = spec::translate(spec, &context)?;
-        for warning in &guest_spec.warnings {
-            tracing::warn!(container = container.id, "{warning}");
-        }
-        let mounted = spec::host_rootfs(spec, &container.bundle)?;
-        let result = async {
-            guest.oom.add(&container.id, spec, &guest.processes());
-            let share = guest.share.clone();
-            let (mirrored, shares): (Vec<_>, Vec<_>) = guest_spec.shares.into_iter().partition(|volume| volume.updates);
-            let (id, mounts) = (container.id.clone(), request.rootfs.clone());
-            let mount = tokio::task::spawn_blocking(move || {
-                share.add_rootfs(&id, &mounts, &mounted)?;
-                shares.iter().try_for_each(|volume| share.add_volume(volume))
-            });
-            // The memory is there before the container: it may use its limit from its first instruction on.
-            let limits = Limits::of(spec);
-            let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-            guest
-                .bind(&container.id, resources.map_or(Ok(CpuList::default()), CpuList::of)?)
-                .await?;
-            let (mount, resize, network) = tokio::join!(
-                mount,
-                guest.sizer.set(&container.id, limits),
-                guest.connect_late_network(),
-            );
-            mount
-                .map_err(std::io::Error::other)
-                .action("mount the container's files")??;
-            resize?;
-            network?;
-            for volume in &mirrored {
-                guest.mirrors.add(volume, &guest.share, &guest.agent).await?;
-            }
-            let mut create = wire::CreateContainerRequest::new();
-            create.container_id = container.id.clone();
-            create.exec_id = container.id.clone();
-            create.sandbox_pidns = guest_spec.sandbox_pidns;
-            create.devices = guest.disks.add(&container.id, &guest_spec.disks).await?;
-            create.storages = guest_spec.memory.iter().map(MemoryVolume::storage).collect();
-            create.OCI = Some(agent::oci::spec_to_wire(&guest_spec.spec)).into();
-            guest
-                .agent
-                .with_deadline(guest.config.agent.create_container_timeout)
-                .create_container(create)
-                .await?;
-            Ok(())
-        }
-        .await;
-        if result.is_err() {
-            self.let_go(&container.id);
-        }
-        result
-    }
-
-    /// The container whose processes another one is to see. In a pod that shares its PID namespace no container has one of its own; in any other pod, one that asks for
-    /// another's is there to debug it.
-    fn pid_target(&self, spec: &Spec) -> Result<Option<String>> {
-        if PidNamespace::of(spec) != PidNamespace::Another {
-            return Ok(None);
-        }
-        let others = self.all();
-        let has_own = |other: &&Arc<Container>| {
-            other.kind == Kind::Member && other.own_pids && other.init.status() == Status::Running
-        };
-        let with_own: Vec<_> = others.iter().filter(has_own).collect();
-        match with_own.as_slice() {
-            [] => Ok(None),
-            [target] => Ok(Some(target.id.clone())),
-            several => Err(Error::Invalid(format!(
-                "it cannot be told which of the pod's {} containers is the target (`kubectl debug --target`): the CRI names it by its process, which in a VM is one for all",
-                several.len()
-            ))),
-        }
-    }
-
-    /// Takes back what the host holds for a container.
-    pub fn let_go(&self, container: &str) {
-        let Some(guest) = self.guest.get() else { return };
-        if let Err(error) = guest.share.remove(container) {
-            tracing::warn!(%error, container, "the container's files stay mounted");
-        }
-        guest.disks.remove(container);
-        guest.sizer.remove(container);
-        guest.oom.remove(container, &guest.processes());
-        guest.unbind(container);
-    }
-
-    fn announce_create(&self, container: &Container, request: CreateTaskRequest) {
-        let io = TaskIO {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-            ..TaskIO::default()
-        };
-        let event = TaskCreate {
-            container_id: container.id.clone(),
-            bundle: request.bundle,
-            rootfs: request.rootfs,
-            io: Some(io).into(),
-            pid: self.pid(),
-            ..TaskCreate::default()
-        };
-        self.events.send(topics::TASK_CREATE_EVENT_TOPIC, &event);
-    }
-
-    /// Ends the VM and everything in it, once; returns when the host is free of it. `status` is the exit of the sandbox's
-    /// own task.
-    pub async fn bring_down(self: &Arc<Self>, reason: &str, status: u32) {
-        let first = self.down.send_if_modified(|down| {
-            let first = down.is_none();
-            if first {
-                *down = Some(reason.to_owned());
-            }
-            first
-        });
-        let Some(guest) = self.guest.get() else { return };
-        if !first {
-            guest.vm.child().exited().await;
-            return;
-        }
-        tracing::info!(reason, "the virtual machine ends");
-        guest.virtiofsd.child().kill();
-        guest.vm.stop().await;
-        guest.virtiofsd.child().exited().await;
-        tracing::info!("the virtual machine has ended");
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            tracing::debug!("{}", boot::last_words(&guest.vm, &guest.virtiofsd).await);
-        }
-        for container in self.all() {
-            if let Err(error) = guest.share.remove(&container.id) {
-                tracing::warn!(%error, container = container.id, "the container's files stay mounted");
-            }
-            // Whatever runs is followed by a task that has just lost its agent; what was only created has none.
-            for process in container.processes() {
-                let followed = !matches!(process.status(), Status::Created | Status::Starting);
-                if container.kind != Kind::Sandbox && !followed {
-                    process.stop(Exit::now(KILLED));
-                }
-            }
-            if container.kind == Kind::Sandbox {
-                let exit = Exit::now(status);
-                if container.init.stop(exit) {
-                    follow::announce(self, &container, "", exit);
-                }
-            }
-        }
-    }
-
-    /// Ends the shim when no container is left, or at once when told so.
-    pub async fn shutdown(self: &Arc<Self>, now: bool) -> Result<()> {
-        if !now && !lock(&self.containers).is_empty() {
-            return Ok(());
-        }
-        self.bring_down("is not needed any more", KILLED).await;
-        // A boot that has just been given up takes back what it has made.
-        let mut booting = self.booting.subscribe();
-        drop(tokio::time::timeout(BOOT_ENDS, booting.wait_for(|booting| !booting)).await);
-        self.end();
-        Ok(())
-    }
-
-    fn end(&self) {
-        if let Some(state) = lock(&self.state).take()
-            && let Err(error) = state.remove()
-        {
-            tracing::error!(%error, "something is left of the sandbox");
-        }
-        self.ended.send_replace(true);
     }
 }
 

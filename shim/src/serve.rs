@@ -10,21 +10,17 @@ use containerd_shim_protos::{
     shim_async::create_task,
     ttrpc::asynchronous::{Server, transport::Listener},
 };
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    unistd::{dup2_stdin, dup2_stdout, setsid},
-};
+use nix::unistd::{dup2_stdin, dup2_stdout, setsid};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     cli::Cli,
     error::{Context, Result},
     events::Events,
-    log, metrics, oom,
+    host, log, metrics, oom, record,
     sandbox::Sandbox,
     service::Service,
-    undo::{self, State, Undo},
+    undo::{State, Undo},
     version,
 };
 
@@ -48,30 +44,32 @@ pub fn serve(cli: &Cli) -> Result<()> {
     log::init(&cli.id, cli.debug);
     oom::below_the_daemon()?;
     let _version = version::hold()?;
-    private_mounts()?;
+    host::leave()?;
     let mut state = State::create(&cli.id)?;
     if let Some(socket) = listener.local_addr().action("name the socket")?.as_pathname() {
         state.push(Undo::File(socket.into()))?;
     }
     // One thread is enough for a pod's traffic and keeps the shim's memory small; mounts and netlink run on
-    // the runtime's blocking threads.
+    // the runtime's blocking threads, of which some may never return from a volume whose server is gone.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(8)
+        .max_blocking_threads(32)
         .build()
         .action("start the runtime")?;
-    runtime.block_on(run(cli, listener, state, || {
+    let served = runtime.block_on(run(cli, listener, state, || {
         std::io::stdout()
             .write_all(READY.as_bytes())
             .and_then(|()| std::io::stdout().flush())
             .action("report to start")?;
         dup2_stdout(&null).action("detach standard output")
-    }))
+    }));
+    // Those are not waited for: they end with the process.
+    runtime.shutdown_background();
+    served
 }
 
 async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl FnOnce() -> Result<()>) -> Result<()> {
-    // A node's shutdown sends TERM to every process; the pod ends when the CRI says so, not before.
-    let _ignored = signal(SignalKind::terminate()).action("ignore SIGTERM")?;
+    let mut terminate = signal(SignalKind::terminate()).action("hear of SIGTERM")?;
     listener.set_nonblocking(true).action("prepare the socket")?;
     let events = Events::new(
         &cli.namespace,
@@ -79,6 +77,7 @@ async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl Fn
             .ok()
             .filter(|address| !address.is_empty()),
     );
+    let tasks = record::load(&cli.id)?;
     // A pod runs without metrics too, such as one whose id makes the socket's path too long.
     let monitor = metrics::listen(&cli.id, &mut state)
         .inspect_err(|error| tracing::warn!(%error, "this sandbox has no metrics"))
@@ -88,7 +87,16 @@ async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl Fn
         metrics::serve(monitor, sandbox.clone())?;
     }
     let ended = sandbox.ended();
-    sandbox.expect_create();
+    match tasks.is_empty() {
+        true => sandbox.expect_create(),
+        false => sandbox.answer_for(tasks),
+    }
+    let on_signal = sandbox.clone();
+    tokio::spawn(async move {
+        while terminate.recv().await.is_some() {
+            on_signal.end_with_the_node().await;
+        }
+    });
     let service: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::new(Service::new(sandbox));
     // The two versions of the task API differ in the name of their package only.
     let v3 = create_task(service.clone());
@@ -102,25 +110,10 @@ async fn run(cli: &Cli, listener: UnixListener, mut state: State, ready: impl Fn
         .register_service(v2);
     server.start().await.map_err(std::io::Error::other).action("serve")?;
     ready()?;
-    undo::sweep();
     ended.await;
     server
         .shutdown()
         .await
         .map_err(std::io::Error::other)
         .action("end the server")
-}
-
-/// A mount namespace of our own: what the host mounts later still arrives here, nothing of ours shows on the host, and
-/// all of it vanishes with the last process of the sandbox.
-fn private_mounts() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).action("enter a mount namespace")?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_SLAVE,
-        None::<&str>,
-    )
-    .at("make a slave mount of", "/")
 }

@@ -277,7 +277,7 @@ impl Service {
             ..StateResponse::default()
         };
         response.set_status(match status {
-            Status::Created | Status::Starting => WireStatus::CREATED,
+            Status::Creating | Status::Created | Status::Starting => WireStatus::CREATED,
             Status::Running | Status::Ending => WireStatus::RUNNING,
             Status::Paused => WireStatus::PAUSED,
             Status::Stopped(_) => WireStatus::STOPPED,

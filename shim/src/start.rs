@@ -1,5 +1,5 @@
 //! The `start`, `delete`, `features` and `-info` actions: short-lived processes that talk to the caller by
-//! standard output.
+//! standard output. And `sweep`, which `start` leaves behind where dead shims have left something.
 
 use std::{
     collections::HashMap,
@@ -16,6 +16,7 @@ use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
+use nix::unistd::setsid;
 use oci_spec::runtime::Spec;
 use sha2::{Digest, Sha256};
 
@@ -23,9 +24,11 @@ use crate::{
     annotations::{Role, identify},
     cli::Cli,
     error::{Context, Error, Result, decode},
-    options,
+    log, options,
     process::Exit,
+    record,
     service::timestamp,
+    sys,
     trace::{Mark, Trace},
     undo,
 };
@@ -38,6 +41,7 @@ const MAX_STDIN: u64 = 10 << 20;
 /// Finds or starts the sandbox's shim; returns the address to print.
 pub fn start(cli: &Cli) -> Result<String> {
     let exec_at = SystemTime::now();
+    sys::close_inherited().action("close what the caller has left open")?;
     let mut stdin = Vec::new();
     std::io::stdin()
         .take(MAX_STDIN)
@@ -48,8 +52,11 @@ pub fn start(cli: &Cli) -> Result<String> {
     let socket = socket_path(cli, &sandbox);
     let address = format!("unix://{}", socket.display());
     if sandbox == cli.id {
+        if undo::is_to_sweep() {
+            begin_sweep(cli)?;
+        }
         let events = options::event_address(cli, &stdin, std::env::var("TTRPC_ADDRESS").ok());
-        spawn(cli, &socket, events)?;
+        spawn(cli, &bundle, &socket, events)?;
         let mut trace = Trace::default();
         trace.set(Mark::ShimExec, exec_at);
         trace.set(Mark::AddressPrinted, SystemTime::now());
@@ -59,6 +66,36 @@ pub fn start(cli: &Cli) -> Result<String> {
     }
     fs::write("address", &address).at("write", bundle.join("address"))?;
     Ok(address)
+}
+
+/// Starts a process that sweeps: it may have to wait for others that cannot be killed, and `start` may not. It is not
+/// the new pod's shim, which is killed with its pod.
+fn begin_sweep(cli: &Cli) -> Result<()> {
+    let mut command = command(cli, "sweep")?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().action("start the sweep").map(drop)
+}
+
+/// Removes what dead shims have left on this node. CRI-O, which calls no `delete`, goes on asking for what it knows:
+/// for such a sandbox a new shim takes the place of the dead one. It answers that everything has ended, so that CRI-O
+/// can remove the pod.
+pub fn sweep(cli: &Cli) -> Result<()> {
+    setsid().action("become a session leader")?;
+    log::init(&cli.id, cli.debug);
+    undo::sweep(|sandbox| {
+        let tasks = record::load(sandbox)?;
+        let Some(task) = tasks.first() else {
+            return undo::remove_if_dead(sandbox);
+        };
+        if undo::unwind_if_dead(sandbox)? {
+            let cli = Cli {
+                id: sandbox.to_owned(),
+                ..cli.clone()
+            };
+            spawn(&cli, &task.bundle, &socket_path(&cli, sandbox), None)?;
+        }
+        Ok(())
+    })
 }
 
 /// Removes what a dead shim left; returns the message to print. Also called after every ordinary end, where there is
@@ -150,7 +187,7 @@ fn socket_path(cli: &Cli, sandbox: &str) -> PathBuf {
 
 /// Binds the socket, hands it to a new shim as its standard input, and waits until that shim serves. The shim
 /// reports on its standard output, which is ours alone: it must not inherit the caller's, which is read to its end.
-fn spawn(cli: &Cli, socket: &Path, events: Option<String>) -> Result<()> {
+fn spawn(cli: &Cli, bundle: &Path, socket: &Path, events: Option<String>) -> Result<()> {
     fs::create_dir_all(SOCKET_DIR).at("create", SOCKET_DIR)?;
     if socket.exists() {
         if std::os::unix::net::UnixStream::connect(socket).is_ok() {
@@ -159,14 +196,10 @@ fn spawn(cli: &Cli, socket: &Path, events: Option<String>) -> Result<()> {
         fs::remove_file(socket).at("remove the dead socket", socket)?;
     }
     let listener = UnixListener::bind(socket).at("bind", socket)?;
-    let program = std::env::current_exe().action("find this program")?;
-    let mut command = Command::new(program);
-    command.args(["-namespace", &cli.namespace, "-address", &cli.address, "-id", &cli.id]);
-    if cli.debug {
-        command.arg("-debug");
-    }
-    command.arg("serve").env("TTRPC_ADDRESS", events.unwrap_or_default());
+    let mut command = command(cli, "serve")?;
     command
+        .current_dir(bundle)
+        .env("TTRPC_ADDRESS", events.unwrap_or_default())
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
@@ -189,6 +222,17 @@ fn spawn(cli: &Cli, socket: &Path, events: Option<String>) -> Result<()> {
         "the shim of sandbox {} did not start: {why}",
         cli.id
     )))
+}
+
+/// This program again, for one of its own actions.
+fn command(cli: &Cli, action: &str) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe().action("find this program")?);
+    command.args(["-namespace", &cli.namespace, "-address", &cli.address, "-id", &cli.id]);
+    if cli.debug {
+        command.arg("-debug");
+    }
+    command.arg(action);
+    Ok(command)
 }
 
 /// Writes an answer to standard output without a newline, as containerd and CRI-O want it.

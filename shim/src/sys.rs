@@ -126,6 +126,23 @@ pub fn pidfd_kill(process: &OwnedFd) -> io::Result<()> {
     }
 }
 
+/// Closes every descriptor above standard error: what a caller has left open must not stay open in a shim that outlives
+/// it. To be called before this process has opened anything.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn close_inherited() -> io::Result<()> {
+    let entries = std::fs::read_dir("/proc/self/fd")?.flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<libc::c_int>().ok());
+    // Collected first: the folder's own descriptor is among them, and closed by then.
+    let numbers: Vec<_> = numbers.filter(|number| *number > libc::STDERR_FILENO).collect();
+    for number in numbers {
+        // SAFETY: nothing in this process owns a descriptor of this number, and the call touches no memory of ours.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
+}
+
 /// A user namespace with these mappings, in which nobody is. Source: user_namespaces(7).
 ///
 /// # Errors
@@ -157,12 +174,13 @@ pub fn user_namespace(maps: &IdMaps) -> io::Result<OwnedFd> {
     namespace
 }
 
-/// A copy of the mount at `path` that is mounted nowhere, in which the IDs of files are what `users`, a user namespace, makes of them; with all that is
-/// mounted below it if `recursive`. Source: open_tree(2), mount_setattr(2).
+/// A copy of the mount at `path` that is mounted nowhere; with all that is mounted below it if `recursive`. Until its
+/// propagation is changed it is a peer of a shared mount: what is unmounted below it goes from the original too.
+/// Source: open_tree(2).
 ///
 /// # Errors
-/// The file system cannot map IDs, or the kernel is older than 5.12.
-pub fn mapped_copy(path: &Path, recursive: bool, users: &OwnedFd) -> io::Result<OwnedFd> {
+/// No such path, or a mount that may not be bound; a kernel older than 5.2.
+pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     let name = CString::new(path.as_os_str().as_bytes())?;
     let below = if recursive { libc::AT_RECURSIVE } else { 0 };
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | below.cast_unsigned();
@@ -170,7 +188,16 @@ pub fn mapped_copy(path: &Path, recursive: bool, users: &OwnedFd) -> io::Result<
     let tree = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
     let tree = i32::try_from(nix::Error::result(tree)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-    let tree = unsafe { OwnedFd::from_raw_fd(tree) };
+    Ok(unsafe { OwnedFd::from_raw_fd(tree) })
+}
+
+/// Makes of the IDs of files what `users`, a user namespace, makes of them, in a copy that [`open_tree`] made; also in
+/// what is mounted below it if `recursive`. Source: mount_setattr(2).
+///
+/// # Errors
+/// The file system cannot map IDs, or the kernel is older than 5.12.
+pub fn map_ids(tree: &OwnedFd, recursive: bool, users: &OwnedFd) -> io::Result<()> {
+    let below = if recursive { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,
@@ -188,11 +215,10 @@ pub fn mapped_copy(path: &Path, recursive: bool, users: &OwnedFd) -> io::Result<
             size_of::<libc::mount_attr>(),
         )
     };
-    nix::Error::result(mapped)?;
-    Ok(tree)
+    nix::Error::result(mapped).map(drop).map_err(Into::into)
 }
 
-/// Mounts what [`mapped_copy`] made. Source: move_mount(2).
+/// Mounts what [`open_tree`] made. Source: move_mount(2).
 ///
 /// # Errors
 /// No such place, or a folder on a file.

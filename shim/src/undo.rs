@@ -28,7 +28,7 @@ pub const RUN_DIR: &str = "/run/kata";
 const VERSION: u32 = 1;
 /// How long a sandbox is left alone that could not be removed.
 const BACK_OFF: Duration = Duration::from_secs(10);
-/// How often a shim tries before it leaves the rest to the next one.
+/// How often a sweep tries before it leaves the rest to the next one.
 const TRIES: u32 = 6;
 
 /// How to take back one step. Every action succeeds on what is already gone.
@@ -150,8 +150,9 @@ impl fmt::Display for PodName {
 }
 
 impl State {
-    /// Makes `/run/kata/<sandbox>` (0700) and an empty list for this process.
+    /// Makes `/run/kata/<sandbox>` (0700) and a list for this process, with what a dead shim of the sandbox still owes.
     pub fn create(sandbox: &str) -> Result<State> {
+        let owed = State::load(sandbox)?;
         let dir = dir_of(sandbox);
         fs::create_dir_all(&dir).at("create", &dir)?;
         fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).at("set the mode of", &dir)?;
@@ -162,11 +163,11 @@ impl State {
             version: VERSION,
             sandbox: sandbox.into(),
             shim,
-            pod: None,
+            pod: owed.as_ref().and_then(|owed| owed.pod.clone()),
             virtiofsd: None,
             qemu: None,
             failed_at: None,
-            undo: Vec::new(),
+            undo: owed.map(|owed| owed.undo).unwrap_or_default(),
         };
         state.save()?;
         Ok(state)
@@ -209,6 +210,33 @@ impl State {
         self.undo.append(&mut failed);
     }
 
+    /// Takes entries off the list, for whoever undoes them at once; what [`State::give_back`] is not told of is undone.
+    pub fn take(&mut self, which: impl Fn(&Undo) -> bool) -> Vec<Undo> {
+        let (taken, kept) = std::mem::take(&mut self.undo).into_iter().partition(which);
+        self.undo = kept;
+        taken
+    }
+
+    /// Puts back what could not be undone, to be undone last.
+    pub fn give_back(&mut self, mut owed: Vec<Undo>) -> Result<()> {
+        owed.append(&mut self.undo);
+        self.undo = owed;
+        self.save()
+    }
+
+    /// Undoes everything but the sandbox's directory, which tells the next start on the node of the sandbox.
+    pub fn unwind(mut self) -> Result<()> {
+        self.unwind_to(0);
+        self.failed_at = (!self.undo.is_empty()).then(seconds);
+        self.save()
+    }
+
+    /// Whether somebody has failed to remove it a short while ago.
+    fn failed_just_now(&self) -> bool {
+        self.failed_at
+            .is_some_and(|at| seconds().saturating_sub(at) < BACK_OFF.as_secs())
+    }
+
     /// Undoes everything and removes the sandbox's directory.
     pub fn remove(mut self) -> Result<()> {
         self.unwind_to(0);
@@ -217,7 +245,13 @@ impl State {
             return self.save();
         }
         let dir = dir_of(&self.sandbox);
-        for file in ["state.json", "state.json.new", "trace.json"] {
+        for file in [
+            "state.json",
+            "state.json.new",
+            "tasks.json",
+            "tasks.json.new",
+            "trace.json",
+        ] {
             gone(fs::remove_file(dir.join(file))).at("remove", dir.join(file))?;
         }
         gone(fs::remove_dir(&dir)).at("remove", dir)
@@ -261,55 +295,49 @@ pub fn names() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes what shims that no longer live have left on this node, in a thread of its own: a process that cannot be
-/// killed would hold its caller up. Under CRI-O nobody else does it.
-pub fn sweep() {
-    let thread = thread::Builder::new().name("sweep".into()).spawn(|| {
-        for _ in 0..TRIES {
-            match sweep_in_turn() {
-                Ok(true) => return,
-                Ok(false) => {}
-                Err(error) => tracing::warn!(%error, "cannot sweep"),
-            }
-            thread::sleep(BACK_OFF);
-        }
-    });
-    if let Err(error) = thread {
-        tracing::warn!(%error, "cannot sweep");
-    }
+/// Whether a sandbox of this node has lost its shim, and nobody has just failed to remove it.
+pub fn is_to_sweep() -> bool {
+    let lost = |state: State| !state.shim.alive() && !state.failed_just_now();
+    // What cannot be read is the sweep's to tell.
+    let names = names().unwrap_or_default();
+    names
+        .iter()
+        .any(|name| State::load(name).map_or(true, |state| state.is_some_and(lost)))
 }
 
-/// Sweeps once; `false` when something is left. The shims of a node take turns, so that those of many pods that start
-/// together do not all wait for the same process.
-fn sweep_in_turn() -> Result<bool> {
-    let dir = fs::File::open(RUN_DIR).at("open", RUN_DIR)?;
-    let _turn = Flock::lock(dir, FlockArg::LockExclusive)
-        .map_err(|(_, error)| error)
-        .at("lock", RUN_DIR)?;
-    let mut clean = true;
-    for name in names()? {
-        match sweep_one(&name) {
-            Ok(gone) => clean &= gone,
-            Err(error) => {
+/// Does `clean` for each sandbox of this node, again after a while for what is left, unless another process is at it. It
+/// waits for processes that cannot be killed, so nobody should wait for it.
+///
+/// # Errors
+/// The sandboxes cannot be listed. What `clean` cannot do is logged.
+pub fn sweep(clean: impl Fn(&str) -> Result<()>) -> Result<()> {
+    let folder = fs::File::open(RUN_DIR).at("open", RUN_DIR)?;
+    // Until the folder is closed. Two at once would take back what the other has just made in a dead shim's place.
+    let Ok(_sweeping) = Flock::lock(folder, FlockArg::LockExclusiveNonblock) else {
+        return Ok(());
+    };
+    for _ in 0..TRIES {
+        let mut clean_now = true;
+        for name in names()? {
+            clean_now &= sweep_one(&name, &clean).unwrap_or_else(|error| {
                 tracing::warn!(%error, sandbox = name, "cannot sweep");
-                clean = false;
-            }
+                false
+            });
         }
+        if clean_now {
+            break;
+        }
+        thread::sleep(BACK_OFF);
     }
-    Ok(clean)
+    Ok(())
 }
 
 /// Whether nothing is to be done about a sandbox any more.
-fn sweep_one(sandbox: &str) -> Result<bool> {
-    let tried = |state: State| {
-        state
-            .failed_at
-            .is_some_and(|at| seconds().saturating_sub(at) < BACK_OFF.as_secs())
-    };
-    if State::load(sandbox)?.is_some_and(tried) {
+fn sweep_one(sandbox: &str, clean: impl Fn(&str) -> Result<()>) -> Result<bool> {
+    if State::load(sandbox)?.is_some_and(|state| state.failed_just_now()) {
         return Ok(false);
     }
-    remove_if_dead(sandbox)?;
+    clean(sandbox)?;
     Ok(State::load(sandbox)?.is_none_or(|state| state.failed_at.is_none()))
 }
 
@@ -320,17 +348,29 @@ fn seconds() -> u64 {
 
 /// Removes a sandbox whose shim is dead or about to be; does nothing for a live or an unknown one.
 pub fn remove_if_dead(sandbox: &str) -> Result<()> {
-    let Some(state) = State::load(sandbox)? else {
-        return Ok(());
-    };
-    state.shim.see_off()?;
-    if state.shim.alive() {
-        return Ok(());
-    }
-    state.remove()
+    dead(sandbox)?.map_or(Ok(()), State::remove)
 }
 
-fn undo(entry: &Undo) -> Result<()> {
+/// Takes back what a dead shim has made, but for the sandbox's directory; answers whether the shim is dead.
+pub fn unwind_if_dead(sandbox: &str) -> Result<bool> {
+    let Some(state) = dead(sandbox)? else {
+        return Ok(false);
+    };
+    state.unwind()?;
+    Ok(true)
+}
+
+/// The state of a sandbox whose shim is dead or about to be.
+fn dead(sandbox: &str) -> Result<Option<State>> {
+    let Some(state) = State::load(sandbox)? else {
+        return Ok(None);
+    };
+    state.shim.see_off()?;
+    Ok((!state.shim.alive()).then_some(state))
+}
+
+/// Takes back one step.
+pub fn undo(entry: &Undo) -> Result<()> {
     match entry {
         Undo::File(path) => gone(fs::remove_file(path)).at("remove", path),
         Undo::Dir(path) => gone(fs::remove_dir(path)).at("remove", path),

@@ -29,6 +29,7 @@ fn run(cli: &Cli) -> Result<()> {
         Action::Start => start::print(start::start(cli)?.as_bytes()),
         Action::Delete => start::print(&start::delete(cli)?),
         Action::Serve => serve::serve(cli),
+        Action::Sweep => start::sweep(cli),
         Action::Version => start::print(format!("containerd-shim-kata-v2 {}\n", env!("CARGO_PKG_VERSION")).as_bytes()),
         Action::Features => start::print(format!("{}\n", start::features()).as_bytes()),
         Action::Info => start::print(&start::info()?),

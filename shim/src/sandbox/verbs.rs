@@ -29,8 +29,12 @@ use crate::{
     trace::Mark,
 };
 
-/// After a killing signal the guest has this long before the whole VM is killed.
+/// How long the guest may take to pass a signal on; the process may take longer to obey it.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// A container that is killed may be slow to die: it may have data to write out, or wait for a file that the host is
+/// slow to give. When it is not dead by then its guest is ended, a little before CRI-O and containerd lose their
+/// patience, after 120 s.
+const OBEY: Duration = Duration::from_secs(100);
 /// A terminal of the wrong size is no reason to hold up the answer to Start.
 const RESIZE: Duration = Duration::from_secs(5);
 
@@ -131,7 +135,8 @@ impl Sandbox {
         if request.exec_id.is_empty() || request.exec_id == request.id {
             return Err(Error::Invalid("exec_id is empty or the container's own".into()));
         }
-        if container.init.status() != Status::Running {
+        // What is only created has its namespaces and files already.
+        if !matches!(container.init.status(), Status::Created | Status::Running) {
             return Err(Error::Precondition(format!(
                 "container {} is {}",
                 container.id,
@@ -190,8 +195,10 @@ impl Sandbox {
             return Ok(());
         }
         let Ok(guest) = self.guest() else { return Ok(()) };
+        if ends_by_default(signal) && self.end_unstarted(&container, exec, &process, signal) {
+            return Ok(());
+        }
         let killing = signal == nix::libc::SIGKILL as u32;
-        let created = process.status() == Status::Created;
         process.killed.fetch_or(killing, Ordering::SeqCst);
         let mut request = wire::SignalProcessRequest::new();
         request.container_id = id.into();
@@ -203,39 +210,49 @@ impl Sandbox {
             exec => exec.into(),
         };
         let sent = guest.agent.with_deadline(KILL_DEADLINE).signal_process(request).await;
-        match (sent, created && killing) {
-            (Ok(()) | Err(ClientError::NotFound(_)), true) => {
-                let (sandbox, exec) = (self.clone(), exec.to_owned());
-                tokio::spawn(
-                    async move { follow::ended(&sandbox, &container, &exec, &process, Exit::now(KILLED)).await },
-                );
-                Ok(())
-            }
-            (Ok(()), false) => {
-                if killing {
-                    self.kill_for_sure(process, container.id.clone());
-                }
-                Ok(())
-            }
-            (Err(ClientError::NotFound(_) | ClientError::Gone), _) => {
-                // Its end is on its way; a guest that only says so must not keep it from coming.
-                if killing {
-                    self.kill_for_sure(process, container.id.clone());
-                }
-                Ok(())
-            }
+        // Whatever the guest says. An exec may take its time: it ends with its container at the latest.
+        let seen_to = killing && exec.is_empty();
+        if seen_to {
+            self.end_if_it_outlives(process.clone(), container.id.clone());
+        }
+        match sent {
+            // Its end is on its way, or that of the VM is.
+            Ok(()) | Err(ClientError::NotFound(_) | ClientError::Gone) => Ok(()),
             // It ended meanwhile, and with it what the guest knew of it.
-            (Err(_), _) if process.has_ended() => Ok(()),
-            (Err(error), _) if killing => {
-                self.bring_down_soon(format!("did not obey SIGKILL for {id}: {error}"), KILLED);
-                Ok(())
-            }
+            Err(_) if process.has_ended() => Ok(()),
             // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to SIGKILL.
-            (Err(error @ ClientError::Deadline(_)), _) => {
+            Err(error @ ClientError::Deadline(_)) => {
                 tracing::warn!(%error, signal, container = id, "the guest is slow to take a signal");
                 Ok(())
             }
-            (Err(error), _) => Err(error.into()),
+            Err(error) if seen_to => {
+                tracing::warn!(%error, container = id, "the guest refuses to kill the container");
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Ends what has not been started, and so has no handler for a signal; false for anything else.
+    fn end_unstarted(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        exec: &str,
+        process: &Arc<Process>,
+        signal: u32,
+    ) -> bool {
+        let exit = Exit::now(128 + signal);
+        match process.status() {
+            // Whoever creates it finds it so.
+            Status::Creating => process.stop(exit),
+            Status::Created if process.begin_end() => {
+                process.killed.store(true, Ordering::SeqCst);
+                let (sandbox, container, exec, process) =
+                    (self.clone(), container.clone(), exec.to_owned(), process.clone());
+                tokio::spawn(async move { follow::ended(&sandbox, &container, &exec, &process, exit).await });
+                true
+            }
+            _ => false,
         }
     }
 
@@ -244,12 +261,12 @@ impl Sandbox {
         tokio::spawn(async move { sandbox.bring_down(&reason, status).await });
     }
 
-    /// Every stop ends: a guest that does not end a killed process is ended itself.
-    fn kill_for_sure(self: &Arc<Self>, process: Arc<Process>, id: String) {
+    /// Every stop ends: a guest that does not end a killed container is ended itself.
+    fn end_if_it_outlives(self: &Arc<Self>, process: Arc<Process>, id: String) {
         let sandbox = self.clone();
         tokio::spawn(async move {
-            if tokio::time::timeout(KILL_DEADLINE, process.ended()).await.is_err() {
-                let reason = format!("was killed: {id} did not end within {KILL_DEADLINE:?} of SIGKILL");
+            if process.outlives(OBEY).await {
+                let reason = format!("was killed: {id} did not end within {OBEY:?} of SIGKILL");
                 sandbox.bring_down(&reason, KILLED).await;
             }
         });
@@ -369,10 +386,10 @@ impl Sandbox {
         let pid = self.pid();
         let exit = match process.status() {
             Status::Stopped(exit) => exit,
-            Status::Created => {
+            Status::Creating | Status::Created => {
                 let exit = Exit::now(KILLED);
                 if exec.is_empty() {
-                    self.delete_created(&container, exit).await;
+                    self.delete_unstarted(&container, exit).await;
                 }
                 exit
             }
@@ -386,6 +403,7 @@ impl Sandbox {
         };
         if exec.is_empty() {
             lock(&self.containers).remove(id);
+            self.keep_record();
         } else {
             container.remove_exec(exec);
         }
@@ -401,12 +419,34 @@ impl Sandbox {
         Ok((pid, exit))
     }
 
-    async fn delete_created(self: &Arc<Self>, container: &Arc<Container>, exit: Exit) {
+    async fn delete_unstarted(self: &Arc<Self>, container: &Arc<Container>, exit: Exit) {
         match container.kind {
             Kind::Sandbox => {
                 self.bring_down("was deleted before it was started", exit.status).await;
             }
+            // Whoever creates it finds it so, and takes it back.
+            Kind::Member if container.init.status() == Status::Creating => drop(container.init.stop(exit)),
             Kind::Member | Kind::Single => follow::ended(self, container, "", &container.init, exit).await,
         }
+    }
+}
+
+/// Whether a signal ends a process that has no handler for it (signal(7)).
+fn ends_by_default(signal: u32) -> bool {
+    use nix::libc::{SIGCHLD, SIGCONT, SIGRTMAX, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH};
+    let harmless = [SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH];
+    let signal = signal.cast_signed();
+    (1..=SIGRTMAX()).contains(&signal) && !harmless.contains(&signal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_end_what_has_no_handler_but_for_eight() {
+        let ending = (1..=64).filter(|signal| ends_by_default(*signal)).count();
+        assert_eq!(ending, 64 - 8);
+        assert!(ends_by_default(15) && !ends_by_default(17) && !ends_by_default(0) && !ends_by_default(65));
     }
 }

@@ -207,6 +207,7 @@ mod tests {
             device: device.into(),
             root: root.into(),
             point: format!("{POD}/{point}").into(),
+            follows: false,
             kind: kind.into(),
             super_options: Vec::new(),
         }

@@ -6,7 +6,7 @@ use super::{
     unsupported,
 };
 use agent::idmap::{BadMaps, IdMaps};
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{Mount, Spec};
 use std::path::{Component, Path, PathBuf};
 
 /// A file or folder of the host that a container sees: the shim binds `source` to `share_path` below the shared folder.
@@ -36,6 +36,30 @@ impl ShareMount {
     /// Where the guest finds it.
     fn in_guest(&self) -> PathBuf {
         Path::new(GUEST_SHARE).join(&self.share_path)
+    }
+
+    /// Gives the container `parts` of this read-only volume, which are mounts of the host, as mounts of their own, so
+    /// that it may write to them: below a read-only mount a guest's kernel mounts them read-only.
+    pub fn keep_writable(&self, parts: &[PathBuf], spec: &mut Spec) {
+        let own = |mount: &Mount| {
+            mount.destination() == &self.destination && mount.source().as_ref() == Some(&self.in_guest())
+        };
+        let mut mounts = spec.mounts_mut().take().unwrap_or_default();
+        // What is mounted below a part comes with it.
+        let is_below = |part: &&PathBuf| parts.iter().any(|other| *part != other && part.starts_with(other));
+        let parts = parts.iter().filter(|part| !is_below(part)).map(|part| {
+            let mut mount = Mount::default();
+            mount
+                .set_destination(self.destination.join(part))
+                .set_source(Some(self.in_guest().join(part)))
+                .set_typ(Some("bind".into()))
+                .set_options(Some(["rbind", "rprivate", "rw"].map(str::to_owned).to_vec()));
+            mount
+        });
+        if let Some(index) = mounts.iter().position(own) {
+            mounts.splice(index + 1..index + 1, parts);
+        }
+        spec.set_mounts(Some(mounts));
     }
 }
 

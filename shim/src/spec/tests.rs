@@ -103,6 +103,21 @@ fn a_crio_container_finds_its_files_in_the_share() {
 }
 
 #[test]
+fn what_is_mounted_below_a_read_only_volume_is_a_mount_of_its_own() {
+    let mut guest = in_guest(&spec(CRIO_CONTAINER), "c0ffee").unwrap();
+    let parts = ["cache", "cache/hot", "logs"].map(PathBuf::from);
+    guest.shares[2].keep_writable(&parts, &mut guest.spec);
+    let mounts = guest.spec.mounts().as_ref().unwrap();
+    let destinations = mounts.iter().map(|mount| mount.destination().to_str().unwrap());
+    let found: Vec<_> = destinations.filter(|path| path.starts_with("/etc/nginx")).collect();
+    assert_eq!(found, ["/etc/nginx", "/etc/nginx/cache", "/etc/nginx/logs"]);
+    let cache = mount(&guest, "/etc/nginx/cache");
+    let source = Path::new("/run/kata-containers/shared/containers/c0ffee/mounts/9-nginx/cache");
+    assert_eq!(cache.source().as_deref(), Some(source));
+    assert_eq!(cache.options().as_ref().unwrap(), &["rbind", "rprivate", "rw"]);
+}
+
+#[test]
 fn a_crio_containers_limits_and_filter_hold_in_the_guest_and_the_hosts_own_things_do_not() {
     let guest = in_guest(&spec(CRIO_CONTAINER), "c0ffee").unwrap();
     let json = serde_json::to_value(&guest.spec).unwrap();

@@ -13,6 +13,7 @@ use tests::{
 
 use super::{BOTH, OURS, Told};
 use crate::{
+    bundle::Wanted,
     crio::{Crio, Runtime},
     pod::{GRACE, Pod},
     process::{self, Kind},
@@ -28,6 +29,7 @@ pub const TOLD: Told = &[
     ),
     (OURS, "a_machine_without_death_signals_ends_with_its_shim", deathless),
     (OURS, "leftovers_that_cannot_be_killed_hold_no_start_up", leftovers),
+    (OURS, "a_pod_whose_shim_died_is_removed_by_a_restarted_crio", rescued),
     (OURS, "a_dead_virtual_machine_becomes_exits", machine),
     (OURS, "a_dead_keeper_becomes_exits", keeper),
     (OURS, "a_dead_file_server_becomes_exits", file_server),
@@ -56,15 +58,46 @@ fn shim(crio: &Crio<'_>) -> Result {
     let mut dead = pod;
     dead.disconnect()?;
     dead.sandbox.rootfs.unmount()?;
-    // Nobody calls `delete` under CRI-O: the next pod on the node has to sweep.
     let leftover = Path::new("/run/kata").join(&dead.facts.id);
+    dead.discard()?;
+    // Nobody calls `delete` under CRI-O: the next `start` on the node has to sweep.
     claim(leftover.exists(), "nothing is left to sweep")?;
     let next = Pod::run(crio)?;
     Bell::default().until("the sweep", SWEEP, || match leftover.exists() {
         false => Ok(()),
         true => Err(format!("{} is there", leftover.display())),
     })?;
-    dead.discard()?;
+    next.end([])?;
+    crio.node.as_before(&before, SOON)
+}
+
+/// CRI-O keeps its broken connections until it is restarted. Then it asks at the addresses in the bundles, and what it
+/// asks for must be there.
+fn rescued(crio: &Crio<'_>) -> Result {
+    let before = crio.node.census();
+    let mut pod = Pod::run(crio)?;
+    let mut ended = pod.start(&Wanted::shell("exit 7"))?;
+    same("the exit code", ended.exited(ORDINARY)?.exit_status, 7)?;
+    let mut running = pod.idle()?;
+    let machine = process::of_the_vm(crio);
+    let shim = process::only(Kind::Shim, crio)?;
+    process::murder(shim)?;
+    process::gone("the shim, QEMU and virtiofsd", &[&machine[..], &[shim]].concat(), SOON)?;
+    let next = Pod::run(crio)?;
+    for task in [&mut pod.sandbox, &mut ended, &mut running] {
+        task.abandon()?;
+        // Beside the new pod, a new shim takes the dead one's place.
+        Bell::default().until("a shim that answers", SWEEP, || {
+            task.recover().map_err(|error| error.to_string())
+        })?;
+        task.is(Status::STOPPED)?;
+        task.exit = Some(task.begin_wait("")?);
+    }
+    same("what ended before", ended.exited(ORDINARY)?.exit_status, 7)?;
+    same("what ended with the shim", running.exited(ORDINARY)?.exit_status, 137)?;
+    // CRI-O stops what it takes for running, and removes it.
+    pod.stop(&mut [&mut running])?;
+    pod.end([ended, running])?;
     next.end([])?;
     crio.node.as_before(&before, SOON)
 }

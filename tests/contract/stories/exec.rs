@@ -1,16 +1,21 @@
 //! Exec and ExecSync.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use containerd_shim_protos::api::Status;
-use tests::failure::{Result, claim, contains, same};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tests::failure::{Result, Trying, claim, contains, same};
 
 use super::{BOTH, OURS, Told};
 use crate::{
     bundle::Wanted,
     crio::{Crio, Runtime},
     pod::Pod,
-    task::ORDINARY,
+    process::{self, Kind},
+    task::{KILL, ORDINARY},
 };
 
 /// This module's stories.
@@ -30,6 +35,8 @@ pub const TOLD: Told = &[
         "an_exec_whose_time_is_up_takes_its_children_along",
         timeout_of_a_group,
     ),
+    (OURS, "an_exec_that_is_slow_to_die_harms_nobody", slow),
+    (BOTH, "an_exec_runs_in_a_container_that_is_not_started", not_started),
     (BOTH, "an_exec_of_nothing_fails_and_harms_nobody", nothing),
     (BOTH, "exit_codes_of_execs_are_theirs", codes),
     (BOTH, "many_execs_at_once_keep_their_output_apart", many),
@@ -38,6 +45,9 @@ pub const TOLD: Told = &[
 
 /// How soon an exec must end that a signal ends, whatever its children do.
 const SOON: Duration = Duration::from_secs(10);
+
+/// For what takes seconds on an idle machine.
+const LONG: Duration = Duration::from_secs(120);
 
 /// More than a pipe holds, and not a multiple of anything.
 const MUCH: usize = 300_001;
@@ -165,6 +175,54 @@ fn timeout_of_a_group(crio: &Crio<'_>) -> Result {
         !processes.contains("sleep 4321"),
         format!("the children of a killed exec live on: {processes}"),
     )?;
+    pod.end([container])
+}
+
+/// A process that waits for a file of the host dies when the file server answers. That is no reason to end a pod.
+fn slow(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let volume = pod.volume("slow")?;
+    fs::write(volume.join("file"), "text").trying("writing into the volume")?;
+    let [container, other] = [
+        pod.start(&Wanted::idle().with_volume(&volume, "/volume", false))?,
+        pod.idle()?,
+    ];
+    container.stdout()?.line("ready", ORDINARY)?;
+    // What both do from now on the shell does by itself: a program would come from the file server.
+    let clock = other.begin_exec(&["sh", "-c", "echo begun; read -t 15 line; echo later"], false, true)?;
+    clock.streams.stdout.line("begun", ORDINARY)?;
+    let script = "echo begun; read line; echo reading; exec 3</volume/file; echo done";
+    let stuck = container.begin_exec(&["sh", "-c", script], false, true)?;
+    stuck.streams.stdout.line("begun", ORDINARY)?;
+    let servers = process::running(Kind::FileServer, crio);
+    let signal = |signal| {
+        let mut pids = servers.iter().map(|pid| Pid::from_raw(*pid));
+        pids.try_for_each(|pid| kill(pid, signal))
+            .trying(format!("sending {signal} to the file server"))
+    };
+    signal(Signal::SIGSTOP)?;
+    stuck.fifos.input()?.send(b"go\n", ORDINARY)?;
+    stuck.streams.stdout.line("reading", ORDINARY)?;
+    container.kill(&stuck.id, KILL)?.granted(ORDINARY)?;
+    clock.streams.stdout.line("later", LONG)?;
+    stuck.still_runs()?;
+    pod.sandbox.is(Status::RUNNING)?;
+    container.is(Status::RUNNING)?;
+    signal(Signal::SIGCONT)?;
+    same("the exit code of what was killed", stuck.finish(LONG)?.code, 137)?;
+    clock.finish(LONG)?;
+    same("a container's word", container.shell("echo here")?, "here")?;
+    pod.end([container, other])
+}
+
+/// Its namespaces and files are there already.
+fn not_started(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let mut container = pod.create(&Wanted::idle())?;
+    same("an exec before the start", container.shell("echo here")?, "here")?;
+    container.start()?;
+    container.stdout()?.line("ready", ORDINARY)?;
+    same("an exec after the start", container.shell("echo here")?, "here")?;
     pod.end([container])
 }
 

@@ -26,6 +26,7 @@ pub const TOLD: Told = &[
     (BOTH, "a_wait_sent_before_start_is_answered", early_wait),
     (BOTH, "a_container_without_a_program_fails_and_is_removed", no_program),
     (BOTH, "a_created_container_that_never_starts_is_removed", never_started),
+    (OURS, "a_created_container_dies_of_signals", created),
     (OURS, "an_out_of_memory_kill_is_told_by_a_file", out_of_memory),
     (
         OURS,
@@ -160,6 +161,26 @@ fn never_started(crio: &Crio<'_>) -> Result {
     let exit = container.begin_wait("")?.granted(ORDINARY)?;
     same("the exit code", exit.exit_status, 137)?;
     pod.end([container])
+}
+
+/// What has not been started has no handler: whatever would end a program ends it.
+fn created(crio: &Crio<'_>) -> Result {
+    const HANGUP: u32 = 1;
+    const FIRST_REAL_TIME: u32 = 34;
+    const CHILD: u32 = 17;
+    let pod = Pod::run(crio)?;
+    for signal in [TERM, HANGUP, FIRST_REAL_TIME] {
+        let mut container = pod.create(&Wanted::idle())?;
+        container.kill("", CHILD)?.granted(ORDINARY)?;
+        container.is(Status::CREATED)?;
+        container.kill("", signal)?.granted(ORDINARY)?;
+        let exit = container.begin_wait("")?.granted(ORDINARY)?;
+        same("the exit code", exit.exit_status, 128 + signal)?;
+        container.rootfs.unmount()?;
+        container.begin_start()?.refused(ORDINARY)?;
+        container.remove()?;
+    }
+    pod.end([])
 }
 
 fn out_of_memory(crio: &Crio<'_>) -> Result {

@@ -3,13 +3,7 @@
 //! Whatever it says, the shim lives, answers CRI-O in time, stays small, and touches nothing but what is the sandbox's; and everything is gone
 //! afterwards, which the node looks after.
 
-use std::{
-    fs,
-    os::unix::fs::symlink,
-    path::PathBuf,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Command, time::Duration};
 
 use containerd_shim_protos::api::Status;
 use tests::{
@@ -41,8 +35,10 @@ pub const TOLD: Told = &[
 
 /// What the shim of a hostile guest may have had in memory at any time, shared pages of its program included.
 const MOST_KIB: u64 = 32 << 10;
-/// How soon a guest must be gone that does not obey SIGKILL, or cannot be spoken to.
+/// How soon a guest must be gone that cannot be spoken to.
 const SOON: Duration = Duration::from_secs(10);
+/// How long CRI-O waits for the end of what it has killed (`killContainerTimeout`).
+const CRIOS_PATIENCE: Duration = Duration::from_secs(120);
 /// How soon an answer must come that no guest has a part in.
 const AT_ONCE: Duration = Duration::from_secs(2);
 /// How long an exit may be held up: by output without end, statistics without answer, and a container that is not removed.
@@ -194,15 +190,10 @@ fn deny(crio: &Crio<'_>) -> Result {
 
 fn ended_by_kill<'c, 'n>(crio: &'c Crio<'n>, pod: Pod<'c, 'n>, container: Task<'c, 'n>) -> Result {
     let machine = process::of_the_vm(crio);
-    let asked = Instant::now();
     container.kill("", KILL)?.granted(SOON)?;
     container.begin_state()?.granted(AT_ONCE)?;
-    same("the exit", container.exited(SOON)?.exit_status, 137)?;
+    same("the exit", container.exited(CRIOS_PATIENCE)?.exit_status, 137)?;
     process::gone("the machine", &machine, SOON)?;
-    claim(
-        asked.elapsed() < SOON + AT_ONCE,
-        format!("the guest was ended after {:?}", asked.elapsed()),
-    )?;
     shim_is_small(crio)?;
     pod.end([container])
 }

@@ -6,10 +6,12 @@ mod exits;
 mod host;
 mod hostile;
 mod lifecycle;
+mod node;
 mod numbers;
 mod refusals;
 mod restart;
 mod stop;
+mod storage;
 
 use tests::failure::Result;
 
@@ -41,7 +43,7 @@ type Told = &'static [(&'static [Runtime], &'static str, fn(&Crio<'_>) -> Result
 
 /// Every story.
 pub fn all() -> impl Iterator<Item = Story> {
-    let told: [Told; 10] = [
+    let told: [Told; 12] = [
         lifecycle::TOLD,
         exec::TOLD,
         exits::TOLD,
@@ -50,6 +52,8 @@ pub fn all() -> impl Iterator<Item = Story> {
         restart::TOLD,
         death::TOLD,
         refusals::TOLD,
+        storage::TOLD,
+        node::TOLD,
         hostile::TOLD,
         host::TOLD,
     ];

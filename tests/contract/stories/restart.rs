@@ -1,10 +1,10 @@
 //! CRI-O goes away and comes back; the pod does not notice.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use containerd_shim_protos::api::Status;
 use tests::{
-    failure::{Result, claim, same},
+    failure::{Failure, Result, Trying, claim, same},
     run::last_of,
     wait::Bell,
 };
@@ -22,6 +22,7 @@ pub const TOLD: Told = &[
     (BOTH, "no_output_is_lost_while_crio_is_away", output),
     (BOTH, "a_pod_is_served_after_crio_is_back", served),
     (OURS, "an_exit_while_crio_is_away_is_told", exit),
+    (OURS, "last_words_wait_until_crio_is_back", last_words),
     (BOTH, "restarts_in_a_row_change_nothing", in_a_row),
 ];
 
@@ -101,6 +102,37 @@ fn exit(crio: &Crio<'_>) -> Result {
             .ok_or_else(|| format!("no {}", file.display()))
     })?;
     same("State.exit_status", container.is(Status::STOPPED)?.exit_status, 11)?;
+    pod.end([container])
+}
+
+/// CRI-O opens the fifos of a container again, also when it has ended meanwhile.
+fn last_words(crio: &Crio<'_>) -> Result {
+    let mut pod = Pod::run(crio)?;
+    let volume = pod.volume("sign")?;
+    let script = "echo ready; until [ -e /volume/go ]; do sleep 0.1; done; echo last; echo words >&2; exit 3";
+    let mut container = pod.start(&Wanted::shell(script).with_volume(&volume, "/volume", false))?;
+    container.stdout()?.line("ready", ORDINARY)?;
+    container.abandon()?;
+    pod.sandbox.abandon()?;
+    fs::write(volume.join("go"), "").trying("giving the container its sign")?;
+    let file = exit_file(&container.id);
+    Bell::default().until("the file in CRI-O's exits folder", ORDINARY, || {
+        file.exists()
+            .then_some(())
+            .ok_or_else(|| format!("no {}", file.display()))
+    })?;
+    pod.sandbox.recover()?;
+    container.recover()?;
+    same("the exit code", container.is(Status::STOPPED)?.exit_status, 3)?;
+    let streams = container.streams.take();
+    let streams = streams.ok_or_else(|| Failure::Claim("nobody reads this container".into()))?;
+    for (reader, text) in [(Some(streams.stdout), "last"), (streams.stderr, "words")] {
+        let reader = reader.ok_or_else(|| Failure::Claim("nobody reads this stream".into()))?;
+        reader.line(text, ORDINARY)?;
+        let taken = reader.close()?;
+        same("what came", taken.bytes, format!("{text}\n").into_bytes())?;
+        claim(taken.ended, "more might come from a container that has ended")?;
+    }
     pod.end([container])
 }
 

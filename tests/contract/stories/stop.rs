@@ -1,9 +1,12 @@
 //! The order in which CRI-O takes a pod down.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use containerd_shim_protos::api::Status;
-use tests::failure::{Result, claim, same};
+use tests::{
+    failure::{Result, claim, same},
+    wait::Bell,
+};
 
 use super::{BOTH, OURS, Told};
 use crate::{
@@ -23,6 +26,11 @@ pub const TOLD: Told = &[
     (OURS, "a_sandbox_ends_at_once_on_term", sandbox_term),
     (OURS, "a_stopped_sandbox_takes_its_containers_along", sandbox_first),
     (OURS, "a_create_that_crio_gave_up_can_be_deleted", given_up),
+    (
+        OURS,
+        "a_container_deleted_while_it_is_created_leaves_nothing",
+        overtaken,
+    ),
 ];
 
 fn order(crio: &Crio<'_>) -> Result {
@@ -127,4 +135,33 @@ fn given_up(crio: &Crio<'_>) -> Result {
     place.remove()?;
     sandbox.discard()?;
     crio.node.as_before(&before, Duration::from_secs(5))
+}
+
+/// The same of a container: were it in the guest, a second one of its id could not be made.
+fn overtaken(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let shim = process::only(Kind::Shim, crio)?;
+    let in_share = |id: &str| {
+        let mounts = fs::read_to_string(format!("/proc/{shim}/mountinfo")).unwrap_or_default();
+        mounts.contains(&format!("{id}/rootfs"))
+    };
+    for moment in ["at once", "with its files in the share"] {
+        let mut container = pod.prepare(&Wanted::idle())?;
+        let create = container.begin_create()?;
+        if moment != "at once" {
+            Bell::default().until("the container's files in the share", BOOT, || {
+                in_share(&container.id).then_some(()).ok_or_else(|| "none".into())
+            })?;
+        }
+        container.begin_delete("")?.granted(ORDINARY)?;
+        // Refused, unless it was over before Delete came; then Delete was that of a created container.
+        drop(create.answer(BOOT)?);
+        container.create()?;
+        container.start()?;
+        container.stdout()?.line("ready", ORDINARY)?;
+        container.stop(GRACE)?;
+        container.rootfs.unmount()?;
+        container.remove()?;
+    }
+    pod.end([])
 }
