@@ -8,11 +8,15 @@ use super::{CgroupError, SandboxCgroup, file, systemd, write};
 use oci_spec::runtime::LinuxResources;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// More processors than any kernel is built for.
 const MOST: u32 = 8192;
+
+/// All processors that this host could ever have.
+const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// Numbers of processors; none of them means all that there are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -137,17 +141,20 @@ impl SandboxCgroup {
         if !path.exists() {
             return Err(none());
         }
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| file("read", path, source));
+        // A list cannot be taken back while processes are there. On v2 one that is longer than the parent's means the parent's, whatever that comes to be.
+        let all = match self.record.v2 {
+            true => Path::new(POSSIBLE).to_owned(),
+            false => folder.parent().unwrap_or(folder).join("cpuset.cpus"),
+        };
+        let cpus = match cpus.0.is_empty() {
+            true => read(&all)?.parse()?,
+            false => cpus.clone(),
+        };
         match &self.scope {
             // Told to systemd, or it would take the list back when it next writes down what it knows of the scope. It knows no cpuset of v1.
-            Some(scope) if self.record.v2 => systemd::bind(scope, cpus),
-            _ if !cpus.0.is_empty() => write(&path, &cpus.to_string()),
-            // Empty, on v2, means the parent's; on v1 it means none.
-            _ if self.record.v2 => write(&path, "\n"),
-            _ => {
-                let parent = folder.parent().unwrap_or(folder).join("cpuset.cpus");
-                let all = std::fs::read_to_string(&parent).map_err(|source| file("read", &parent, source))?;
-                write(&path, all.trim())
-            }
+            Some(scope) if self.record.v2 => systemd::bind(scope, &cpus),
+            _ => write(&path, &cpus.to_string()),
         }
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn start(scope: &Scope, pid: u32) -> Result<(), CgroupError> {
     start_unit(scope, pid).map_err(failed("start", scope))
 }
 
-/// Binds the processes of a scope to processors; to those of its slice when the list is empty.
+/// Binds the processes of a scope to processors.
 pub(super) fn bind(scope: &Scope, cpus: &CpuList) -> Result<(), CgroupError> {
     let bind = || -> Result<(), BusError> {
         let mask = cpus.mask();
