@@ -18,6 +18,7 @@ export SANDPOD_PEERS := $(TOOLS)/peers
 export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
 export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
 export SANDPOD_IMAGES := $(CURDIR)/target/images
+export SANDPOD_NODE_IMAGE := $(TOOLS)/node-image
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
@@ -26,7 +27,8 @@ DEMO_GROUPS := build run peers
 TEST_GROUPS := build kernel run test fresh peers
 
 .PHONY: help demo cluster test fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl deps-demo deps-test units suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-fresh
+.PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
+.PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-fresh
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,13 +46,13 @@ cluster: deps-test ## a whole Kubernetes with one node, to try the operator on, 
 	$(RELEASE)/kubernetes
 
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
-	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel lint
+	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers node-image debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) payload-files
 	$(MAKE) images-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
+	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-node suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
 
 TARGET := demo
 fresh: ## `make demo`, or TARGET, in a Debian 12 that has next to nothing installed: whether deploy/deps.sh names all that it needs
@@ -130,7 +132,7 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
-suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster: suite-%:
+suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
 
 # The quick form of `make fresh`, for both of the quick start's targets.
@@ -158,6 +160,11 @@ peers: ## the real containerd, CRI tools and Kubernetes that the tests run again
 	mkdir -p $(TOOLS)
 	bin=$$(tests/peers/build.sh)
 	ln -sfnT "$$bin" $(SANDPOD_PEERS)
+
+node-image: peers ## the disk of the emulated node: Debian with systemd
+	mkdir -p $(TOOLS)
+	image=$$(tests/node/image.sh $(SANDPOD_PEERS))
+	ln -sfnT "$$image" $(SANDPOD_NODE_IMAGE)
 
 crictl:
 	mkdir -p $(TOOLS)

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 use node::{Node, Role};
-use tests::failure::Result;
+use tests::{failure::Result, stage};
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -47,5 +47,5 @@ fn client(arguments: &mut Arguments) -> Result<ExitCode> {
     arguments.test_threads = Some(1);
     let node: &'static Node = Box::leak(Box::new(Node::here()?));
     let trial = |story: stories::Story| Trial::test(story.name(), move || Ok(node.play(&story)?));
-    Ok(libtest_mimic::run(arguments, stories::all().map(trial).collect()).exit_code())
+    Ok(libtest_mimic::run(arguments, stage::chosen(stories::all().map(trial).collect())).exit_code())
 }

@@ -18,6 +18,7 @@ pub mod footprint;
 pub mod images;
 pub mod installer;
 pub mod kubernetes;
+pub mod machine;
 pub mod namespaces;
 pub mod network;
 pub mod node;

@@ -25,6 +25,25 @@ pub fn binaries() -> Result<PathBuf> {
     holding(folder, "containerd-shim-kata-v2", "cargo build --release --workspace")
 }
 
+/// A test program of this workspace, the one that was linked last.
+///
+/// # Errors
+/// When it has not been built.
+pub fn test_program(name: &str) -> Result<PathBuf> {
+    let remedy = "cargo build --release --workspace --bins --tests";
+    let folder = binaries()?.join("deps");
+    let is_it = |file: &str| {
+        let hash = file.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
+        hash.is_some_and(|hash| !hash.is_empty() && hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    };
+    let programs = folder.read_dir().into_iter().flatten().flatten();
+    programs
+        .filter(|entry| is_it(&entry.file_name().to_string_lossy()))
+        .max_by_key(|entry| entry.metadata().and_then(|metadata| metadata.modified()).ok())
+        .map(|entry| entry.path())
+        .ok_or_else(|| missing(&folder.join(format!("{name}-*")), remedy))
+}
+
 /// The folder with `vmlinux` and `initrd` of a guest: `$SANDPOD_GUEST_OWN` or `$SANDPOD_GUEST_DEBIAN`, else `target/guest/<name>`.
 ///
 /// # Errors
@@ -66,6 +85,20 @@ pub fn peers() -> Result<PathBuf> {
         None => {
             let crictl = newest("peers-", "bin/crictl", "make peers")?;
             Ok(crictl.parent().map(Path::to_path_buf).unwrap_or_default())
+        }
+    }
+}
+
+/// The folder with the disk and kernel of an emulated node: `$SANDPOD_NODE_IMAGE`, else the newest cached one.
+///
+/// # Errors
+/// When it has not been made.
+pub fn node_image() -> Result<PathBuf> {
+    match env::var_os("SANDPOD_NODE_IMAGE") {
+        Some(path) => holding(PathBuf::from(path), "root.img", "make node-image"),
+        None => {
+            let disk = newest("node-", "root.img", "make node-image")?;
+            Ok(disk.parent().map(Path::to_path_buf).unwrap_or_default())
         }
     }
 }

@@ -42,6 +42,17 @@ impl Output {
     pub fn errors(&self) -> String {
         String::from_utf8_lossy(&self.stderr).trim_end().to_owned()
     }
+
+    /// The failure of the command line that has left this and should have succeeded.
+    #[must_use]
+    pub fn failure(&self, line: &str) -> Failure {
+        let said = format!("{} {}", self.text(), self.errors());
+        Failure::Command {
+            command: line.to_owned(),
+            status: format!("code {}", self.code),
+            output: last_of(said.trim(), 2000),
+        }
+    }
 }
 
 /// A command of which the program, to be added, will be the first process of new mount, network, IPC and pid namespaces, and ends with
@@ -109,12 +120,7 @@ pub fn succeed(command: &mut Command, deadline: Duration) -> Result<Output> {
 /// The failure of a command that should have succeeded.
 #[must_use]
 pub fn refusal(command: &Command, output: &Output) -> Failure {
-    let said = format!("{} {}", output.text(), output.errors());
-    Failure::Command {
-        command: describe(command),
-        status: format!("code {}", output.code),
-        output: last_of(said.trim(), 2000),
-    }
+    output.failure(&describe(command))
 }
 
 /// Waits for a child with a deadline; past it, its process group is killed.

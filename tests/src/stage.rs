@@ -1,6 +1,8 @@
 //! Plays stories, one at a time on each node, and fails those that leave anything behind.
 
 use std::{
+    collections::BTreeMap,
+    env,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
@@ -16,6 +18,26 @@ use crate::{
 
 /// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
 pub const SETTLE: Duration = Duration::from_secs(5);
+
+/// The variable with the names of stories, with commas between them, that a program is to play instead of those that it plays by default.
+pub const STORIES: &str = "SANDPOD_STORIES";
+
+/// The stories that are to be played: those that [`STORIES`] names, in its order, whether they are ignored by default or not; or all.
+#[must_use]
+pub fn chosen(trials: Vec<Trial>) -> Vec<Trial> {
+    let Ok(names) = env::var(STORIES) else {
+        return trials;
+    };
+    let mut trials: BTreeMap<_, _> = trials
+        .into_iter()
+        .map(|trial| (trial.name().to_owned(), trial))
+        .collect();
+    let named = names.split(',').map(|name| match trials.remove(name) {
+        Some(trial) => trial.with_ignored_flag(false),
+        None => Trial::test(name, || Err("there is no such story".into())),
+    });
+    named.collect()
+}
 
 /// Nodes of one kind: as many as stories play at once.
 pub struct Stage {
@@ -84,7 +106,7 @@ pub fn perform(trials: Vec<Trial>, stages: &[Arc<Stage>]) -> ! {
     let mut arguments = libtest_mimic::Arguments::from_args();
     let processors = thread::available_parallelism().map_or(2, usize::from);
     arguments.test_threads = arguments.test_threads.or(Some(processors));
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion = libtest_mimic::run(&arguments, chosen(trials));
     let mut clean = true;
     for stage in stages {
         if let Err(failure) = stage.clear() {
