@@ -63,10 +63,19 @@ trap 'rm -rf "$new"' EXIT
 cp "$kernel/vmlinux" "$new/vmlinux"
 initrd >"$new/initrd"
 rm -f "$new/modules"
+# The shim reads here how many processors the kernel takes and which PCI devices it drives.
+cpus=$(sed -n 's/^CONFIG_NR_CPUS=//p' "$kernel/config")
+[ -n "$cpus" ] && [ -s "$kernel/pci" ] || { echo "build-image: $kernel does not say what its kernel can do" >&2; exit 1; }
 cat >"$new/manifest.json" <<JSON
 {
   "guest": "$kind",
-  "kernel": { "release": "$(cat "$kernel/release")", "source": "$(cat "$kernel/source")", "config_sha256": "$(sum "$kernel/config")" },
+  "kernel": {
+    "release": "$(cat "$kernel/release")", "source": "$(cat "$kernel/source")", "config_sha256": "$(sum "$kernel/config")",
+    "cpus": $cpus,
+    "pci": [
+$(sed 's/.*/      "&"/; $!s/$/,/' "$kernel/pci")
+    ]
+  },
   "agent": $(file_json "$agent"),
   "vmlinux": $(file_json "$new/vmlinux"),
   "initrd": $(file_json "$new/initrd")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds our guest kernel from Debian's linux-source-6.12, kernel.config and the patches here; prints the folder that
-# holds `vmlinux`, `config`, `release` and `source`. The folder is named by the hash of everything that goes in (source,
+# holds `vmlinux`, `config`, `release`, `source` and `pci`. The folder is named by the hash of everything that goes in
+# (source,
 # compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never passes for it.
 #   build-kernel.sh
 #   build-kernel.sh --prepare    only up to the first file of the kernel's own: whether all programs and headers are there
@@ -17,8 +18,8 @@ unpack() {
   # Kconfig reads the whole tree, the compiler a small part: sources of hardware that no guest has stay packed.
   LC_ALL=C tar -C "$1" --strip-components=1 --wildcards -xf "$tarball" --exclude='*/tools/testing' --exclude='*/Documentation/*/*' \
     --exclude='*/arch/[a-tvwyz]*/*.[chS]' --exclude='*.dts*' --exclude='*/sound/*.[ch]' --exclude='*/drivers/gpu/*.[ch]' --exclude='*/drivers/media/*.[ch]' \
-    --exclude='*/drivers/net/ethernet/*.[ch]' --exclude='*/drivers/net/wireless/*.[ch]' --exclude='*/drivers/infiniband/*.[ch]' \
-    --exclude='*/drivers/staging/*.[ch]' --exclude='*/drivers/usb/*.[ch]'
+    --exclude='*/drivers/net/wireless/*.[ch]' --exclude='*/drivers/infiniband/*.[ch]' --exclude='*/drivers/staging/*.[ch]' \
+    --exclude='*/drivers/usb/*.[ch]'
   for patch in "$here"/*.patch; do patch -s -d "$1" -p1 <"$patch"; done
 }
 configure() {
@@ -33,12 +34,31 @@ configure() {
     esac || { echo "Kconfig did not take $option=$value"; return 1; }
   done <<<"$options"
 }
+# The PCI devices that a kernel drives, from the drivers' tables (`struct pci_device_id`: 40 bytes, of which the first
+# six words are the vendor, the device, both of the subsystem, the class and its mask), each in the form of a `modalias`
+# in sysfs, with * for what may be anything.
+pci_aliases() {
+  local start size end
+  nm -S "$1" | sed -n 's/^\([0-9a-f]*\) \([0-9a-f]*\) . __ids_pci__.*/\1 \2/p' >tables
+  [ -s tables ] || { echo "the kernel has no table of PCI devices"; return 1; }
+  while read -r start size; do
+    printf -v end '0x%x' $((0x$start + 0x$size))
+    objdump -s --start-address="0x$start" --stop-address="$end" "$1" | sed -n 's/^ [0-9a-f]\{16\} \(.\{35\}\)  .*/\1/p' |
+      tr -s ' \n' '\n' | sed 's/\(..\)\(..\)\(..\)\(..\)/\U\4\3\2\1/' | paste -d ' ' - - - - - - - - - -
+  done <tables | while read -r vendor device subvendor subdevice class mask _; do
+    # The empty entry at the end.
+    [ "$vendor$subvendor$mask" != 000000000000000000000000 ] || continue
+    part() { if [ "${mask:$1:2}" = 00 ]; then echo '*'; else echo "${class:$1:2}"; fi; }
+    printf 'pci:v%sd%ssv%ssd%sbc%ssc%si%s\n' "$vendor" "$device" "$subvendor" "$subdevice" "$(part 2)" "$(part 4)" "$(part 6)"
+  done | sed 's/FFFFFFFF/*/g' | LC_ALL=C sort -u
+}
 compile() {
   make -s -j"$(nproc)" KBUILD_BUILD_TIMESTAMP=1970-01-01 KBUILD_BUILD_USER=sandpod KBUILD_BUILD_HOST=sandpod vmlinux
   mkdir out
   strip -s -o out/vmlinux vmlinux
   make -s kernelrelease >out/release
   echo "$package $version" >out/source
+  pci_aliases vmlinux >out/pci
   cp .config out/config
   chmod 755 out
   chmod 644 out/*
@@ -55,7 +75,7 @@ if [ "${1:-}" = --prepare ]; then
 fi
 
 key=$( { echo "$version" "$(gcc -dumpfullversion)" "$(ld --version | head -n 1)" "$options"; cat "$here"/*.patch
-  declare -f unpack configure compile; } | sha256sum | cut -c1-16)
+  declare -f unpack configure pci_aliases compile; } | sha256sum | cut -c1-16)
 out=$cache/kernel-$key
 mkdir -p "$cache"
 exec 9>"$cache/kernel.lock"

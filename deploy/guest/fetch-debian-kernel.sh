@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fetches Debian's prebuilt cloud kernel and prints a folder shaped as build-kernel.sh's: `vmlinux`, `config`, `release`,
-# `source`, and `modules/` with `modules-load.list`. apt checks the package against Debian's signatures; nothing is installed.
+# `source`, `pci`, and `modules/` with `modules-load.list`. apt checks the package against Debian's signatures; nothing
+# is installed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
@@ -74,6 +75,8 @@ fetch() {
   # The text indexes say what depends on what and which alias is which module.
   cp "package/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "out/modules/lib/modules/$release/"
   depmod -b out/modules "$release"
+  # Which PCI devices those drive, one a line. What is built in drives none that a node could hand over.
+  sed -n 's/^alias \(pci:[^ ]*\) .*/\1/p' "out/modules/lib/modules/$release/modules.alias" | LC_ALL=C sort -u >out/pci
   find out/modules -name 'modules.*' ! -name modules.dep ! -name modules.alias ! -name modules.softdep -delete
   find out -type d -exec chmod 755 {} +
   find out -type f -exec chmod 644 {} +
