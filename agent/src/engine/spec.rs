@@ -7,7 +7,8 @@ use std::{
 
 use oci_spec::runtime::{
     Capabilities, Hook, Hooks, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
-    LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    LinuxResources, LinuxSeccomp, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, PosixRlimit,
+    PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 
 /// The search path of a process without `PATH`, as containerd and CRI-O set it.
@@ -43,6 +44,10 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
     linux.set_cgroups_path(Some(cgroup_path(linux.cgroups_path().as_deref(), id)?));
     linux.set_rootfs_propagation(linux.rootfs_propagation().as_deref().map(propagation));
+    add_cgroup_namespace(&mut linux);
+    if let Some(seccomp) = linux.seccomp().clone() {
+        linux.set_seccomp(Some(order_masks(seccomp)?));
+    }
     if let Some(resources) = linux.resources_mut() {
         complete_resources(resources);
     }
@@ -51,6 +56,42 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
         limit_hooks(hooks);
     }
     Ok(spec)
+}
+
+/// Gives a container a cgroup namespace, asked for or not: on hosts with cgroup v1 the CRI asks for none, and the guest
+/// has v2, where a program looks for its limits at the root of what it sees. Without one it would see the cgroups of
+/// the whole guest.
+fn add_cgroup_namespace(linux: &mut Linux) {
+    if !has_namespace(linux, LinuxNamespaceType::Cgroup) {
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        let mut cgroup = LinuxNamespace::default();
+        cgroup.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(cgroup);
+        linux.set_namespaces(Some(namespaces));
+    }
+}
+
+/// Exchanges the two values of each masked comparison: in a specification `value` is the mask and `valueTwo` what the
+/// masked argument is compared with (as in libseccomp, `seccomp_rule_add(3)`), and libcontainer takes them the other
+/// way round.
+fn order_masks(mut seccomp: LinuxSeccomp) -> Result<LinuxSeccomp, SpecError> {
+    let order = |argument: &LinuxSeccompArg| match argument.op() {
+        LinuxSeccompOperator::ScmpCmpMaskedEq => LinuxSeccompArgBuilder::default()
+            .index(argument.index())
+            .value(argument.value_two().unwrap_or(0))
+            .value_two(argument.value())
+            .op(argument.op())
+            .build()
+            .map_err(|error| SpecError::Unsupported(format!("a masked comparison of seccomp ({error})"))),
+        _ => Ok(*argument),
+    };
+    let mut calls = seccomp.syscalls().clone();
+    for call in calls.iter_mut().flatten() {
+        let ordered: Option<Result<Vec<_>, _>> = call.args().as_ref().map(|all| all.iter().map(order).collect());
+        call.set_args(ordered.transpose()?);
+    }
+    seccomp.set_syscalls(calls);
+    Ok(seccomp)
 }
 
 /// Gives the hooks that run beside the container an end: whoever waits for them waits for a bounded time too.

@@ -173,7 +173,7 @@ fn linux(linux: &wire::Linux) -> Result<oci::Linux> {
         .set_namespaces(try_list(&linux.Namespaces, |namespace| {
             let mut result = oci::LinuxNamespace::default();
             result
-                .set_typ(named("linux.namespaces[].type", &namespace.Type)?)
+                .set_typ(namespace_kind(&namespace.Type)?)
                 .set_path(text(&namespace.Path).map(PathBuf::from));
             Ok(result)
         })?)
@@ -353,6 +353,15 @@ fn built<T>(result: std::result::Result<T, oci_spec::OciSpecError>) -> Result<T>
     result.map_err(|error| OciError {
         field: "structure",
         value: error.to_string(),
+    })
+}
+
+/// A namespace's type: `mount` and `network` as in `config.json`, or `mnt` and `net` as below `/proc/<pid>/ns`, which
+/// is how one of upstream's shims names them. The other enumerations have the same name on both.
+fn namespace_kind(name: &str) -> Result<oci::LinuxNamespaceType> {
+    oci::LinuxNamespaceType::try_from(name).map_err(|_| OciError {
+        field: "linux.namespaces[].type",
+        value: name.to_owned(),
     })
 }
 

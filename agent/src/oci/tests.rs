@@ -355,3 +355,133 @@ fn what_the_messages_have_no_field_for_is_named() {
     ];
     assert_eq!(fields, expected);
 }
+
+/// A shim that is written in Rust may send a value by its `Display`, one that is written in Go by its name in
+/// `config.json`.
+#[test]
+fn each_name_is_taken_as_it_is_displayed_and_as_config_json_has_it() {
+    use oci_spec::runtime::{
+        Arch, LinuxNamespaceType, LinuxSeccompAction, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+    };
+
+    let mut spec = protocol::oci::Spec::new();
+    let linux = spec.Linux.mut_or_insert_default();
+    let mut expected = Vec::new();
+    let kinds = ["mount", "pid", "ipc", "uts", "network", "cgroup", "user", "time"];
+    for (kind, name) in both::<LinuxNamespaceType>(&kinds) {
+        let mut namespace = protocol::oci::LinuxNamespace::new();
+        namespace.Type = name;
+        linux.Namespaces.push(namespace);
+        expected.push(kind);
+    }
+    let seccomp = linux.Seccomp.mut_or_insert_default();
+    let actions = [
+        "KILL",
+        "KILL_THREAD",
+        "KILL_PROCESS",
+        "TRAP",
+        "ERRNO",
+        "NOTIFY",
+        "TRACE",
+        "LOG",
+        "ALLOW",
+    ];
+    let actions = both::<LinuxSeccompAction>(&actions.map(|name| format!("SCMP_ACT_{name}")));
+    let operators = ["NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"];
+    let operators = both::<LinuxSeccompOperator>(&operators.map(|name| format!("SCMP_CMP_{name}")));
+    let architectures = [
+        "X86",
+        "X86_64",
+        "X32",
+        "ARM",
+        "AARCH64",
+        "MIPS64N32",
+        "MIPSEL64N32",
+        "PPC64LE",
+        "S390X",
+        "RISCV64",
+    ];
+    let architectures = both::<Arch>(&architectures.map(|name| format!("SCMP_ARCH_{name}")));
+    let flags = ["LOG", "TSYNC", "SPEC_ALLOW", "WAIT_KILLABLE_RECV"];
+    let flags = both::<LinuxSeccompFilterFlag>(&flags.map(|name| format!("SECCOMP_FILTER_FLAG_{name}")));
+    seccomp.DefaultAction = actions[0].1.clone();
+    seccomp.Architectures = architectures.iter().map(|(_, name)| name.clone()).collect();
+    seccomp.Flags = flags.iter().map(|(_, name)| name.clone()).collect();
+    for (_, name) in &actions {
+        let mut call = protocol::oci::LinuxSyscall::new();
+        call.Action = name.clone();
+        call.Args = operators
+            .iter()
+            .map(|(_, name)| protocol::oci::LinuxSeccompArg {
+                Op: name.clone(),
+                ..Default::default()
+            })
+            .collect();
+        seccomp.Syscalls.push(call);
+    }
+
+    let arrived = spec_from_wire(&spec).unwrap().linux().clone().unwrap();
+    let seen: Vec<_> = arrived.namespaces().iter().flatten().map(|one| one.typ()).collect();
+    assert_eq!(seen, expected);
+    let seccomp = arrived.seccomp().clone().unwrap();
+    let values = |all: &Vec<(Arch, String)>| all.iter().map(|(value, _)| *value).collect::<Vec<_>>();
+    assert_eq!(seccomp.architectures().clone().unwrap(), values(&architectures));
+    let seen: Vec<_> = seccomp.flags().iter().flatten().copied().collect();
+    assert_eq!(seen, flags.iter().map(|(value, _)| *value).collect::<Vec<_>>());
+    for (call, (action, _)) in seccomp.syscalls().iter().flatten().zip(&actions) {
+        assert_eq!(call.action(), *action);
+        let seen: Vec<_> = call.args().iter().flatten().map(|argument| argument.op()).collect();
+        assert_eq!(seen, operators.iter().map(|(value, _)| *value).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn limits_and_capabilities_are_taken_as_they_are_displayed_and_as_config_json_has_them() {
+    use oci_spec::runtime::{Capability, PosixRlimitType};
+
+    let limits = [
+        "AS",
+        "CORE",
+        "CPU",
+        "DATA",
+        "FSIZE",
+        "LOCKS",
+        "MEMLOCK",
+        "MSGQUEUE",
+        "NICE",
+        "NOFILE",
+        "NPROC",
+        "RSS",
+        "RTPRIO",
+        "RTTIME",
+        "SIGPENDING",
+        "STACK",
+    ];
+    let limits = both::<PosixRlimitType>(&limits.map(|name| format!("RLIMIT_{name}")));
+    let names = ["CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SYSLOG", "CAP_BPF"];
+    let mut process = protocol::oci::Process::new();
+    process.Rlimits = limits
+        .iter()
+        .map(|(_, name)| protocol::oci::POSIXRlimit {
+            Type: name.clone(),
+            ..Default::default()
+        })
+        .collect();
+    let capabilities = both::<Capability>(&names);
+    let sets = process.Capabilities.mut_or_insert_default();
+    sets.Bounding = capabilities.iter().map(|(_, name)| name.clone()).collect();
+    let arrived = process_from_wire(&process).unwrap();
+    let seen: Vec<_> = arrived.rlimits().iter().flatten().map(|limit| limit.typ()).collect();
+    assert_eq!(seen, limits.iter().map(|(value, _)| *value).collect::<Vec<_>>());
+    let bounding = arrived.capabilities().clone().unwrap().bounding().clone().unwrap();
+    assert_eq!(bounding, capabilities.iter().map(|(value, _)| *value).collect());
+}
+
+/// Each value twice: under its name in `config.json`, and as it is displayed.
+fn both<T: Copy + serde::de::DeserializeOwned + std::fmt::Display>(names: &[impl AsRef<str>]) -> Vec<(T, String)> {
+    let both = |name: &str| {
+        let value: T = serde_json::from_value(json!(name)).unwrap();
+        [(value, name.to_owned()), (value, value.to_string())]
+    };
+    names.iter().flat_map(|name| both(name.as_ref())).collect()
+}

@@ -14,6 +14,8 @@ pub const CASES: &[Case] = &[
     case!(capabilities_are_those_of_the_specification),
     case!(a_user_other_than_root_has_no_capabilities),
     case!(seccomp_refuses_with_and_without_new_privileges),
+    case!(seccomp_compares_arguments_as_the_specification_says),
+    case!(a_container_has_a_cgroup_namespace_of_its_own),
     case!(masked_and_read_only_paths_hold),
     case!(the_root_is_read_only),
     case!(namespaces_are_new_or_joined),
@@ -89,6 +91,63 @@ async fn seccomp_refuses_with_and_without_new_privileges(guest: Arc<Guest>) {
         assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
         assert_eq!(ended.out, format!("NoNewPrivs:\t{privs}\nSeccomp:\t2"), "{ended:?}");
     }
+}
+
+/// `chmod` and `unshare` that are refused by a condition on one argument, for each operator with both of its values.
+async fn seccomp_compares_arguments_as_the_specification_says(guest: Arc<Guest>) {
+    // What is compared, and which of the modes 600, 640 and 740 are refused.
+    let table: &[(&str, u64, u64, &str)] = &[
+        ("SCMP_CMP_NE", 0o640, 0o600, "600 740"),
+        ("SCMP_CMP_LT", 0o640, 0o777, "600"),
+        ("SCMP_CMP_LE", 0o640, 0o777, "600 640"),
+        ("SCMP_CMP_EQ", 0o640, 0o600, "640"),
+        ("SCMP_CMP_GE", 0o640, 0o777, "640 740"),
+        ("SCMP_CMP_GT", 0o640, 0o777, "740"),
+        // The first is the mask, the second what the masked argument is compared with.
+        ("SCMP_CMP_MASKED_EQ", 0o070, 0o040, "640 740"),
+        ("SCMP_CMP_MASKED_EQ", 0o100, 0, "600 640"),
+        ("SCMP_CMP_MASKED_EQ", 0o700, 0o700, "740"),
+        ("SCMP_CMP_MASKED_EQ", 0, 0, "600 640 740"),
+        // What the mask leaves out is left out on both sides.
+        ("SCMP_CMP_MASKED_EQ", 0o070, 0o740, "640 740"),
+        ("SCMP_CMP_MASKED_EQ", 0, 0o040, "600 640 740"),
+    ];
+    let script = "for mode in 600 640 740; do chmod $mode /tmp/f 2>/dev/null || echo $mode; done";
+    for (op, value, second, refused) in table {
+        let rule = |name: &str, index: u32| {
+            json!({ "names": [name], "action": "SCMP_ACT_ERRNO",
+                    "args": [{ "index": index, "value": value, "valueTwo": second, "op": op }] })
+        };
+        let profile = json!({ "linux": { "seccomp": {
+            "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [rule("chmod", 1), rule("fchmodat", 2)]
+        } } });
+        let script = self::script("c", &format!("touch /tmp/f; {script}"));
+        let ended = guest.run("c", with(script, profile)).await;
+        let seen: Vec<_> = ended.out.lines().collect();
+        assert_eq!(seen.join(" "), *refused, "{op} {value:o} {second:o}");
+    }
+    // The shape of the CRI's own profiles: of all namespaces it is the user's alone that is refused.
+    let (namespaces, user) = (0x7e02_0000, 0x1000_0000);
+    let profile = json!({ "linux": { "seccomp": {
+        "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{ "names": ["unshare"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38,
+                       "args": [{ "index": 0, "value": namespaces, "valueTwo": user, "op": "SCMP_CMP_MASKED_EQ" }] }]
+    } } });
+    let try_it = self::script("c", "unshare true && echo none; unshare -U true || echo refused");
+    let ended = guest.run("c", with(try_it, profile)).await;
+    assert_eq!(ended.out, "none\nrefused", "{ended:?}");
+    assert!(ended.err.contains("Function not implemented"), "{ended:?}");
+}
+
+async fn a_container_has_a_cgroup_namespace_of_its_own(guest: Arc<Guest>) {
+    // On a node with cgroup v1 the CRI asks for none.
+    let kinds = ["pid", "ipc", "uts", "mount"].map(|kind| json!({ "type": kind }));
+    let none = json!({ "linux": { "namespaces": kinds } });
+    let limit = json!({ "linux": { "resources": { "pids": { "limit": 77 } } } });
+    let script = script("c", "cat /proc/self/cgroup /sys/fs/cgroup/pids.max");
+    let ended = guest.run("c", with(with(script, none), limit)).await;
+    assert_eq!(ended.out, "0::/\n77", "{ended:?}");
 }
 
 async fn masked_and_read_only_paths_hold(guest: Arc<Guest>) {
