@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! virtio-serial   the port "sandpod.agent": one stream for the life of the VM
-//! vsock           port 1024: any number of connections; then the host's ready port is told
+//! vsock           port 1024: any number of connections, the host's only; then the host's ready port is told
 //! ```
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::Path,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
 };
 
@@ -172,9 +172,33 @@ async fn vsock(connections: Connections, ready_port: Option<u32>, mut ready: wat
             eprintln!("kata-agent: cannot tell the host's port {port} that the agent serves: {error}");
         }
     }
-    let mut incoming = listener.incoming();
-    while let Some(stream) = incoming.next().await {
-        connections.send(Socket::new(stream?)).await.map_err(io::Error::other)?;
+    let incoming = stream::unfold(listener, |listener| async {
+        let accepted = listener.accept().await;
+        Some((accepted, listener))
+    });
+    accept(incoming, &connections).await
+}
+
+/// Hands on the connections that the host has made. Others are closed: where the kernel has the loopback transport,
+/// every process of a container could connect to the guest's own CID, and who speaks to the agent is the guest's root.
+async fn accept<S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static>(
+    incoming: impl Stream<Item = io::Result<(S, VsockAddr)>>,
+    connections: &Connections,
+) -> io::Result<()> {
+    let mut incoming = pin!(incoming);
+    let mut told = false;
+    while let Some(accepted) = incoming.next().await {
+        let (stream, peer) = accepted?;
+        if peer.cid() == VMADDR_CID_HOST {
+            connections.send(Socket::new(stream)).await.map_err(io::Error::other)?;
+        } else if !told {
+            // Once: whoever tries could fill the console.
+            told = true;
+            eprintln!(
+                "kata-agent: a connection from inside the guest (CID {}) is refused",
+                peer.cid()
+            );
+        }
     }
     Ok(())
 }
@@ -189,4 +213,38 @@ fn find_vsock() -> io::Result<Option<()>> {
         alias.starts_with(VIRTIO_VSOCK) && device.path().join("driver").exists()
     };
     Ok(devices.flatten().any(is_vsock).then_some(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio_vsock::{VMADDR_CID_HYPERVISOR, VMADDR_CID_LOCAL};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn over_vsock_the_agent_speaks_to_nobody_but_the_host() {
+        // The guest's own CID, and the one that means "this machine", are what the loopback transport answers to.
+        let own = 1234;
+        let others = [own, VMADDR_CID_LOCAL, VMADDR_CID_HYPERVISOR, VMADDR_CID_ANY];
+        let (mut incoming, mut clients) = (Vec::new(), Vec::new());
+        for cid in others.into_iter().chain([VMADDR_CID_HOST]) {
+            let (client, server) = duplex(64);
+            clients.push(client);
+            incoming.push(Ok((server, VsockAddr::new(cid, 5000))));
+        }
+        let (sender, mut receiver) = mpsc::channel(8);
+        accept(stream::iter(incoming), &sender).await.unwrap();
+        drop(sender);
+        let mut host = clients.pop().unwrap();
+        for client in &mut clients {
+            assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "a connection that is closed");
+        }
+        let mut served = receiver.recv().await.unwrap();
+        host.write_all(b"a question").await.unwrap();
+        let mut heard = [0; 10];
+        served.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"a question");
+        assert!(receiver.recv().await.is_none(), "another connection is served");
+    }
 }
