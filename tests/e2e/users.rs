@@ -25,6 +25,10 @@ pub const OF_A_VM: &[Story] = &[
         files_keep_their_owners_in_a_user_namespace,
     ),
     (
+        "a_root_who_may_write_wherever_the_image_has_its_folders",
+        a_root_who_may_write_wherever_the_image_has_its_folders,
+    ),
+    (
         "a_network_that_belongs_to_the_pods_root",
         a_network_that_belongs_to_the_pods_root,
     ),
@@ -121,6 +125,47 @@ fn files_keep_their_owners_in_a_user_namespace(node: &Node, _: Runtime) -> Resul
         restricted.shell("id -u; cat /dev/shm/shared")?.as_str(),
         "1000\nshared",
     )?;
+    pod.remove()
+}
+
+/// CAP_DAC_OVERRIDE holds for all files of the container's users: in folders of others, in folders without the right to
+/// write, for everything that can be made; and the runtime makes what a volume needs.
+fn a_root_who_may_write_wherever_the_image_has_its_folders(node: &Node, _: Runtime) -> Result {
+    let folder = node.path(&format!("users-{}", node.serial()));
+    node.write(&folder.join("key"), "value")?;
+    own(&folder, 33, 0o755)?;
+    let pod = node
+        .pod_with_handler(INSTALLED, "override")
+        .with_users(FIRST, SIZE)
+        .run()?;
+    let container = pod
+        .container("root", &["sleep", "infinity"])
+        .volume(&folder, "/not/in/the/image", Access::ReadWrite)
+        .run()?;
+    container.shell(
+        "mkdir -p /others/deep /closed; chown -R 33:33 /others; chmod 755 /others /others/deep; chmod 555 /closed /",
+    )?;
+    for place in ["/others", "/others/deep", "/closed", "", "/not/in/the/image"] {
+        let make = format!(
+            "cd {place}/; mkdir folder; echo new >file; ln -s file link; mkfifo pipe; ln file second; mv second third; cat third; \
+             stat -c %u:%g folder file pipe; stat -c %a .; rm -r folder file link pipe third"
+        );
+        let mode = if ["/closed", ""].contains(&place) { 555 } else { 755 };
+        let expected = format!("new\n0:0\n0:0\n0:0\n{mode}");
+        same(place, container.shell(&make)?.as_str(), expected.as_str())?;
+    }
+    // The right to write is the guest kernel's to give, and a user without the capability has it not.
+    let web = pod
+        .container("web", &["sleep", "infinity"])
+        .security("run_as_user", serde_json::json!({ "value": 1000 }))
+        .volume(&folder, "/data", Access::ReadWrite)
+        .run()?;
+    let refused = web.exec(&["sh", "-c", "echo new >/data/file"], None, run::ORDINARY)?;
+    claim(
+        refused.code != 0,
+        "a user without capabilities writes into the folder of another",
+    )?;
+    contains("the refusal", &refused.text(), "Permission denied")?;
     pod.remove()
 }
 

@@ -276,6 +276,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_child_keeps_its_capabilities_as_another_user_where_it_is_told_to() {
+        let spawner = Spawner::new().unwrap();
+        for (keep_capabilities, seen) in [(true, 0), (false, 1)] {
+            let setup = ChildSetup {
+                keep_capabilities,
+                ..ChildSetup::default()
+            };
+            let child = spawner
+                .start(shell("setpriv --dump | grep -q no_setuid_fixup"), setup)
+                .unwrap();
+            assert_eq!(child.exited().await, ExitReason::Code(seen));
+        }
+    }
+
+    #[tokio::test]
     async fn a_child_may_lock_as_much_memory_as_it_is_told() {
         let spawner = Spawner::new().unwrap();
         let setup = ChildSetup {

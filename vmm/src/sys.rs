@@ -49,6 +49,8 @@ pub(crate) struct ChildSetup {
     pub open_files: Option<u64>,
     /// Bytes of memory that it may lock, whoever it is; as many as its parent without.
     pub locked_memory: Option<u64>,
+    /// It keeps its capabilities while it acts as another user (`SECBIT_NO_SETUID_FIXUP` of capabilities(7)).
+    pub keep_capabilities: bool,
     /// Files that stay open across exec, under the numbers they have here.
     pub inherit: Vec<OwnedFd>,
 }
@@ -101,6 +103,9 @@ impl ChildSetup {
             setresgid(user.gid, user.gid, user.gid)?;
             setresuid(user.uid, user.uid, user.uid)?;
         }
+        if self.keep_capabilities {
+            keep_capabilities()?;
+        }
         for capability in self.without {
             drop_capability(*capability)?;
         }
@@ -113,6 +118,17 @@ impl ChildSetup {
         }
         Ok(())
     }
+}
+
+/// Lets the program that this process executes keep its capabilities when it changes its user. Allocates nothing.
+fn keep_capabilities() -> Result<(), Errno> {
+    // <linux/securebits.h>
+    const NO_SETUID_FIXUP: libc::c_int = 1 << 2;
+    // SAFETY: PR_GET_SECUREBITS takes nothing and PR_SET_SECUREBITS an integer.
+    let bits = Errno::result(unsafe { libc::prctl(libc::PR_GET_SECUREBITS) })?;
+    // SAFETY: as above.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, (bits | NO_SETUID_FIXUP) as libc::c_ulong) };
+    Errno::result(set).map(drop)
 }
 
 /// Tells the kernel the label of the program that this thread executes next (proc_pid_attr(5)). Allocates nothing.

@@ -77,6 +77,10 @@ impl Virtiofsd {
             label: spec.label.clone(),
             oom_score_adj: spec.oom_score_adj,
             without: USELESS,
+            // It makes files as the user who asked for them. By itself it has no capabilities meanwhile, and the host
+            // refuses what the guest has allowed: who is root in a user namespace, or has CAP_DAC_OVERRIDE without
+            // being root, may write into folders of others.
+            keep_capabilities: true,
             inherit: vec![listener],
             ..ChildSetup::default()
         };
