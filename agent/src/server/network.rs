@@ -217,6 +217,8 @@ struct Link {
     mac: Option<[u8; 6]>,
 }
 
+/// By its hardware address, if it has one, and only if nothing of that address comes by its name: the interface that
+/// has the name may be another, which is to keep its own address, while the one that is wanted is still being plugged.
 async fn find(wanted: &Wanted) -> Result<Link> {
     let found = Uevents::until(|| match (look_for(wanted)?, namespaces::of_pod(), wanted.mac) {
         (None, Some(pod), Some(mac)) => pod.adopt(mac).and_then(|()| look_for(wanted)),
@@ -232,27 +234,36 @@ async fn find(wanted: &Wanted) -> Result<Link> {
     };
     match tokio::time::timeout(APPEARS, found).await {
         Ok(found) => found.doing(what),
-        Err(_) => Err(io::Error::from(io::ErrorKind::NotFound)).doing(what),
+        Err(_) => {
+            let named = wanted.mac.and_then(|_| link(&wanted.name));
+            named
+                .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+                .doing(what)
+        }
     }
 }
 
 fn look_for(wanted: &Wanted) -> io::Result<Option<Link>> {
-    let mut named = None;
+    if wanted.mac.is_none() {
+        return Ok(link(&wanted.name));
+    }
     for entry in fs::read_dir(CLASS)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let text = fs::read_to_string(entry.path().join("address")).unwrap_or_default();
-        let mac = parse_mac(text.trim()).ok().flatten();
-        let Some(index) = index_of(&name) else { continue };
-        let link = Link { name, index, mac };
-        if wanted.mac.is_some() && link.mac == wanted.mac {
-            return Ok(Some(link));
-        }
-        if link.name == wanted.name {
-            named = Some(link);
+        let found = link(&entry?.file_name().to_string_lossy());
+        if let Some(found) = found.filter(|link| link.mac == wanted.mac) {
+            return Ok(Some(found));
         }
     }
-    Ok(named)
+    Ok(None)
+}
+
+/// The interface of this name.
+fn link(name: &str) -> Option<Link> {
+    let text = fs::read_to_string(Path::new(CLASS).join(name).join("address")).unwrap_or_default();
+    Some(Link {
+        index: index_of(name)?,
+        mac: parse_mac(text.trim()).ok().flatten(),
+        name: name.to_owned(),
+    })
 }
 
 const CLASS: &str = "/sys/class/net";

@@ -82,13 +82,14 @@ impl Sandbox {
     /// Makes what the pod's containers share.
     pub(super) async fn create(&self, request: CreateSandboxRequest) -> Result<()> {
         container::check_id("sandbox_id", &request.sandbox_id)?;
-        self.id
-            .set(request.sandbox_id)
-            .map_err(|id| Error::Invalid(format!("sandbox {id:?} cannot be made: this guest has a sandbox")))?;
+        let taken = |id| Error::Invalid(format!("sandbox {id:?} cannot be made: this guest has a sandbox"));
+        if self.id.get().is_some() {
+            return Err(taken(request.sandbox_id));
+        }
         if !request.guest_hook_path.is_empty() {
             let folder = PathBuf::from(request.guest_hook_path);
             let found = blocking(move || Ok(hooks::find(&folder))).await?;
-            // There is one CreateSandbox.
+            // One CreateSandbox succeeds; another that failed before it has asked for the same.
             let _ = self.hooks.set(found);
         }
         for module in request.kernel_modules {
@@ -102,7 +103,9 @@ impl Sandbox {
             let text = request.dns.join("\n") + "\n";
             fs::write("/etc/resolv.conf", text).doing(|| "write /etc/resolv.conf".into())?;
         }
-        self.add_storages(request.storages).await.map(drop)
+        self.add_storages(request.storages).await?;
+        // At the end: one that fails may be asked for again.
+        self.id.set(request.sandbox_id).map_err(taken)
     }
 
     /// Ends every process and writes the data out.
