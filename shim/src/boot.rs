@@ -34,6 +34,7 @@ use crate::{
     forward,
     late::Late,
     mirror::Mirrors,
+    manifest::Manifest,
     mountinfo,
     net::{self, Network},
     oom,
@@ -302,10 +303,13 @@ async fn start_vm(
 
 /// The devices that the VM is to have; none unless the node's administrator says so.
 fn find_devices(plan: &Plan<'_>) -> Result<Devices> {
-    match plan.config.hypervisor.cold_plug_vfio {
-        true => Ok(plan.pod.devices.find(Path::new("/"))?),
-        false => Ok(Devices::default()),
+    let hypervisor = &plan.config.hypervisor;
+    if !hypervisor.cold_plug_vfio {
+        return Ok(Devices::default());
     }
+    let devices = plan.pod.devices.find(Path::new("/"))?;
+    devices.fit(&Manifest::beside(&hypervisor.kernel).kernel)?;
+    Ok(devices)
 }
 
 /// Gives QEMU's user the device files that QEMU opens by their names.

@@ -24,6 +24,7 @@ pub mod io;
 pub mod late;
 pub mod log;
 pub mod metrics;
+pub mod manifest;
 pub mod mirror;
 pub mod mountinfo;
 pub mod net;

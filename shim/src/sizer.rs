@@ -8,7 +8,7 @@ use vmm::Vm;
 
 use crate::{
     error::{Error, Result},
-    sizing::{Limits, Sizing},
+    sizing::{Limits, Sizing, Target},
 };
 
 /// Asks the owner for changes.
@@ -77,6 +77,19 @@ async fn answer(answer: oneshot::Receiver<Result<Limits>>) -> Result<Limits> {
 async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::UnboundedReceiver<Change>) {
     let mut containers = BTreeMap::new();
     let mut vcpus = sizing.boot_vcpus();
+    let (memory, most) = (sizing.memory(), sizing.vcpus());
+    let tell_clamped = || {
+        let (memory_mib, vcpus) = (memory.max_mib, most.max);
+        tracing::warn!(
+            memory_mib,
+            vcpus,
+            "the limits ask for more than the VM may have: it has as much as it may"
+        );
+    };
+    if sizing.is_cut() {
+        tell_clamped();
+    }
+    let mut clamped = false;
     while let Some(change) = queue.recv().await {
         let before: Limits = containers.get(&change.container).copied().unwrap_or_default();
         match change.step {
@@ -85,7 +98,11 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
             Step::Remove => containers.remove(&change.container),
         };
         let wanted = sizing.target(containers.values());
-        let result = resize(&vm, &agent, &mut vcpus, wanted.memory_mib, wanted.vcpus).await;
+        if wanted.clamped && !clamped {
+            tell_clamped();
+        }
+        clamped = wanted.clamped;
+        let result = resize(&vm, &agent, &mut vcpus, wanted).await;
         if let Err(error) = &result {
             tracing::warn!(%error, memory_mib = wanted.memory_mib, vcpus = wanted.vcpus, "the VM did not take its new size");
         }
@@ -94,16 +111,24 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
     }
 }
 
-async fn resize(vm: &Vm, agent: &Client, vcpus: &mut u32, memory_mib: u64, wanted: u32) -> Result<()> {
-    vm.set_memory(memory_mib).await?;
-    if wanted == *vcpus {
-        return Ok(());
+async fn resize(vm: &Vm, agent: &Client, vcpus: &mut u32, wanted: Target) -> Result<()> {
+    vm.set_memory(wanted.memory_mib).await?;
+    if wanted.vcpus != *vcpus
+        && let Err(error) = set_vcpus(vm, agent, vcpus, wanted.vcpus).await
+    {
+        // With fewer processors a container is slower, and nothing else: it is not refused for that.
+        tracing::warn!(%error, vcpus = wanted.vcpus, "the VM has fewer processors than the limits ask for");
     }
+    Ok(())
+}
+
+async fn set_vcpus(vm: &Vm, agent: &Client, vcpus: &mut u32, wanted: u32) -> Result<()> {
     let before = *vcpus;
     *vcpus = vm.set_vcpus(wanted).await?;
     if *vcpus > before {
         let mut request = OnlineCPUMemRequest::new();
-        request.nb_cpus = *vcpus - before;
+        // All that are to be in use, not how many are new.
+        request.nb_cpus = *vcpus;
         request.cpu_only = true;
         agent.online_cpu_mem(request).await?;
     }

@@ -5,13 +5,15 @@
 //! vCPUs   boot = default_vcpus      target = CPU limits of the containers, summed, rounded up once, at least boot
 //! ```
 //!
-//! A limit beyond the host does not fail a pod: it is clamped. What the CRI says about the whole pod (see
+//! A limit beyond the host, or beyond what the guest's kernel takes, does not fail a pod: it is clamped. What the CRI
+//! says about the whole pod (see
 //! [`crate::annotations::pod_resources`]) counts only when `static_sandbox_resource_mgmt` asks for it: it is what the pod began with, and Kubernetes raises the limits of pods
 //! that run.
 
 pub use crate::annotations::PodResources as Limits;
 use crate::annotations::milli_cpus;
 use crate::config::Config;
+use crate::manifest::{Kernel, Manifest};
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec};
 use std::io;
 use vmm::spec::{Memory, MemoryPlug, Vcpus};
@@ -22,7 +24,7 @@ const BLOCK_MIB: u64 = 2;
 const DIMM_MIB: u64 = 128;
 /// A limit from here on is one of the many spellings of "unlimited" (cgroup v1 writes the largest page-aligned `i64`).
 const UNLIMITED: u64 = 1 << 62;
-/// The most that QEMU's q35 and the VM's description take.
+/// The most that QEMU's q35 and the VM's description take; our own kernel takes as many.
 const MOST_VCPUS: u32 = 240;
 
 /// What the host has.
@@ -42,6 +44,7 @@ pub struct Sizing {
     plug: MemoryPlug,
     boot_vcpus: u32,
     max_vcpus: u32,
+    cut: bool,
 }
 
 /// The size that the containers of a moment ask for.
@@ -87,11 +90,12 @@ impl Sizing {
     /// # Errors
     /// The host's size cannot be read.
     pub fn new(config: &Config, pod: Option<Limits>) -> Result<Self, HostError> {
-        Ok(Self::on(Host::read()?, config, pod))
+        let guest = Manifest::beside(&config.hypervisor.kernel);
+        Ok(Self::on(Host::read()?, &guest.kernel, config, pod))
     }
 
     /// Settles the bounds of a VM: `pod` is what the CRI says about all containers together, if it says anything.
-    pub fn on(host: Host, config: &Config, pod: Option<Limits>) -> Self {
+    pub fn on(host: Host, guest: &Kernel, config: &Config, pod: Option<Limits>) -> Self {
         let settings = &config.hypervisor;
         let plug = match settings.virtio_mem {
             true => MemoryPlug::VirtioMem,
@@ -104,10 +108,8 @@ impl Sizing {
         let most_mib = settings.max_memory_mib.map_or(ram, even).clamp(BLOCK_MIB, ram);
         let boot_mib = even(settings.default_memory_mib).clamp(BLOCK_MIB, ram);
 
-        let most_vcpus = settings
-            .max_vcpus
-            .unwrap_or(host.cpus)
-            .clamp(1, host.cpus.min(MOST_VCPUS));
+        let room = guest.cpus.unwrap_or(MOST_VCPUS).min(host.cpus).clamp(1, MOST_VCPUS);
+        let most_vcpus = settings.max_vcpus.unwrap_or(room).clamp(1, room);
         let boot_vcpus = settings
             .default_milli_vcpus
             .map_or(most_vcpus, whole)
@@ -120,6 +122,7 @@ impl Sizing {
             plug,
             boot_vcpus,
             max_vcpus: most_vcpus,
+            cut: false,
         };
         if config.runtime.static_sizing {
             let pod = pod.unwrap_or_default();
@@ -129,8 +132,14 @@ impl Sizing {
             sizing.max_mib = sizing.boot_mib;
             sizing.boot_vcpus = said_vcpus.map_or(boot_vcpus, |vcpus| vcpus.min(most_vcpus));
             sizing.max_vcpus = sizing.boot_vcpus;
+            sizing.cut = said_mib > Some(sizing.boot_mib) || said_vcpus > Some(sizing.boot_vcpus);
         }
         sizing
+    }
+
+    /// Whether the pod said that it is larger than the VM can be.
+    pub fn is_cut(&self) -> bool {
+        self.cut
     }
 
     /// The VM's memory: what it boots with, and the most it can grow to.

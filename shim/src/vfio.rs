@@ -28,6 +28,7 @@ use vmm::{
 use crate::{
     cdi::{self, CdiError},
     error::{Context, Result},
+    manifest::Kernel,
     selinux,
 };
 
@@ -56,6 +57,8 @@ pub struct Devices {
     pub groups: BTreeSet<u32>,
     /// Their PCI functions.
     pub functions: Passthrough,
+    /// What the functions are: group, address, and `modalias` where sysfs has one.
+    pub kinds: Vec<(u32, PciAddress, Option<String>)>,
 }
 
 /// Why a device cannot be had.
@@ -93,6 +96,16 @@ pub enum VfioError {
     /// There are bridges at most.
     #[error("VFIO group {0} cannot be given to a pod: no device is in it")]
     Empty(u32),
+    /// The guest could do nothing with it.
+    #[error(
+        "VFIO group {group} cannot be given to a pod: the guest's kernel has no driver for {devices}; name a kernel that has one in `kernel`"
+    )]
+    NoGuestDriver {
+        /// Which group.
+        group: u32,
+        /// What is in it.
+        devices: String,
+    },
     /// The kernel's word cannot be had.
     #[error("cannot read {}: {source}", path.display())]
     Read {
@@ -139,10 +152,48 @@ impl Asked {
         }
         let mut functions = Vec::new();
         for group in &devices.groups {
-            functions.extend(members(*group, root)?);
+            for (function, modalias) in members(*group, root)? {
+                devices.kinds.push((*group, function.address, modalias));
+                functions.push(function);
+            }
         }
+        devices.kinds.sort();
         devices.functions = Passthrough::new(functions)?;
         Ok(devices)
+    }
+}
+
+impl Devices {
+    /// Refuses a group that the guest's kernel could do nothing with, and logs single functions without a driver: a
+    /// group holds what the IOMMU cannot keep apart, and not all of it is what the pod wants. Says nothing of a kernel
+    /// that nothing is known of.
+    ///
+    /// # Errors
+    /// No function of a group has a driver.
+    pub fn fit(&self, kernel: &Kernel) -> std::result::Result<(), VfioError> {
+        let lost = |(_, _, modalias): &&(u32, PciAddress, Option<String>)| {
+            modalias.as_deref().and_then(|name| kernel.drives(name)) == Some(false)
+        };
+        for group in &self.groups {
+            let members: Vec<_> = self.kinds.iter().filter(|(of, ..)| of == group).collect();
+            let lost: Vec<_> = members.iter().copied().filter(lost).collect();
+            let names = lost.iter().map(|(_, address, modalias)| {
+                let name = modalias.as_deref().unwrap_or_default();
+                format!("{address} ({name})")
+            });
+            let devices = names.collect::<Vec<_>>().join(", ");
+            if !lost.is_empty() && lost.len() == members.len() {
+                return Err(VfioError::NoGuestDriver { group: *group, devices });
+            }
+            if !lost.is_empty() {
+                tracing::warn!(
+                    group,
+                    devices,
+                    "the guest's kernel has no driver for devices of a VFIO group"
+                );
+            }
+        }
+        Ok(())
     }
 }
 
@@ -170,8 +221,8 @@ pub fn iommu_groups(root: &Path) -> io::Result<usize> {
     }
 }
 
-/// The functions of a group, ready for QEMU.
-fn members(group: u32, root: &Path) -> std::result::Result<Vec<HostFunction>, VfioError> {
+/// The functions of a group, ready for QEMU, each with its `modalias`.
+fn members(group: u32, root: &Path) -> std::result::Result<Vec<(HostFunction, Option<String>)>, VfioError> {
     let groups = root.join("sys/kernel/iommu_groups");
     let folder = groups.join(group.to_string()).join("devices");
     let read = |path: &Path| {
@@ -198,10 +249,12 @@ fn members(group: u32, root: &Path) -> std::result::Result<Vec<HostFunction>, Vf
             return Err(VfioError::Driver { group, address, driver });
         }
         let regions = fs::read_to_string(&resource).map_err(read(&resource))?;
-        functions.push(HostFunction {
+        let function = HostFunction {
             address,
             window: window(&regions),
-        });
+        };
+        let modalias = fs::read_to_string(entry.path().join("modalias")).ok();
+        functions.push((function, modalias.map(|name| name.trim_end().to_owned())));
     }
     match functions.is_empty() {
         true => Err(VfioError::Empty(group)),

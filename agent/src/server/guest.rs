@@ -23,8 +23,8 @@ use crate::protocol::agent::{
     SetGuestDateTimeRequest,
 };
 
-/// How long processors may take to appear after the host has plugged them.
-const APPEARS: Duration = Duration::from_secs(2);
+/// How long processors may take to appear after the host has plugged them; as long as upstream's agent waits.
+const APPEARS: Duration = Duration::from_secs(5);
 const MEMORY: &str = "/sys/devices/system/memory";
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 
@@ -63,21 +63,26 @@ fn memory_block() -> Result<u64> {
     }
 }
 
-/// Takes hot-plugged processors and memory into use; those that are not there yet are waited for. Idempotent. Blocks.
+/// Takes hot-plugged processors and memory into use. `nb_cpus` is how many processors the guest is to have in use in
+/// all (`src/agent/src/sandbox.rs` of kata-containers); those that are not there yet are waited for. Idempotent.
+/// Blocks.
+///
+/// # Errors
+/// Fewer have appeared; those are in use.
 pub(super) fn online(request: &OnlineCPUMemRequest) -> Result<()> {
     // Before the first look, so that nothing appears unseen.
     let appearing = Uevents::listen().doing(|| "listen for devices".into())?;
-    let (wanted, mut done) = (request.nb_cpus as usize, 0);
+    let wanted = request.nb_cpus as usize;
+    let mut online = 0;
     let all_there = appearing.block_until(Instant::now() + APPEARS, || {
         for processor in offline(PROCESSORS, "cpu", "online", "0")? {
             fs::write(processor.join("online"), "1")?;
-            done += 1;
         }
-        Ok(done >= wanted)
+        online = count(&fs::read_to_string(Path::new(PROCESSORS).join("online"))?);
+        Ok(online >= wanted)
     });
-    // A call that is repeated finds nothing to do.
-    if !all_there.doing(|| "take processors into use".into())? && online_processors()? <= wanted {
-        let text = format!("only {done} of {wanted} new processors appeared");
+    if !all_there.doing(|| "take processors into use".into())? {
+        let text = format!("{wanted} processors are wanted and {online} have appeared");
         return Err(Error::Io("take processors into use".into(), io::Error::other(text)));
     }
     if !request.cpu_only {
@@ -113,11 +118,6 @@ fn offline(class: &str, prefix: &str, file: &str, value: &str) -> io::Result<Vec
         }
     }
     Ok(found)
-}
-
-fn online_processors() -> Result<usize> {
-    let list = fs::read_to_string(Path::new(PROCESSORS).join("online")).doing(|| "count the processors".into())?;
-    Ok(count(&list))
 }
 
 /// How many numbers a list like `0-2,4` has.

@@ -5,6 +5,10 @@ const HOST: Host = Host {
     memory_mib: 16_001,
     cpus: 8,
 };
+const GUEST: Kernel = Kernel {
+    cpus: Some(240),
+    pci: None,
+};
 const GIB: u64 = 1 << 30;
 
 fn config(text: &str) -> Config {
@@ -251,12 +255,53 @@ fn the_cases_users_have_met() {
         ),
     ];
     for (name, text, pod, containers, memory, vcpus, clamped) in cases {
-        let sizing = Sizing::on(HOST, &config(text), *pod);
+        let sizing = Sizing::on(HOST, &GUEST, &config(text), *pod);
         let target = sizing.target(*containers);
         assert_eq!((sizing.memory().boot_mib, target.memory_mib), *memory, "{name}");
         assert_eq!((sizing.boot_vcpus(), target.vcpus), *vcpus, "{name}");
         assert_eq!(target.clamped, *clamped, "{name}");
     }
+}
+
+/// (CPUs of the host, of the guest's kernel, of the configuration) and the most vCPUs of a VM.
+#[test]
+fn a_large_host_is_no_larger_than_what_the_guests_kernel_takes() {
+    let kernel = |cpus| Kernel { cpus, pci: None };
+    let cases = [
+        (128, Some(64), "", 64),
+        (128, Some(240), "", 128),
+        (512, Some(240), "", 240),
+        // Debian's.
+        (512, Some(8192), "", 240),
+        // Nothing is known of a foreign kernel.
+        (512, None, "", 240),
+        (128, Some(64), "default_maxvcpus = 96", 64),
+        (128, Some(64), "default_maxvcpus = 16", 16),
+        (128, Some(0), "", 1),
+    ];
+    for (cpus, known, text, most) in cases {
+        let host = Host {
+            memory_mib: 16_001,
+            cpus,
+        };
+        let config = config(&format!("[hypervisor.qemu]\n{text}"));
+        let sizing = Sizing::on(host, &kernel(known), &config, None);
+        assert_eq!(sizing.vcpus().max, most, "{cpus} {known:?} {text}");
+        let target = sizing.target(&[limits(0, 96_000)]);
+        assert_eq!(
+            (target.vcpus, target.clamped),
+            (most.min(96), most < 96),
+            "{cpus} {known:?} {text}"
+        );
+    }
+}
+
+#[test]
+fn a_fixed_size_that_was_cut_is_told() {
+    let fixed = config("[runtime]\nstatic_sandbox_resource_mgmt = true\n");
+    let cut = |memory, milli| Sizing::on(HOST, &GUEST, &fixed, Some(limits(memory, milli))).is_cut();
+    assert!(!cut(4 * GIB, 8000) && cut(64 * GIB, 0) && cut(0, 9000));
+    assert!(!Sizing::on(HOST, &GUEST, &fixed, None).is_cut());
 }
 
 #[test]
@@ -314,13 +359,14 @@ fn any_limits() -> impl Strategy<Value = Limits> {
 }
 
 fn any_sizing() -> impl Strategy<Value = Sizing> {
-    (1u64..1 << 24, 1u32..1024, 128u64..1 << 22, -1i64..512, 0u32..512, 0u64..1 << 22, any::<(bool, bool)>(), proptest::option::of(any_limits()))
-        .prop_map(|(memory_mib, cpus, boot, vcpus, max_vcpus, max_mib, (virtio, fixed), pod)| {
+    (1u64..1 << 24, 1u32..1024, 128u64..1 << 22, -1i64..512, 0u32..512, 0u64..1 << 22, any::<(bool, bool)>(), proptest::option::of(any_limits()),
+     proptest::option::of(0u32..9000))
+        .prop_map(|(memory_mib, cpus, boot, vcpus, max_vcpus, max_mib, (virtio, fixed), pod, kernel)| {
             let text = format!(
                 "[hypervisor.qemu]\ndefault_memory = {boot}\ndefault_vcpus = {vcpus}\ndefault_maxvcpus = {max_vcpus}\n\
                  default_maxmemory = {max_mib}\nenable_virtio_mem = {virtio}\n[runtime]\nstatic_sandbox_resource_mgmt = {fixed}"
             );
-            Sizing::on(Host { memory_mib, cpus }, &config(&text), pod)
+            Sizing::on(Host { memory_mib, cpus }, &Kernel { cpus: kernel, pci: None }, &config(&text), pod)
         })
 }
 
@@ -350,7 +396,7 @@ proptest! {
 
     #[test]
     fn what_is_not_clamped_is_there_in_full(virtio: bool, sizes in prop::collection::vec((0..4 * GIB, 0u64..3000), 0..4)) {
-        let sizing = Sizing::on(HOST, &config(&format!("[hypervisor.qemu]\nenable_virtio_mem = {virtio}")), None);
+        let sizing = Sizing::on(HOST, &GUEST, &config(&format!("[hypervisor.qemu]\nenable_virtio_mem = {virtio}")), None);
         let containers: Vec<_> = sizes.iter().map(|(memory, milli)| limits(*memory, *milli)).collect();
         let target = sizing.target(&containers);
         prop_assume!(!target.clamped);

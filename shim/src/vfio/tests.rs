@@ -94,6 +94,50 @@ fn devices_come_from_the_sandboxs_own_list_and_from_its_annotations() {
 }
 
 #[test]
+fn a_group_that_the_guests_kernel_cannot_drive_is_refused_and_a_part_of_one_is_not() {
+    let root = host(&[
+        (20, "0000:51:00.0", "0x010802", "vfio-pci", ""),
+        (21, "0000:52:00.0", "0x030000", "vfio-pci", ""),
+        (21, "0000:52:00.1", "0x040300", "vfio-pci", ""),
+        (22, "0000:53:00.0", "0x020000", "vfio-pci", ""),
+        (22, "0000:53:00.1", "0x040300", "vfio-pci", ""),
+    ]);
+    let kinds = [
+        ("0000:51:00.0", "pci:v0000144Dd0000A808sv0000144Dsd0000A801bc01sc08i02"),
+        ("0000:52:00.0", "pci:v000010DEd00001EB8sv000010DEsd000012A2bc03sc02i00"),
+        ("0000:52:00.1", "pci:v000010DEd000010F8sv000010DEsd000012A2bc04sc03i00"),
+        ("0000:53:00.0", "pci:v00008086d000010EDsv00008086sd00000000bc02sc00i00"),
+        ("0000:53:00.1", "pci:v000010DEd000010F8sv000010DEsd000012A2bc04sc03i00"),
+    ];
+    for (address, modalias) in kinds {
+        fs::write(
+            root.path().join("sys/devices").join(address).join("modalias"),
+            format!("{modalias}\n"),
+        )
+        .unwrap();
+    }
+    let kernel = Kernel {
+        cpus: None,
+        pci: Some(vec![
+            "pci:v*d*sv*sd*bc01sc08i02".into(),
+            "pci:v00008086d000010EDsv*sd*bc*sc*i*".into(),
+        ]),
+    };
+    for number in ["20", "22"] {
+        group(number).find(root.path()).unwrap().fit(&kernel).unwrap();
+    }
+    let card = group("21").find(root.path()).unwrap();
+    assert_eq!(
+        card.fit(&kernel).unwrap_err().to_string(),
+        "VFIO group 21 cannot be given to a pod: the guest's kernel has no driver for 0000:52:00.0 \
+         (pci:v000010DEd00001EB8sv000010DEsd000012A2bc03sc02i00), 0000:52:00.1 \
+         (pci:v000010DEd000010F8sv000010DEsd000012A2bc04sc03i00); name a kernel that has one in `kernel`"
+    );
+    // Of another kernel nothing is known.
+    card.fit(&Kernel::default()).unwrap();
+}
+
+#[test]
 fn what_cannot_be_had_is_refused_by_its_group() {
     let many: Vec<_> = (0..33).map(|n| format!("0000:{n:02x}:00.0")).collect();
     let mut functions: Vec<_> = many
