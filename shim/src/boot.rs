@@ -28,13 +28,14 @@ use vmm::{
 
 use crate::{
     cgroup::{CpuList, OomKills, Processors, SandboxCgroup},
+    clock,
     config::{self, Accelerator, Config, NetworkModel},
     disks::Disks,
     error::{Context, Error, Result},
     forward,
     late::Late,
-    mirror::Mirrors,
     manifest::Manifest,
+    mirror::Mirrors,
     mountinfo,
     net::{self, Network},
     oom,
@@ -78,6 +79,8 @@ pub struct Guest {
     pub virtiofsd: Virtiofsd,
     /// The agent.
     pub agent: Client,
+    /// What the agent said of itself.
+    pub about: About,
     /// The share.
     pub share: Share,
     /// The volumes that the kubelet updates.
@@ -150,6 +153,15 @@ impl Guest {
             }
         });
     }
+}
+
+/// What an agent says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct About {
+    /// It is ours, not upstream's.
+    pub own: bool,
+    /// It keeps the guest's clock by the host's.
+    pub keeps_clock: bool,
 }
 
 /// What a boot needs to know.
@@ -236,8 +248,8 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
         // The sandbox, which tells, is there: it waits for this.
         Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
-    let agent = match ready {
-        Ok(agent) => agent,
+    let (agent, about) = match ready {
+        Ok(ready) => ready,
         Err(Error::Agent(ClientError::Gone)) => {
             let gone = timeout(HANG_UP, vm.child().exited()).await.map_or_else(
                 |_| ClientError::Gone.into(),
@@ -252,10 +264,12 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     }
     let disks = Disks::new(vm.clone());
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
+    clock::keep(&agent, &about, plan.config.hypervisor.accelerator == Accelerator::Tcg);
     Ok(Guest {
         vm,
         virtiofsd,
         agent,
+        about,
         share,
         mirrors: Mirrors::default(),
         disks,
@@ -446,15 +460,15 @@ pub(crate) fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
 }
 
 /// Waits for the agent and tells it what a sandbox begins with.
-async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<Client> {
+async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<(Client, About)> {
     let deadline = plan.config.agent.connect_timeout;
     let agent = Client::new(vm.agent_stream(deadline).await?);
     agent.check(deadline).await?;
     trace.set(Mark::AgentConnected, SystemTime::now());
-    timeout(CONFIGURE, configure(&agent, plan, network, trace))
+    let about = timeout(CONFIGURE, configure(&agent, plan, network, trace))
         .await
         .map_err(|_| ClientError::Deadline("what a sandbox begins with"))??;
-    Ok(agent)
+    Ok((agent, about))
 }
 
 /// Ends the VM of a failed start, logs what everybody in it said last, and adds to the error what the guest said of it.
@@ -504,7 +518,7 @@ fn telling(console: &str) -> Option<String> {
     Some(plain.take(LONGEST_LINE).collect())
 }
 
-async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<()> {
+async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, trace: &mut Trace) -> Result<About> {
     if let Some(network) = network {
         network.set_up(agent).await?;
     }
@@ -522,8 +536,8 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     request.mem_block_size = true;
     let details = agent.get_guest_details(request).await?;
     let answered = SystemTime::now();
+    let features = &details.agent_details.extra_features;
     let clock = |key: &str| -> Option<u64> {
-        let features = &details.agent_details.extra_features;
         features
             .iter()
             .find_map(|feature| feature.strip_prefix(key)?.parse().ok())
@@ -532,7 +546,17 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     if let (Some(pid1), Some(now)) = (clock("sandpod.pid1_us="), clock("sandpod.now_us=")) {
         trace.set_guest(pid1, now, answered);
     }
-    Ok(())
+    Ok(About::of(features))
+}
+
+impl About {
+    /// By the features that the agent names: only ours has any of `sandpod.`.
+    fn of(features: &[String]) -> About {
+        About {
+            own: features.iter().any(|feature| feature.starts_with("sandpod.")),
+            keeps_clock: features.iter().any(|feature| feature == "sandpod.clock=host"),
+        }
+    }
 }
 
 fn kernel_module(module: &config::KernelModule) -> KernelModule {

@@ -1,10 +1,19 @@
-//! What a container may not do, and whose kernel it runs on.
+//! What a container may not do, whose kernel it runs on, and by whose clock.
 
-use nix::sys::utsname::uname;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        utsname::uname,
+    },
+    unistd::Pid,
+};
+use serde_json::json;
 use tests::{
     config::Runtime,
     cri::Container,
-    failure::{Result, claim, contains, same},
+    failure::{Failure, Result, Trying, claim, contains, same},
     node::Node,
     run,
 };
@@ -20,6 +29,7 @@ pub const COMMON: &[Story] = &[
 
 pub const OF_A_VM: &[Story] = &[
     ("its_own_kernel", its_own_kernel),
+    ("a_clock_that_is_the_nodes", a_clock_that_is_the_nodes),
     ("whom_to_debug_must_be_clear", whom_to_debug_must_be_clear),
 ];
 
@@ -63,7 +73,7 @@ fn a_restricted_container(node: &Node, runtime: Runtime) -> Result {
 
 fn capabilities(container: &Container<'_>) -> Result<u64> {
     let mask = container.shell("sed -n 's/^CapEff:\\s*//p' /proc/1/status")?;
-    u64::from_str_radix(&mask, 16).map_err(|_| tests::failure::Failure::Claim(format!("{mask:?} is no mask")))
+    u64::from_str_radix(&mask, 16).map_err(|_| Failure::Claim(format!("{mask:?} is no mask")))
 }
 
 /// A pod's kernel parameter holds in its containers.
@@ -152,4 +162,58 @@ fn its_own_kernel(node: &Node, runtime: Runtime) -> Result {
     )?;
     claim(!inside.ends_with(boot.trim()), "another boot")?;
     pod.remove()
+}
+
+/// How soon a guest's clock must be right again: it is looked at once a minute, and half a second is gone after
+/// another.
+const RIGHT_AGAIN: Duration = Duration::from_secs(300);
+/// How far from the node's it may be then, beside what the question leaves open.
+const MOST_OFF: Duration = Duration::from_millis(100);
+
+/// The guest's clock is the node's: from the start, after its machine was stopped, and after somebody in the pod has
+/// set it.
+fn a_clock_that_is_the_nodes(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "clock")?.run()?;
+    let setter = pod
+        .container("setter", &["sleep", "infinity"])
+        .security("capabilities", json!({ "add_capabilities": ["SYS_TIME"] }))
+        .run()?;
+    clock_gets_right(node, &setter)?;
+    for wrong in ["2001-09-09 01:46:40", "2033-05-18 03:33:20"] {
+        setter.shell(&format!("date -u -s '{wrong}'"))?;
+        clock_gets_right(node, &setter)?;
+    }
+    let qemu = pod
+        .processes()
+        .into_iter()
+        .find(|process| process.program().starts_with("qemu-system-"));
+    let qemu = qemu.ok_or_else(|| Failure::Claim("the pod has no QEMU".into()))?;
+    let stopped = || match std::fs::read_to_string(format!("/proc/{}/status", qemu.pid)) {
+        Ok(status) if status.contains("State:\tT") => Ok(()),
+        other => Err(format!("{other:?}")),
+    };
+    kill(Pid::from_raw(qemu.pid), Signal::SIGSTOP).trying("stopping QEMU")?;
+    node.events().bell.until("QEMU's stop", run::ORDINARY, stopped)?;
+    kill(Pid::from_raw(qemu.pid), Signal::SIGCONT).trying("continuing QEMU")?;
+    clock_gets_right(node, &setter)?;
+    pod.remove()
+}
+
+/// Waits until the guest's clock is near the node's. Each look leaves open as much as it takes.
+fn clock_gets_right(node: &Node, container: &Container<'_>) -> Result {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let look = || {
+        let before = now();
+        let told = container.shell("date +%s%N").map_err(|failure| failure.to_string())?;
+        let after = now();
+        let told: u64 = told.trim().parse().map_err(|_| format!("{told:?}"))?;
+        let guest = Duration::from_nanos(told);
+        match (before.saturating_sub(MOST_OFF)..=after + MOST_OFF).contains(&guest) {
+            true => Ok(()),
+            false => Err(format!("{guest:?}, and the node's {before:?} to {after:?}")),
+        }
+    };
+    node.events()
+        .bell
+        .until("the right time in the guest", RIGHT_AGAIN, look)
 }

@@ -7,13 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    sys::time::TimeSpec,
-    time::{ClockId, clock_settime},
-};
+use nix::sys::time::TimeSpec;
 
 use super::{
-    boot,
+    boot, clock,
     error::{Doing, Error, Result},
     storage, sys,
     uevent::Uevents,
@@ -42,11 +39,16 @@ pub(super) fn details(request: &GuestDetailsRequest, began: Duration) -> Result<
     agent.init_daemon = true;
     agent.storage_handlers = storage::DRIVERS.map(str::to_owned).to_vec();
     agent.supports_seccomp = true;
-    // For the host's waterfall of a start: both on the guest's clock, in microseconds.
+    // In microseconds: the first two, since the kernel's start, for the host's waterfall, the third, since the epoch,
+    // for whoever keeps the guest's clock.
     agent.extra_features = vec![
         format!("sandpod.pid1_us={}", began.as_micros()),
         format!("sandpod.now_us={}", boot::clock().as_micros()),
+        format!("sandpod.wall_us={}", clock::now_us().doing(|| "read the clock".into())?),
     ];
+    if clock::is_kept() {
+        agent.extra_features.push("sandpod.clock=host".into());
+    }
     response.agent_details = Some(agent).into();
     Ok(response)
 }
@@ -141,7 +143,7 @@ pub(super) fn reseed(request: &ReseedRandomDevRequest) -> Result<()> {
     sys::add_entropy(&random, &request.data).doing(|| "add entropy".into())
 }
 
-/// Sets the clock.
+/// Sets the clock, or slews it where that is enough.
 pub(super) fn set_time(request: &SetGuestDateTimeRequest) -> Result<()> {
     if request.Sec < 0 || !(0..1_000_000).contains(&request.Usec) {
         return Err(Error::Invalid(format!(
@@ -149,8 +151,7 @@ pub(super) fn set_time(request: &SetGuestDateTimeRequest) -> Result<()> {
             request.Sec, request.Usec
         )));
     }
-    let time = TimeSpec::new(request.Sec, request.Usec * 1000);
-    clock_settime(ClockId::CLOCK_REALTIME, time).doing(|| "set the clock".into())
+    clock::set(TimeSpec::new(request.Sec, request.Usec * 1000)).doing(|| "set the clock".into())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 mod beneath;
 mod boot;
 mod channel;
+mod clock;
 mod container;
 mod copy;
 mod disk;
@@ -119,6 +120,7 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
         blocking(move || modules.load_rest()).await?;
     }
     done.send_replace(true);
+    tokio::spawn(clock::keep());
     reaper.run().await.doing(|| "wait for processes".into())?;
     future::pending().await
 }

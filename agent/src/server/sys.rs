@@ -15,6 +15,8 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
+use super::clock::SAMPLES;
+
 /// Loads a kernel module from its file (`finit_module(2)`); `parameters` as on modprobe's command line.
 pub(super) fn load_module(file: &File, parameters: &CStr) -> nix::Result<()> {
     // SAFETY: the descriptor and the string live for the duration of the call, which reads both.
@@ -85,4 +87,53 @@ pub(super) fn add_entropy(random: &File, data: &[u8]) -> nix::Result<()> {
     Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()) })?;
     // SAFETY: RNDRESEEDCRNG takes no argument.
     Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
+}
+
+/// The host's clock and the guest's, at one moment, in nanoseconds since the epoch (`PTP_SYS_OFFSET_PRECISE` of
+/// `<linux/ptp_clock.h>`).
+pub(super) fn clocks_at_once(clock: &File) -> nix::Result<(i64, i64)> {
+    // SAFETY: all of the structure's fields are integers, for which zero is a value.
+    let mut both: libc::ptp_sys_offset_precise = unsafe { std::mem::zeroed() };
+    // SAFETY: the request writes such a structure.
+    Errno::result(unsafe { libc::ioctl(clock.as_raw_fd(), libc::PTP_SYS_OFFSET_PRECISE, &mut both) })?;
+    Ok((nanoseconds(both.device), nanoseconds(both.sys_realtime)))
+}
+
+/// Readings in turn of the guest's clock, the host's, the guest's and so on, in nanoseconds since the epoch
+/// (`PTP_SYS_OFFSET`).
+pub(super) fn clocks_in_turn(clock: &File) -> nix::Result<Vec<i64>> {
+    // SAFETY: as above.
+    let mut turns: libc::ptp_sys_offset = unsafe { std::mem::zeroed() };
+    turns.n_samples = SAMPLES as u32;
+    // SAFETY: the request reads the number of samples, at most the 25 that the structure has room for, and writes them.
+    Errno::result(unsafe { libc::ioctl(clock.as_raw_fd(), libc::PTP_SYS_OFFSET, &mut turns) })?;
+    Ok(turns.ts.into_iter().take(2 * SAMPLES + 1).map(nanoseconds).collect())
+}
+
+fn nanoseconds(time: libc::ptp_clock_time) -> i64 {
+    time.sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(i64::from(time.nsec))
+}
+
+/// Lets the kernel's loop take an offset of the clock (nanoseconds, half a second at most) away: a sixteenth of what is
+/// left each second. With `learn` the frequency is corrected too, by a 128th of the offset per second, for 32 s at most
+/// between two corrections (`ntp_update_offset` in `kernel/time/ntp.c` of Linux).
+pub(super) fn slew(offset: i64, learn: bool) -> nix::Result<()> {
+    // SAFETY: all of the structure's fields are integers, for which zero is a value.
+    let mut wanted: libc::timex = unsafe { std::mem::zeroed() };
+    wanted.modes = libc::ADJ_NANO
+        | libc::ADJ_STATUS
+        | libc::ADJ_TIMECONST
+        | libc::ADJ_OFFSET
+        | libc::ADJ_MAXERROR
+        | libc::ADJ_ESTERROR;
+    wanted.status = libc::STA_PLL | if learn { 0 } else { libc::STA_FREQHOLD };
+    wanted.constant = 2;
+    wanted.offset = offset;
+    // In microseconds. Programs that ask hear that the clock is synchronized, and how exactly.
+    wanted.esterror = offset.saturating_abs() / 1000;
+    wanted.maxerror = wanted.esterror + 1000;
+    // SAFETY: the call reads and writes the structure.
+    Errno::result(unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, &mut wanted) }).map(drop)
 }

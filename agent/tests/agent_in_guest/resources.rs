@@ -13,6 +13,7 @@ super::cases![
     a_limit_changes,
     a_frozen_container_stands_still,
     a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod,
+    a_small_correction_of_the_clock_is_no_jump,
     the_clock_is_set,
     entropy_is_added,
     the_guest_is_measured,
@@ -132,6 +133,27 @@ async fn a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod(pod: A
     pod.remove("d").await;
 }
 
+/// The guest's clock, in microseconds since the epoch, as the agent tells it.
+async fn clock(pod: &Pod) -> i64 {
+    let details = pod.client.get_guest_details(GuestDetailsRequest::new()).await.unwrap();
+    let features = details.agent_details.extra_features.clone();
+    let told = features
+        .iter()
+        .find_map(|feature| feature.strip_prefix("sandpod.wall_us="));
+    told.unwrap().parse().unwrap()
+}
+
+async fn a_small_correction_of_the_clock_is_no_jump(pod: Arc<Pod>) {
+    let before = clock(&pod).await;
+    // Almost half a second into the past: programs must not see the clock go back.
+    let wanted = before - 450_000;
+    let mut request = SetGuestDateTimeRequest::new();
+    (request.Sec, request.Usec) = (wanted / 1_000_000, wanted % 1_000_000);
+    pod.client.set_guest_date_time(request).await.unwrap();
+    let after = clock(&pod).await;
+    assert!(after >= before, "from {before} back to {after}");
+}
+
 async fn the_clock_is_set(pod: Arc<Pod>) {
     let mut request = SetGuestDateTimeRequest::new();
     (request.Sec, request.Usec) = (2_000_000_000, 500_000);
@@ -183,13 +205,17 @@ async fn the_guest_is_measured(pod: Arc<Pod>) {
 async fn a_processor_is_taken_into_use(pod: Arc<Pod>) {
     pod.plug_processor();
     let mut request = OnlineCPUMemRequest::new();
-    (request.nb_cpus, request.cpu_only) = (1, false);
-    for _ in 0..2 {
+    // The total: fewer than there are is no fault, and a call may be repeated.
+    for total in [1, 2, 2] {
+        (request.nb_cpus, request.cpu_only) = (total, false);
         pod.client.online_cpu_mem(request.clone()).await.unwrap();
     }
     pod.run("c", "grep -c ^processor /proc/cpuinfo").await;
     assert_eq!(pod.output("c", "").await, b"2\n");
     pod.remove("c").await;
+    request.nb_cpus = 3;
+    let error = pod.client.online_cpu_mem(request).await.unwrap_err().to_string();
+    assert!(error.contains("3 processors are wanted and 2 have appeared"), "{error}");
 }
 
 async fn the_agent_is_small(pod: Arc<Pod>) {
