@@ -1,7 +1,7 @@
 //! The tasks that follow what runs: each started process to its exit, the guest's OOM kills, and the VM's own end.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -49,11 +49,18 @@ pub fn process(
     };
     process.end_start(true);
     let agent = guest.agent.clone();
-    let copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
+    let mut copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
+    let own = guest.about.own;
     let mut request = wire::WaitProcessRequest::new();
     request.container_id = name.container.clone();
     request.exec_id = name.exec.clone();
     tokio::spawn(async move {
+        if !own {
+            // To upstream's agent the answer to WaitProcess is the end of the streams, whatever is still in them
+            // (`do_wait_process` in `src/agent/src/rpc.rs` of kata-containers): its own shims ask when they have read
+            // them to the end.
+            copies.ended(process.killed.subscribe()).await;
+        }
         let status = match agent.wait_process(request).await {
             // What no process of Linux can end with is no answer.
             Ok(reply) => u8::try_from(reply.status).map_or(UNKNOWN, u32::from),
@@ -115,7 +122,7 @@ pub fn announce(sandbox: &Sandbox, container: &Container, exec: &str, exit: Exit
 
 async fn container_ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exit: Exit) {
     let Ok(guest) = sandbox.guest() else { return };
-    if !container.init.killed.load(Ordering::SeqCst) {
+    if !*container.init.killed.borrow() {
         last_look(sandbox, guest, container, exit).await;
     }
     if container.kind == Kind::Single {

@@ -170,7 +170,7 @@ impl ProcessName {
 
 /// The running copies of one process's streams.
 pub struct Copies {
-    output: Vec<JoinHandle<Option<Output>>>,
+    output: Vec<OutputCopy>,
     /// Further descriptors of the output's fifos.
     fifos: Vec<OwnedFd>,
     input: Option<JoinHandle<()>>,
@@ -184,7 +184,8 @@ impl Streams {
         let output = [(self.stdout, true), (self.stderr, false)]
             .into_iter()
             .filter_map(|(output, stdout)| {
-                Some(tokio::spawn(copy_output(client.clone(), name.clone(), output?, stdout)))
+                let copy = copy_output(client.clone(), name.clone(), output?, stdout);
+                Some(OutputCopy::Running(tokio::spawn(copy)))
             })
             .collect();
         let (client, name) = (client.clone(), name.clone());
@@ -197,7 +198,43 @@ impl Streams {
     }
 }
 
+/// An output that is being copied, or was.
+enum OutputCopy {
+    Running(JoinHandle<Option<Output>>),
+    Ended(Option<Output>),
+}
+
+impl OutputCopy {
+    /// Waits for its end.
+    async fn end(&mut self) {
+        if let OutputCopy::Running(copy) = self {
+            *self = OutputCopy::Ended(copy.await.unwrap_or_default());
+        }
+    }
+}
+
 impl Copies {
+    /// Waits until all output has come to its end. Of a process that was killed, only as long as its output may take: a
+    /// guest may be one that has no end.
+    pub async fn ended(&mut self, mut killed: watch::Receiver<bool>) {
+        let all = async {
+            for copy in &mut self.output {
+                copy.end().await;
+            }
+        };
+        let given_up = async {
+            // A process that nobody knows any more is not killed any more.
+            if killed.wait_for(|killed| *killed).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(STALLED_OUTPUT).await;
+        };
+        tokio::select! {
+            () = all => {}
+            () = given_up => {}
+        }
+    }
+
     /// Called when the process has ended: waits until its output is delivered and closes the fifos.
     ///
     /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, or a guest
@@ -211,10 +248,11 @@ impl Copies {
         }
         let end = Instant::now() + STALLED_OUTPUT;
         for mut copy in self.output {
-            match tokio::time::timeout_at(end, &mut copy).await {
-                Ok(Ok(Some(output))) if wait_for_reader => output.emptied().await,
-                Ok(_) => {}
-                Err(_) => {
+            let in_time = tokio::time::timeout_at(end, copy.end()).await.is_ok();
+            match copy {
+                OutputCopy::Ended(Some(output)) if in_time && wait_for_reader => output.emptied().await,
+                OutputCopy::Ended(_) => {}
+                OutputCopy::Running(copy) => {
                     tracing::warn!(
                         "output is lost: it did not end, or nobody read it, within 10 s of the process's end"
                     );

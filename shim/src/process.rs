@@ -17,7 +17,7 @@
 
 use std::{
     fs::File,
-    sync::{Mutex, PoisonError, atomic::AtomicBool},
+    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -74,7 +74,7 @@ pub struct Process {
     pub stdio: Stdio,
     status: watch::Sender<Status>,
     /// Whether a caller has killed it: its end by SIGKILL is then no riddle.
-    pub killed: AtomicBool,
+    pub killed: watch::Sender<bool>,
     /// Turns true at `CloseIO`.
     pub close_stdin: watch::Sender<bool>,
     /// Rows and columns asked for before there was a terminal.
@@ -103,7 +103,7 @@ impl Process {
         Process {
             stdio,
             status: watch::Sender::new(status),
-            killed: AtomicBool::new(false),
+            killed: watch::Sender::new(false),
             close_stdin: watch::Sender::new(false),
             size: watch::Sender::new(None),
             unread: Mutex::default(),

@@ -49,6 +49,8 @@ pub struct Wanted {
     pub memory: Option<u64>,
     /// The host's processors that the kubelet's static CPU manager has given it.
     pub cpus: Option<&'static str>,
+    /// Its limit of CPUs.
+    pub cpu_limit: Option<u64>,
     /// Its limit of huge pages of 2 MiB, in bytes.
     pub huge_pages: u64,
     /// Volumes: host path, path in the container, whether read-only.
@@ -83,6 +85,14 @@ impl Wanted {
     pub fn with_memory(self, mib: u64) -> Wanted {
         Wanted {
             memory: Some(mib << 20),
+            ..self
+        }
+    }
+
+    /// With a limit of CPUs.
+    pub fn with_cpu_limit(self, cpus: u64) -> Wanted {
+        Wanted {
+            cpu_limit: Some(cpus),
             ..self
         }
     }
@@ -210,6 +220,9 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
     }
     if let Some(bytes) = wanted.memory {
         spec["linux"]["resources"]["memory"] = json!({"limit": bytes, "swap": bytes});
+    }
+    if let Some(cpus) = wanted.cpu_limit {
+        spec["linux"]["resources"]["cpu"] = json!({"quota": cpus * 100_000, "period": 100_000});
     }
     spec
 }

@@ -199,7 +199,9 @@ impl Sandbox {
             return Ok(());
         }
         let killing = signal == nix::libc::SIGKILL as u32;
-        process.killed.fetch_or(killing, Ordering::SeqCst);
+        if killing {
+            process.killed.send_replace(true);
+        }
         let mut request = wire::SignalProcessRequest::new();
         request.container_id = id.into();
         request.signal = signal;
@@ -246,7 +248,7 @@ impl Sandbox {
             // Whoever creates it finds it so.
             Status::Creating => process.stop(exit),
             Status::Created if process.begin_end() => {
-                process.killed.store(true, Ordering::SeqCst);
+                process.killed.send_replace(true);
                 let (sandbox, container, exec, process) =
                     (self.clone(), container.clone(), exec.to_owned(), process.clone());
                 tokio::spawn(async move { follow::ended(&sandbox, &container, &exec, &process, exit).await });

@@ -31,6 +31,11 @@ pub const TOLD: Told = &[
     (OURS, "a_hostile_guest_that_is_never_born_is_given_up", unborn),
     (OURS, "a_hostile_guest_that_never_gets_ready_is_given_up", unready),
     (OURS, "a_hostile_guest_does_not_link_out_of_its_share", links),
+    (
+        OURS,
+        "an_agent_that_closes_the_output_when_it_is_asked_for_the_end_loses_none",
+        upstream,
+    ),
 ];
 
 /// What the shim of a hostile guest may have had in memory at any time, shared pages of its program included.
@@ -271,6 +276,21 @@ fn links(crio: &Crio<'_>) -> Result {
         claim(found.is_empty(), format!("the shim wrote out of the share: {found:?}"))?;
         shim_is_small(crio)?;
         pod.end([container])
+    })
+}
+
+/// An agent that is not ours: its containers' output is there until somebody asks how they ended. And it has fewer
+/// processors than it should, which is no reason to refuse a container.
+fn upstream(crio: &Crio<'_>) -> Result {
+    const BYTES: usize = 100 * 3000;
+    against(crio, "upstream", "", |crio| {
+        let mut pod = Pod::run(crio)?;
+        let mut container = pod.start(&wanted("writer").with_cpu_limit(2))?;
+        same("the exit", container.exited(HELD_UP)?.exit_status, 0)?;
+        same("bytes of output", container.stdout()?.end(ORDINARY)?.len(), BYTES)?;
+        pod.stop(&mut [&mut container])?;
+        container.remove()?;
+        pod.remove()
     })
 }
 

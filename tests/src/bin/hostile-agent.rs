@@ -44,6 +44,10 @@ const EVER: Duration = Duration::from_secs(3600);
 /// Bytes of the longest answers that the shim takes, without what is around them.
 const MOST: usize = LONGEST_READ as usize;
 
+/// The output of a container of upstream's agent: so many pieces of so many bytes.
+const PIECES: usize = 100;
+const PIECE: usize = 3000;
+
 fn main() -> ExitCode {
     if std::process::id() != 1 {
         eprintln!("hostile-agent is the first process of a virtual machine, and does nothing anywhere else");
@@ -183,6 +187,10 @@ struct Container {
     /// Calls to be answered when it ends.
     waits: Vec<u32>,
     reads: Vec<u32>,
+    /// How it has ended.
+    status: Option<i32>,
+    /// Pieces of its output that were read.
+    told: usize,
 }
 
 struct Agent {
@@ -209,6 +217,11 @@ impl Agent {
             ("streaming", "StartContainer") => return self.port.frame(MESSAGE_TYPE_DATA, call.stream, &[]),
             ("gone", "StartContainer") => return self.hang_up(),
             ("links", "CreateSandbox") => link_out_of_the_share()?,
+            ("upstream", "WaitProcess" | "ReadStdout" | "ReadStderr") => return self.upstream(call),
+            ("upstream", "OnlineCPUMem") => {
+                let words = "only 1 of 2 processors came".into();
+                return self.port.refuse(call.stream, Code::INTERNAL, words);
+            }
             ("rude", _) => return self.rude(call),
             _ => {}
         }
@@ -222,6 +235,21 @@ impl Agent {
         loop {
             self.port.0.write_all(&[0xa5; 4096]).trying("writing the port")?;
         }
+    }
+
+    /// Containers have ended when they begin, and left output; the first question for their end closes it, as with
+    /// upstream's agent.
+    fn upstream(&mut self, call: &Call) -> Result {
+        let container = self.container(call);
+        if call.method == "WaitProcess" {
+            container.told = PIECES;
+            return self.exit(call.stream, 0);
+        }
+        if call.method == "ReadStderr" || container.told == PIECES {
+            return self.port.reply(call.stream, Vec::new());
+        }
+        container.told += 1;
+        self.read(call, PIECE)
     }
 
     /// Answers what was not asked, asked before, and more than was asked; then the question.
@@ -290,10 +318,13 @@ impl Agent {
                 self.containers.insert(request.container_id, container);
                 self.port.reply(call.stream, Vec::new())
             }
-            "WaitProcess" => {
-                self.container(call).waits.push(call.stream);
-                Ok(())
-            }
+            "WaitProcess" => match self.container(call).status {
+                Some(status) => self.exit(call.stream, status),
+                None => {
+                    self.container(call).waits.push(call.stream);
+                    Ok(())
+                }
+            },
             "ReadStdout" | "ReadStderr" => {
                 self.container(call).reads.push(call.stream);
                 Ok(())
@@ -305,12 +336,13 @@ impl Agent {
                     .unwrap_or_default()
                     .signal;
                 self.port.reply(call.stream, Vec::new())?;
+                let status = 128 + i32::try_from(signal).unwrap_or(0);
                 let container = std::mem::take(self.container(call));
                 self.container(call).manner = container.manner;
+                self.container(call).status = Some(status);
                 for stream in container.reads {
                     self.port.reply(stream, Vec::new())?;
                 }
-                let status = 128 + i32::try_from(signal).unwrap_or(0);
                 container
                     .waits
                     .into_iter()
