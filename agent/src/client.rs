@@ -242,6 +242,8 @@ calls! {
     pause_container(PauseContainerRequest) -> (), true;
     /// Thaws a container.
     resume_container(ResumeContainerRequest) -> (), true;
+    /// Lets go of mounts below the share that the host has taken away. Go's shim asks for it; ours has no such mounts.
+    remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest) -> (), true;
     /// Makes a folder, a link, or a part of a file below the share.
     copy_file(CopyFileRequest) -> (), true;
     /// Configures a network interface.

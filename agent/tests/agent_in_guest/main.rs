@@ -12,6 +12,7 @@ mod lifecycle;
 mod network;
 mod pod;
 mod protocol;
+mod replay;
 mod resources;
 mod streams;
 #[path = "../support/mod.rs"]
@@ -68,6 +69,7 @@ fn main() {
         resources::CASES,
         network::CASES,
         protocol::CASES,
+        replay::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|case| {

@@ -56,6 +56,22 @@ impl Pod {
         }
     }
 
+    /// Boots the guest, and makes nothing in it: the agent answers.
+    pub async fn bare() -> Result<Pod, String> {
+        let began = Instant::now();
+        let (machine, stream) = Machine::start()?;
+        let client = Client::new(stream);
+        match client.check(PATIENCE).await {
+            Ok(()) => Ok(Pod {
+                machine,
+                client,
+                details: GuestDetailsResponse::new(),
+                answered: began.elapsed(),
+            }),
+            Err(error) => Err(format!("{error}\n{}", machine.console())),
+        }
+    }
+
     async fn set_up(
         machine: &Machine,
         stream: tokio::net::UnixStream,
