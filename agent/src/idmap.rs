@@ -10,6 +10,9 @@ const PARAMETERS: [&str; 2] = ["sandpod.uid_map", "sandpod.gid_map"];
 /// The most ranges that a kernel takes of one kind (`UID_GID_MAP_MAX_EXTENTS` of `include/linux/user_namespace.h` of Linux).
 const MOST_RANGES: usize = 340;
 
+/// The last ID: the one above means "none".
+const SERVER: u32 = u32::MAX - 1;
+
 /// A range of IDs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
@@ -105,6 +108,24 @@ impl IdMaps {
             ("uid_map", written(&self.users, ' ', "\n")),
             ("gid_map", written(&self.groups, ' ', "\n")),
         ]
+    }
+
+    /// These mappings for mounts of files that root serves: with a number on disk for root itself, the last one that a
+    /// file may have. It stands for nobody, but without any root could neither rename nor link on such a mount, not
+    /// even the files of others (`may_create` in `fs/namei.c` of Linux).
+    #[must_use]
+    pub fn with_server(mut self) -> IdMaps {
+        for ranges in [&mut self.users, &mut self.groups] {
+            let apart = |range: &Range| range.outer > 0 && SERVER - range.inner >= range.size;
+            if ranges.len() < MOST_RANGES && ranges.iter().all(apart) {
+                ranges.push(Range {
+                    inner: SERVER,
+                    outer: 0,
+                    size: 1,
+                });
+            }
+        }
+        self
     }
 
     /// A container's user outside of it; `None` when it has no number there.
@@ -212,6 +233,24 @@ mod tests {
             (Some(100_999), None, Some(300_000))
         );
         assert_eq!(maps.group(7), Some(200_007));
+    }
+
+    #[test]
+    fn root_has_a_number_where_it_serves_files_unless_it_is_one_of_the_pods() {
+        let maps = IdMaps::parse("0:100000:65536", "0:0:65536").unwrap();
+        let served = maps.clone().with_server();
+        assert_eq!(
+            served.to_string(),
+            "users 0:100000:65536,4294967294:0:1 groups 0:0:65536"
+        );
+        assert_eq!(served.clone().checked(), Ok(Some(served)));
+        // A pod may have that number, but for which there is none left.
+        let all = IdMaps::parse("4294967000:100000:295", "4294967000:100000:294").unwrap();
+        let served = all.clone().with_server();
+        assert_eq!(served.users, all.users);
+        assert_eq!(served.groups.len(), 2);
+        let last = IdMaps::parse("4294967294:1:1", "0:1:1").unwrap().with_server();
+        assert_eq!((last.users.len(), last.groups.len()), (1, 2));
     }
 
     #[test]

@@ -304,7 +304,7 @@ fn mapped_copy(mount: &Path, users: &OwnedFd) -> Result<OwnedFd> {
 }
 
 fn user_namespace(maps: &IdMaps) -> Result<OwnedFd> {
-    sys::user_namespace(maps).action("make a user namespace for the IDs of the pod's files")
+    sys::user_namespace(&maps.clone().with_server()).action("make a user namespace for the IDs of the pod's files")
 }
 
 /// Splits fstab-style options into mount(2)'s flags and its data.

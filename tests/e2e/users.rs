@@ -141,7 +141,13 @@ fn a_root_who_may_write_wherever_the_image_has_its_folders(node: &Node, _: Runti
     let container = pod
         .container("root", &["sleep", "infinity"])
         .volume(&folder, "/not/in/the/image", Access::ReadWrite)
+        .working_in("/not/in/the/image/work/here")
         .run()?;
+    same(
+        "where it works",
+        container.shell("pwd; stat -c %u:%g:%a . ..")?.as_str(),
+        "/not/in/the/image/work/here\n0:0:755\n0:0:755",
+    )?;
     container.shell(
         "mkdir -p /others/deep /closed; chown -R 33:33 /others; chmod 755 /others /others/deep; chmod 555 /closed /",
     )?;
@@ -165,7 +171,7 @@ fn a_root_who_may_write_wherever_the_image_has_its_folders(node: &Node, _: Runti
         refused.code != 0,
         "a user without capabilities writes into the folder of another",
     )?;
-    contains("the refusal", &refused.text(), "Permission denied")?;
+    contains("the refusal", &refused.errors(), "Permission denied")?;
     pod.remove()
 }
 

@@ -368,6 +368,13 @@ impl<'p> ContainerSpec<'p> {
         self
     }
 
+    /// With this working directory, which the runtime makes if it is not there.
+    #[must_use]
+    pub fn working_in(mut self, folder: &str) -> Self {
+        self.configuration["working_dir"] = json!(folder);
+        self
+    }
+
     /// Creates it without starting it.
     ///
     /// # Errors

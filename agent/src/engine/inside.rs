@@ -10,10 +10,13 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2},
     sys::stat::{Mode, mkdirat},
+    unistd::{Gid, Uid, fchownat},
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Linux, Spec};
+
+use super::spec::guest_id;
 
 /// Bytes of `/etc/passwd` that are searched.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -67,8 +70,17 @@ fn home_of(passwd: &str, uid: u32) -> Option<&str> {
 /// any other mount cannot be. What fails here fails again, and with a message, when the process changes to it.
 pub(super) fn ensure_cwd(root: &Path, spec: &Spec, cwd: &Path) {
     if let Some((base, below)) = cwd_source(root, spec, cwd) {
-        let _ = make_directories(&base, &below);
+        let _ = make_directories(&base, &below, owner(spec));
     }
+}
+
+/// The container's root: it owns what runc makes, which is in the container's user namespace by then. Made as that
+/// user, who has no capabilities here, a folder could not be made where the image lets nobody write.
+fn owner(spec: &Spec) -> (Uid, Gid) {
+    let linux = spec.linux().as_ref();
+    let user = guest_id(linux.map_or(&None, Linux::uid_mappings), 0);
+    let group = guest_id(linux.map_or(&None, Linux::gid_mappings), 0);
+    (Uid::from_raw(user), Gid::from_raw(group))
 }
 
 fn cwd_source(root: &Path, spec: &Spec, cwd: &Path) -> Option<(PathBuf, PathBuf)> {
@@ -84,7 +96,7 @@ fn cwd_source(root: &Path, spec: &Spec, cwd: &Path) -> Option<(PathBuf, PathBuf)
     bind.then(|| Some((mount.source().clone()?, below.to_owned())))?
 }
 
-fn make_directories(base: &Path, below: &Path) -> nix::Result<()> {
+fn make_directories(base: &Path, below: &Path, owner: (Uid, Gid)) -> nix::Result<()> {
     let root = open_root(base)?;
     let directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
     if below.as_os_str().is_empty() || open_in(&root, below, directory).is_ok() {
@@ -95,21 +107,25 @@ fn make_directories(base: &Path, below: &Path) -> nix::Result<()> {
         let parent = path.clone();
         path.push(name);
         match open_in(&root, &path, directory) {
-            Err(Errno::ENOENT) => make_directory(&root, &parent, name)?,
+            Err(Errno::ENOENT) => make_directory(&root, &parent, name, owner)?,
             other => drop(other?),
         }
     }
     Ok(())
 }
 
-fn make_directory(root: &OwnedFd, parent: &Path, name: &OsStr) -> nix::Result<()> {
+fn make_directory(root: &OwnedFd, parent: &Path, name: &OsStr, (user, group): (Uid, Gid)) -> nix::Result<()> {
     let parent = if parent.as_os_str().is_empty() {
         Path::new(".")
     } else {
         parent
     };
     let parent = open_in(root, parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-    mkdirat(&parent, name, Mode::from_bits_truncate(0o755))
+    mkdirat(&parent, name, Mode::from_bits_truncate(0o755))?;
+    if user.is_root() && group.as_raw() == 0 {
+        return Ok(());
+    }
+    fchownat(&parent, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW)
 }
 
 /// Names the working directory in an error that came from changing to it, which libcontainer does not.

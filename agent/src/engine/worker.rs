@@ -31,7 +31,7 @@ use libcontainer::{
 use nix::{
     fcntl::OFlag,
     sys::resource::{Resource, getrlimit},
-    unistd::{Gid, Uid, fchown, pipe2, setfsgid, setfsuid},
+    unistd::{Uid, fchown, pipe2},
 };
 use oci_spec::runtime::{Box as Size, Hook, Linux, LinuxResources, Process, Spec};
 
@@ -50,7 +50,7 @@ pub(super) type Outcome = Result<(Answer, Vec<OwnedFd>), String>;
 pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> Outcome {
     let root = root_of(&spec)?;
     let mut process = spec.process().clone().ok_or("the specification has no process")?;
-    make_cwd(&root, &spec, process.cwd());
+    inside::ensure_cwd(&root, &spec, process.cwd());
     prepare(&mut process, &root)?;
     spec.set_process(Some(process));
     if let Some(linux) = spec.linux_mut() {
@@ -85,17 +85,6 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
             Err(error.text)
         }
     }
-}
-
-/// Makes the working directory as the container's root, for whom files of a pod with a user namespace are: the guest's has no number in them.
-fn make_cwd(root: &Path, spec: &Spec, cwd: &Path) {
-    let linux = spec.linux().as_ref();
-    let user = Uid::from_raw(edit::guest_id(linux.map_or(&None, Linux::uid_mappings), 0));
-    let group = Gid::from_raw(edit::guest_id(linux.map_or(&None, Linux::gid_mappings), 0));
-    let (own_group, own_user) = (setfsgid(group), setfsuid(user));
-    inside::ensure_cwd(root, spec, cwd);
-    setfsuid(own_user);
-    setfsgid(own_group);
 }
 
 /// Starts a further process in the container whose init has the pid `init`.
