@@ -25,9 +25,8 @@ with_packages_of() {
 missing_from() {
   local place name missing
   missing=$(LC_ALL=C comm -23 <(programs "") <({ programs "$1"; compgen -b; } | LC_ALL=C sort -u))
-  while read -r place name; do
-    ! grep -qxF -- "$name" <<<"$missing" || echo "$place runs $name, which is of the package $(package_of "$name")"
-  done <<<"$named"
+  awk 'NR == FNR { missing[$1]; next } $2 in missing' <(echo "$missing") <(echo "$named") |
+    while read -r place name; do echo "$place runs $name, which is of the package $(package_of "$name")"; done
 }
 programs() { find "$1"/usr/{,local/}{s,}bin -maxdepth 1 ! -type d -printf '%f\n' | LC_ALL=C sort -u; }
 package_of() { { dpkg -S "*bin/$1" || echo '(unknown):'; } 2>/dev/null | sed 's/:.*//;q'; }
