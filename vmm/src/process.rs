@@ -15,7 +15,7 @@ use std::{
     fmt, io,
     os::fd::{AsFd, OwnedFd},
     process::Command,
-    sync::{Arc, Mutex, PoisonError, Weak, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
     thread,
 };
 
@@ -38,11 +38,18 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Spawner {
     requests: mpsc::Sender<Request>,
-    /// Held by its children, and so ended with the last of them.
-    keeper: Arc<Mutex<Weak<Child>>>,
+    keeper: Arc<Mutex<Keeper>>,
     /// The soft limit of open files that this process had.
     open_files: u64,
     born: Moment,
+}
+
+/// The keeper of the latest children, if there have been any.
+#[derive(Debug, Default)]
+struct Keeper {
+    /// Held by its children, and so ended with the last of them.
+    process: Weak<Child>,
+    end: Option<watch::Receiver<Option<ExitReason>>>,
 }
 
 #[derive(Debug)]
@@ -94,17 +101,26 @@ impl Spawner {
 
     /// The process whose end ends all children; there is one as long as there are children.
     pub fn keeper(&self) -> Option<u32> {
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        keeper.map(|keeper| keeper.pid())
+        self.kept().process.upgrade().map(|keeper| keeper.pid())
     }
 
     /// Ends all children and waits until none of them is left, nor what they started.
     pub async fn end(&self) {
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        let (keeper, end) = {
+            let kept = self.kept();
+            (kept.process.upgrade(), kept.end.clone())
+        };
         if let Some(keeper) = keeper {
             keeper.kill();
-            keeper.exited().await;
         }
+        if let Some(mut end) = end {
+            // An error means that the runtime is shutting down.
+            drop(end.wait_for(Option::is_some).await);
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Keeper> {
+        self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts `command` with nothing of our environment. To be called within a tokio runtime, which reaps the child.
@@ -122,14 +138,17 @@ impl Spawner {
 
     /// The keeper of the next child.
     fn keep(&self) -> io::Result<Arc<Child>> {
-        let mut kept = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(keeper) = kept.upgrade().filter(|keeper| keeper.runs()) {
+        let mut kept = self.kept();
+        if let Some(keeper) = kept.process.upgrade().filter(|keeper| keeper.runs()) {
             return Ok(keeper);
         }
         let forked = self.ask(None).and_then(|(pid, pidfd)| Child::watch(pid, pidfd, None));
         let explain = |error: io::Error| io::Error::new(error.kind(), format!("no PID namespace: {error}"));
         let keeper = Arc::new(forked.map_err(explain)?);
-        *kept = Arc::downgrade(&keeper);
+        *kept = Keeper {
+            process: Arc::downgrade(&keeper),
+            end: Some(keeper.end.clone()),
+        };
         Ok(keeper)
     }
 
