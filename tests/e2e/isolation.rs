@@ -179,10 +179,8 @@ fn a_clock_that_is_the_nodes(node: &Node, runtime: Runtime) -> Result {
         .security("capabilities", json!({ "add_capabilities": ["SYS_TIME"] }))
         .run()?;
     clock_gets_right(node, &setter)?;
-    for wrong in ["2001-09-09 01:46:40", "2033-05-18 03:33:20"] {
-        setter.shell(&format!("date -u -s '{wrong}'"))?;
-        clock_gets_right(node, &setter)?;
-    }
+    setter.shell("date -u -s '2033-05-18 03:33:20'")?;
+    clock_gets_right(node, &setter)?;
     let qemu = pod
         .processes()
         .into_iter()
@@ -204,10 +202,10 @@ fn clock_gets_right(node: &Node, container: &Container<'_>) -> Result {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let look = || {
         let before = now();
-        let told = container.shell("date +%s%N").map_err(|failure| failure.to_string())?;
+        let told = container.shell("touch /dev/shm/now; stat -c '%Y %y' /dev/shm/now");
         let after = now();
-        let told: u64 = told.trim().parse().map_err(|_| format!("{told:?}"))?;
-        let guest = Duration::from_nanos(told);
+        let told = told.map_err(|failure| failure.to_string())?;
+        let guest = time_of(&told).ok_or(told)?;
         match (before.saturating_sub(MOST_OFF)..=after + MOST_OFF).contains(&guest) {
             true => Ok(()),
             false => Err(format!("{guest:?}, and the node's {before:?} to {after:?}")),
@@ -216,4 +214,12 @@ fn clock_gets_right(node: &Node, container: &Container<'_>) -> Result {
     node.events()
         .bell
         .until("the right time in the guest", RIGHT_AGAIN, look)
+}
+
+/// The time of a file from its seconds since the epoch and its date, which has the rest: `1795779381 2026-11-27
+/// 11:36:21.283758663 +0000`.
+fn time_of(told: &str) -> Option<Duration> {
+    let (seconds, date) = told.split_once(' ')?;
+    let rest = date.split_once('.')?.1.split_whitespace().next()?;
+    Some(Duration::new(seconds.parse().ok()?, rest.parse().ok()?))
 }
