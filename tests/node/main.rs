@@ -36,7 +36,7 @@ impl Shared {
                 *place = Some(node);
                 Ok(())
             }
-            Err(failure) => Err(node.with_evidence(failure)),
+            Err(failure) => Err(node.with_evidence(&failure)),
         }
     }
 }

@@ -131,7 +131,7 @@ impl Machine {
         let power = self.power.insert(power);
         match power.channel.greeting(BOOT) {
             Ok(boot) => power.boot = boot,
-            Err(failure) => return Err(self.with_evidence(failure)),
+            Err(failure) => return Err(self.with_evidence(&failure)),
         }
         self.furnish()
     }
@@ -310,7 +310,7 @@ impl Machine {
 
     /// A failure with what the node says of itself: the end of its console and of containerd's journal.
     #[must_use]
-    pub fn with_evidence(&self, failure: Failure) -> Failure {
+    pub fn with_evidence(&self, failure: &Failure) -> Failure {
         let journal = match self.power.as_ref().is_some_and(|power| !power.boot.is_empty()) {
             true => self.journal("containerd").unwrap_or_else(|error| error.to_string()),
             false => "the node is not up".to_owned(),
