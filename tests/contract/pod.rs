@@ -263,6 +263,15 @@ impl<'c, 'n> Pod<'c, 'n> {
         self.discard()
     }
 
+    /// Removes CRI-O's part of a pod: it asks for the pod no more. The kubelet's cgroup stays.
+    ///
+    /// # Errors
+    /// When something holds any of it.
+    pub fn forget(&mut self) -> Result {
+        self.place.release()?;
+        remove_bundle(&self.facts.id)
+    }
+
     /// Removes CRI-O's and kubelet's part of a pod.
     ///
     /// # Errors

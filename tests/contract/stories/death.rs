@@ -59,7 +59,7 @@ fn shim(crio: &Crio<'_>) -> Result {
     dead.disconnect()?;
     dead.sandbox.rootfs.unmount()?;
     let leftover = Path::new("/run/kata").join(&dead.facts.id);
-    dead.discard()?;
+    dead.forget()?;
     // Nobody calls `delete` under CRI-O: the next `start` on the node has to sweep.
     claim(leftover.exists(), "nothing is left to sweep")?;
     let next = Pod::run(crio)?;
@@ -67,6 +67,7 @@ fn shim(crio: &Crio<'_>) -> Result {
         false => Ok(()),
         true => Err(format!("{} is there", leftover.display())),
     })?;
+    dead.discard()?;
     next.end([])?;
     crio.node.as_before(&before, SOON)
 }
