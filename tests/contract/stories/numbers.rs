@@ -236,7 +236,9 @@ fn processors(crio: &Crio<'_>) -> Result {
     all_on("after an update of something else", &on("0"))?;
     let third = pod.create(&Wanted::idle())?;
     all_on("with one that may run anywhere", &everywhere)?;
+    let ended = third.begin_wait("")?;
     third.kill("", KILL)?.granted(ORDINARY)?;
+    ended.granted(ORDINARY)?;
     third.remove()?;
     Bell::default().until("the pod's return to processor 0", ORDINARY, || {
         all_on("when that one is gone", &on("0")).map_err(|failure| failure.to_string())

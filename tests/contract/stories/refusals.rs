@@ -5,6 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 use tests::{
     config::Guest,
     failure::{Result, Trying, claim, contains, same},
+    wait::Bell,
 };
 
 use super::{BOTH, OURS, Told};
@@ -35,6 +36,11 @@ const UNUSED: Duration = Duration::from_secs(45);
 
 /// Creates a sandbox that must be refused, lets go of it as CRI-O does, and returns the sentence.
 fn refused(crio: &Crio<'_>, wanted: &PodWanted) -> Result<String> {
+    refused_and_logged(crio, wanted, "")
+}
+
+/// The same for a refusal of which the shim's log has these words.
+fn refused_and_logged(crio: &Crio<'_>, wanted: &PodWanted, words: &str) -> Result<String> {
     let before = crio.node.census();
     let mut place = Place::make(crio, wanted)?;
     let sandbox = place.prepare(crio)?;
@@ -44,6 +50,10 @@ fn refused(crio: &Crio<'_>, wanted: &PodWanted) -> Result<String> {
         process::of_the_vm(crio),
         Vec::<i32>::new(),
     )?;
+    Bell::default().until("the words in the shim's log", SOON, || match crio.log() {
+        log if log.contains(words) => Ok(()),
+        log => Err(log),
+    })?;
     place.release()?;
     place.remove()?;
     sandbox.discard()?;
@@ -111,10 +121,9 @@ fn no_server(crio: &Crio<'_>) -> Result {
     };
     let text: String = Guest::Own.configuration()?.lines().map(changed).collect();
     let crio = Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)?;
-    let sentence = refused(&crio, &PodWanted::default())?;
+    let sentence = refused_and_logged(&crio, &PodWanted::default(), "the last words of virtiofsd")?;
     contains("the refusal", &sentence, "virtiofsd exited with code 3")?;
-    contains("the refusal", &sentence, "the disk has a headache")?;
-    contains("the log", &crio.log(), "the last words of virtiofsd")
+    contains("the refusal", &sentence, "the disk has a headache")
 }
 
 /// CRI-O dies between `start` and Create, and its next life knows nothing of the pod.
