@@ -295,14 +295,11 @@ pub fn names() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Whether a sandbox of this node has lost its shim, and nobody has just failed to remove it.
+/// Whether a sandbox of this node has lost its shim.
 pub fn is_to_sweep() -> bool {
-    let lost = |state: State| !state.shim.alive() && !state.failed_just_now();
     // What cannot be read is the sweep's to tell.
-    let names = names().unwrap_or_default();
-    names
-        .iter()
-        .any(|name| State::load(name).map_or(true, |state| state.is_some_and(lost)))
+    let lost = |name: &String| State::load(name).map_or(true, |state| state.is_some_and(|state| !state.shim.alive()));
+    names().unwrap_or_default().iter().any(lost)
 }
 
 /// Does `clean` for each sandbox of this node, again after a while for what is left, unless another process is at it. It

@@ -1,6 +1,11 @@
 //! Something below CRI-O dies.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use containerd_shim_protos::api::Status;
 use serde_json::json;
@@ -43,6 +48,20 @@ const SOON: Duration = Duration::from_secs(5);
 /// How soon leftovers are gone that nothing holds any more: they are looked at one after the other, with pauses.
 const SWEEP: Duration = Duration::from_secs(180);
 
+/// What a sandbox's shim has written down on the node.
+fn state_of(sandbox: &str) -> PathBuf {
+    Path::new("/run/kata").join(sandbox)
+}
+
+/// Waits until nothing is left of a sandbox whose shim is dead. A process that `start` leaves behind sees to it.
+pub fn swept(sandbox: &str) -> Result {
+    let state = state_of(sandbox);
+    Bell::default().until("the sweep", SWEEP, || match state.exists() {
+        false => Ok(()),
+        true => Err(format!("{} is there", state.display())),
+    })
+}
+
 fn shim(crio: &Crio<'_>) -> Result {
     let before = crio.node.census();
     let pod = Pod::run(crio)?;
@@ -58,15 +77,11 @@ fn shim(crio: &Crio<'_>) -> Result {
     let mut dead = pod;
     dead.disconnect()?;
     dead.sandbox.rootfs.unmount()?;
-    let leftover = Path::new("/run/kata").join(&dead.facts.id);
     dead.forget()?;
     // Nobody calls `delete` under CRI-O: the next `start` on the node has to sweep.
-    claim(leftover.exists(), "nothing is left to sweep")?;
+    claim(state_of(&dead.facts.id).exists(), "nothing is left to sweep")?;
     let next = Pod::run(crio)?;
-    Bell::default().until("the sweep", SWEEP, || match leftover.exists() {
-        false => Ok(()),
-        true => Err(format!("{} is there", leftover.display())),
-    })?;
+    swept(&dead.facts.id)?;
     dead.discard()?;
     next.end([])?;
     crio.node.as_before(&before, SOON)

@@ -18,7 +18,7 @@ use tests::{
     wait::Bell,
 };
 
-use super::{OURS, Told};
+use super::{OURS, Told, death::swept};
 use crate::{
     crio::Crio,
     pod::{GRACE, Pod},
@@ -191,6 +191,7 @@ fn undying(crio: &Crio<'_>) -> Result {
     drop(ice);
     // What the shim could not take back is owed: the next start does.
     let next = Pod::run(crio)?;
+    swept(&pod.facts.id)?;
     container.discard()?;
     pod.sandbox.rootfs.unmount()?;
     pod.discard()?;
