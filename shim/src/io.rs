@@ -33,6 +33,10 @@ use crate::error::{Context, Error, Result};
 /// How long a process's output may take to end after the process: for its reader to make room, and for the guest to come to an end.
 const STALLED_OUTPUT: Duration = Duration::from_secs(10);
 
+/// How long the output of a process that was killed may go on before its end is asked for all the same: less than the
+/// shim waits for the end of what it has killed.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Where a process's streams go, as the caller said it. `State` must echo it to the letter.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stdio {
@@ -227,7 +231,7 @@ impl Copies {
             if killed.wait_for(|killed| *killed).await.is_err() {
                 std::future::pending::<()>().await;
             }
-            tokio::time::sleep(STALLED_OUTPUT).await;
+            tokio::time::sleep(LAST_WORDS).await;
         };
         tokio::select! {
             () = all => {}

@@ -288,8 +288,13 @@ fn upstream(crio: &Crio<'_>) -> Result {
         let mut container = pod.start(&wanted("writer").with_cpu_limit(2))?;
         same("the exit", container.exited(HELD_UP)?.exit_status, 0)?;
         same("bytes of output", container.stdout()?.end(ORDINARY)?.len(), BYTES)?;
-        pod.stop(&mut [&mut container])?;
+        // Output without end holds up nobody's end.
+        let mut endless = pod.start(&wanted("endless"))?;
+        endless.kill("", KILL)?.granted(SOON)?;
+        endless.exited(HELD_UP)?;
+        pod.stop(&mut [&mut container, &mut endless])?;
         container.remove()?;
+        endless.remove()?;
         pod.remove()
     })
 }
