@@ -10,6 +10,7 @@ use tests::{
     machine::{Machine, MachineSpec},
 };
 
+mod cgroups;
 mod install;
 
 /// A story of a node that others use after it, and its name.
@@ -44,9 +45,13 @@ impl Shared {
 fn main() {
     let arguments = Arguments::from_args();
     let shared = Arc::new(Shared::default());
-    let trials = install::STORIES.iter().map(|(name, story)| {
+    let stories = [("installed", install::STORIES), ("cgroups", cgroups::STORIES)];
+    let stories = stories
+        .iter()
+        .flat_map(|(chapter, stories)| stories.iter().map(move |story| (chapter, story)));
+    let trials = stories.map(|(chapter, (name, story))| {
         let (shared, story) = (Arc::clone(&shared), *story);
-        Trial::test(format!("installed/{name}"), move || Ok(shared.play(story)?))
+        Trial::test(format!("{chapter}/{name}"), move || Ok(shared.play(story)?))
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     // Statics and what an exit leaves alone would keep it.
