@@ -44,7 +44,11 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
     linux.set_cgroups_path(Some(cgroup_path(linux.cgroups_path().as_deref(), id)?));
     linux.set_rootfs_propagation(linux.rootfs_propagation().as_deref().map(propagation));
-    add_cgroup_namespace(&mut linux);
+    let annotations = spec.annotations().as_ref();
+    // Who is to be among the guest's own processes is to see its cgroups too.
+    if annotations.is_none_or(|annotations| !annotations.contains_key(crate::GUEST_PIDS)) {
+        add_cgroup_namespace(&mut linux);
+    }
     if let Some(seccomp) = linux.seccomp().clone() {
         linux.set_seccomp(Some(order_masks(seccomp)?));
     }

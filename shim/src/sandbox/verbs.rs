@@ -222,6 +222,11 @@ impl Sandbox {
             Ok(()) | Err(ClientError::NotFound(_) | ClientError::Gone) => Ok(()),
             // It ended meanwhile, and with it what the guest knew of it.
             Err(_) if process.has_ended() => Ok(()),
+            // The agent itself does not answer: it is not the container that is slow to die.
+            Err(ClientError::Deadline(_)) if seen_to => {
+                self.bring_down_soon(format!("was killed: its agent did not take SIGKILL for {id}"), KILLED);
+                Ok(())
+            }
             // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to SIGKILL.
             Err(error @ ClientError::Deadline(_)) => {
                 tracing::warn!(%error, signal, container = id, "the guest is slow to take a signal");
