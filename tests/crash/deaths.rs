@@ -134,8 +134,8 @@ fn everyone_hears(pod: &Pod<'_>, container: &Container<'_>, moment: Moment, deat
         })
 }
 
-/// A machine that neither answers nor ends does not keep its pod from being removed, in the time that containerd has for what
-/// it has killed (`killContainerTimeout`).
+/// A machine that neither answers nor ends does not keep its pod from being removed, in the time that containerd has
+/// for what it has killed (`killContainerTimeout`).
 fn a_frozen_machine_is_removed(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "frozen")?.run()?;
     let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;

@@ -106,10 +106,15 @@ fn rude(crio: &Crio<'_>) -> Result {
         let mut containers = Vec::new();
         for manner in MANNERS {
             let container = pod.start(&wanted(manner))?;
-            // Whatever comes of the input, it is taken.
-            container.fifos.input()?.send(b"some words\n", ORDINARY)?;
+            // What this guest says of the exit comes at once, and ends the container and its input.
+            let ends = manner.ends_with("exit") || *manner == "garbage";
+            match container.fifos.input() {
+                // Whatever comes of the input, it is taken.
+                Ok(mut input) => input.send(b"some words\n", ORDINARY)?,
+                Err(failure) => claim(ends, failure.to_string())?,
+            }
             container.begin_state()?.granted(AT_ONCE)?;
-            if !manner.ends_with("exit") {
+            if !ends {
                 container.is(Status::RUNNING)?;
             }
             if *manner != "late" {
