@@ -300,19 +300,15 @@ async fn start_vm(
     };
     // virtiofsd ends well when QEMU does. It may also be on its way still.
     let ended = timeout(HANG_UP, virtiofsd.child().exited()).await;
-    let log = virtiofsd.last_words().await.trim().to_owned();
-    if !log.is_empty() {
+    let error = match ended {
+        Ok(reason) if reason != ExitReason::Code(0) => virtiofsd.died(reason).await.into(),
+        _ => error,
+    };
+    let log = virtiofsd.log_tail();
+    if !log.trim().is_empty() {
         tracing::error!("the last words of virtiofsd:\n{}", quoted(&log));
     }
-    match ended {
-        Ok(reason) if reason != ExitReason::Code(0) => Err(VmError::Died {
-            program: "virtiofsd",
-            reason,
-            log,
-        }
-        .into()),
-        _ => Err(error),
-    }
+    Err(error)
 }
 
 /// The devices that the VM is to have; none unless the node's administrator says so.

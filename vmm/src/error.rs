@@ -60,7 +60,7 @@ pub enum VmError {
         program: &'static str,
         /// How it ended.
         reason: ExitReason,
-        /// The end of its log.
+        /// The end of its log, in one line.
         log: String,
     },
     /// A system call failed on the way.
@@ -113,6 +113,16 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// A program's end before it was ready, told in one line whatever its log is.
+    pub(crate) fn died(program: &'static str, reason: ExitReason, log: &str) -> VmError {
+        let lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+        VmError::Died {
+            program,
+            reason,
+            log: lines.collect::<Vec<_>>().join("; "),
+        }
+    }
+
     /// Why a program was not started. Both the label and the program's own execution may be what was refused, with the same error; a
     /// program that is not there is neither.
     pub(crate) fn spawn(program: &Path, label: Option<&str>, source: io::Error) -> VmError {
@@ -133,5 +143,17 @@ impl VmError {
             action,
             source: source.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_of_a_program_that_died_are_one_line() {
+        let error = VmError::died("QEMU", ExitReason::Code(1), "no disk\r\n\nqemu: giving up\n");
+        let sentence = "QEMU exited with code 1 before it was ready; it said: no disk; qemu: giving up";
+        assert_eq!(error.to_string(), sentence);
     }
 }

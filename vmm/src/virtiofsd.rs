@@ -12,7 +12,7 @@ use nix::sys::socket::{
 
 use crate::{
     error::VmError,
-    process::{Child, Spawner},
+    process::{Child, ExitReason, Spawner},
     sys::ChildSetup,
     tail::Tail,
 };
@@ -94,10 +94,9 @@ impl Virtiofsd {
         &self.child
     }
 
-    /// The last 64 KiB of what it wrote to its standard error before it ended; what is on its way is waited for, a
-    /// second at most.
-    pub async fn last_words(&self) -> String {
-        self.log.last_words().await
+    /// The error of a VM that it has left alone by ending with `reason`. What it wrote is waited for, a second at most.
+    pub async fn died(&self, reason: ExitReason) -> VmError {
+        VmError::died("virtiofsd", reason, &self.log.last_words().await)
     }
 
     /// The last 64 KiB of what it has written to its standard error.

@@ -308,11 +308,7 @@ fn locked_memory(spec: &VmSpec) -> Option<u64> {
 /// A QEMU that hangs up before it has answered is about to die; its last words say why.
 async fn explain(error: VmError, child: &Child, log: &Tail) -> VmError {
     match timeout(Duration::from_secs(2), child.exited()).await {
-        Ok(reason) => VmError::Died {
-            program: "QEMU",
-            reason,
-            log: log.last_words().await.trim().to_owned(),
-        },
+        Ok(reason) => VmError::died("QEMU", reason, &log.last_words().await),
         Err(_) => error,
     }
 }
