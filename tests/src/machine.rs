@@ -52,7 +52,7 @@ const SHUTDOWN: Duration = Duration::from_secs(240);
 
 /// The node's kernel line. Its journal and console tell what happened, so nothing is asked at the console.
 const KERNEL_LINE: &str =
-    "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true TERM=dumb";
+    "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true TERM=dumb no_timer_check";
 
 /// What a node is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
