@@ -40,7 +40,7 @@ echo "$name $*"
 "#;
 const SAVE: &str = "#!/bin/busybox sh\nexec /bin/busybox cat /run/iptables\n";
 /// For QEMU and virtiofsd to find each other.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A running machine.
 pub struct Machine {

@@ -31,7 +31,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use pod::Pod;
 
 /// For one case; the slowest takes some seconds.
-const DEADLINE: Duration = Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_secs(600);
 
 /// A test in the guest.
 #[derive(Clone, Copy)]

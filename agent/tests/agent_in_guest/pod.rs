@@ -25,7 +25,7 @@ pub const SHARE: &str = "/run/kata-containers/shared/containers";
 /// The pod's `/dev/shm`.
 pub const SHM: &str = "/run/kata-containers/sandbox/shm";
 /// For the boot; it takes 1 to 2 s with emulation.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 const APPLETS: &str = "awk cat chmod cut dd df echo env false grep head hostname id ip kill ls mkdir mount ping ps pwd readlink \
      rm seq sh sleep sort stat stty sync tail tee test timeout touch tr true tty uname wc yes";
 
@@ -60,7 +60,7 @@ impl Pod {
     pub async fn bare() -> Result<Pod, String> {
         let began = Instant::now();
         let (machine, stream) = Machine::start()?;
-        let client = Client::new(stream);
+        let client = Client::new(stream).with_deadline(PATIENCE);
         match client.check(PATIENCE).await {
             Ok(()) => Ok(Pod {
                 machine,
@@ -78,7 +78,7 @@ impl Pod {
         began: Instant,
         hooks: &str,
     ) -> Result<(Client, GuestDetailsResponse, Duration), ClientError> {
-        let client = Client::new(stream);
+        let client = Client::new(stream).with_deadline(PATIENCE);
         client.check(PATIENCE).await?;
         let answered = began.elapsed();
         let mut request = GuestDetailsRequest::new();

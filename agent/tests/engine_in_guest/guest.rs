@@ -55,7 +55,7 @@ macro_rules! case {
 const APPLETS: &str = "awk cat chmod cut dd echo env false grep hostname id kill ln ls mkdir mknod mount ps pwd \
      readlink rm sh sleep stat stty tail test touch true tty umount uname unshare wc yes";
 /// For anything in a case that could hang.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The guest that a case works in.
 pub struct Guest {

@@ -45,7 +45,7 @@ impl Kernel {
     pub fn parameters() -> Result<String, String> {
         let khz = cpu_khz()?;
         Ok(format!(
-            "quiet panic=-1 reboot=t noreplace-smp swiotlb=noforce tsc=reliable tsc_early_khz={khz} lpj={} cgroup_no_v1=all",
+            "quiet panic=-1 reboot=t no_timer_check noreplace-smp swiotlb=noforce tsc=reliable tsc_early_khz={khz} lpj={} cgroup_no_v1=all",
             khz * 1000 / 250
         ))
     }
