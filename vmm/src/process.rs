@@ -366,6 +366,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_keeper_has_a_name_and_no_files_and_ends_with_the_last_child() {
+        // A copy of this process that kept it would hold as much.
+        let held = vec![1_u8; 16 << 20];
         let spawner = Spawner::new().unwrap();
         assert_eq!(spawner.keeper(), None);
         let child = spawner.start(shell("exec sleep 1000"), ChildSetup::default()).unwrap();
@@ -379,6 +381,10 @@ mod tests {
         assert_eq!(line.trim_end_matches('\0'), "vm-keeper");
         assert_eq!(fs::read_to_string(of("comm")).unwrap(), "vm-keeper\n");
         assert_eq!(fs::read_link(of("fd/0")).unwrap().to_str(), Some("anon_inode:[pidfd]"));
+        let status = fs::read_to_string(of("status")).unwrap();
+        let written = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        let written: usize = written.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(written << 10 < held.len() / 2, "the keeper holds {written} KiB");
         let second = spawner.start(shell("exit 0"), ChildSetup::default()).unwrap();
         assert_eq!(second.exited().await, ExitReason::Code(0));
         assert_eq!(spawner.keeper(), Some(keeper));

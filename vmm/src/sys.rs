@@ -189,14 +189,14 @@ pub(crate) fn fork_keeper() -> io::Result<u32> {
     setns(&own, CloneFlags::CLONE_NEWPID)?;
     unshare(CloneFlags::CLONE_NEWPID)?;
     let parent = pidfd_open(std::process::id())?;
-    let arguments = arguments()?;
+    let (arguments, memory) = (arguments()?, memory((&raw const parent).addr())?);
     // No handler of this process is to run in the keeper.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-    // SAFETY: the child never returns from `keep`, which only makes system calls and writes to its own stack and
+    // SAFETY: the child never returns from `keep`, which only makes system calls and uses this stack and the
     // arguments; it neither allocates nor takes a lock.
     let forked = unsafe { fork() };
     if let Ok(ForkResult::Child) = forked {
-        keep(parent.as_raw_fd(), arguments);
+        keep(parent.as_raw_fd(), &arguments, &memory);
     }
     mask.thread_set_mask()?;
     match forked? {
@@ -219,11 +219,45 @@ fn arguments() -> io::Result<Range<usize>> {
     }
 }
 
+/// Parts of a process's memory, by their addresses and lengths; unused entries are empty.
+type Memory = [(usize, usize); 64];
+
+/// What this process has written and a copy of it that only waits has no use for (proc_pid_maps(5)): heaps and stacks,
+/// but for the stack with the address `own`. The variables of the program itself, which follow its file, stay too.
+fn memory(own: usize) -> io::Result<Memory> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let mut memory: Memory = [(0, 0); 64];
+    let mut unused = memory.iter_mut();
+    let mut file_ends = 0;
+    for line in maps.lines() {
+        let mut fields = line.split_whitespace();
+        let (range, mode) = (fields.next().unwrap_or_default(), fields.next());
+        let (inode, name) = (fields.nth(2), fields.next().unwrap_or_default());
+        let Some((start, end)) = range.split_once('-') else {
+            continue;
+        };
+        let address = |text| usize::from_str_radix(text, 16).map_err(io::Error::other);
+        let (start, end) = (address(start)?, address(end)?);
+        if inode != Some("0") {
+            file_ends = end;
+        } else if mode == Some("rw-p")
+            && matches!(name, "" | "[heap]" | "[stack]")
+            && start != file_ends
+            && !(start..end).contains(&own)
+            && let Some(part) = unused.next()
+        {
+            *part = (start, end - start);
+        }
+    }
+    Ok(memory)
+}
+
 /// The keeper's life: it holds nothing and waits for the end of `parent`, a pidfd. Its children are those whose
 /// parents have ended; the kernel removes them.
-fn keep(parent: RawFd, arguments: Range<usize>) -> ! {
-    // SAFETY: SIGCHLD gets no handler. The arguments are this process's own copy, which nothing refers to any more,
-    // and the name is cut to their length. The calls take integers and pointers to what outlives them.
+fn keep(parent: RawFd, arguments: &Range<usize>, memory: &Memory) -> ! {
+    // SAFETY: SIGCHLD gets no handler. The memory is this process's own copy, of which only this stack and the
+    // program's variables are in use from here on: the rest may become zeros, and the arguments the name, which is cut to
+    // their length. The calls take integers and pointers to what outlives them.
     unsafe {
         let _best_effort = (
             prctl::set_pdeathsig(Signal::SIGKILL),
@@ -231,6 +265,9 @@ fn keep(parent: RawFd, arguments: Range<usize>) -> ! {
             prctl::set_name(KEEPER),
             chdir(c"/"),
         );
+        for (start, length) in memory {
+            libc::madvise(*start as *mut libc::c_void, *length, libc::MADV_DONTNEED);
+        }
         let name = KEEPER.to_bytes();
         std::ptr::write_bytes(arguments.start as *mut u8, 0, arguments.len());
         std::ptr::copy_nonoverlapping(
@@ -252,8 +289,8 @@ fn keep(parent: RawFd, arguments: Range<usize>) -> ! {
             events: libc::POLLIN,
             revents: 0,
         };
-        // Every signal is blocked but the one that ends it.
-        libc::poll(&raw mut end, 1, -1);
+        // Every signal is blocked but the one that ends it; a debugger may interrupt it.
+        while libc::poll(&raw mut end, 1, -1) < 0 && Errno::last() == Errno::EINTR {}
         libc::_exit(0)
     }
 }
