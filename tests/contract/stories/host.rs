@@ -57,7 +57,7 @@ fn memory(qemu: i32) -> Result<PathBuf> {
     let folder = PathBuf::from(format!("/proc/{qemu}/fd"));
     let files = fs::read_dir(&folder).trying(format!("reading {}", folder.display()))?;
     let is_memory =
-        |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:ram0"));
+        |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"));
     let found = files.flatten().map(|entry| entry.path()).find(is_memory);
     found.ok_or_else(|| Failure::Claim(format!("process {qemu} holds no guest's memory")))
 }
