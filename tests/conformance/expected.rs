@@ -55,10 +55,6 @@ pub const SANDPOD: &[Exception] = &[
         "a mount made in the guest cannot appear on the host, and the shim refuses such a volume",
     ),
     fails(
-        "Container Mount Readonly runtime should support readonly mounts should support non-recursive readonly mounts",
-        "the guest mounts what is mounted below a volume when it is first looked at, and read-only where the volume is",
-    ),
-    fails(
         "Security Context NamespaceOption runtime should support HostIpc is true",
         "shared memory is a kernel's own: the pod shares it with its VM, not with the host",
     ),
