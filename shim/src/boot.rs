@@ -239,12 +239,13 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     record(state, state.qemu)?;
     trace.set(Mark::QemuSpawned, vm.spawned_at());
     trace.set(Mark::QmpReady, vm.qmp_ready_at());
+    trace.keep(plan.sandbox);
 
     let mut given_up = plan.given_up.clone();
     let ready = tokio::select! {
         ready = prepare(&vm, &plan, network.as_ref(), trace) => ready,
         reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"))),
-        reason = virtiofsd.child().exited() => Err(Error::VmGone(format!("could not start: virtiofsd {reason}"))),
+        reason = virtiofsd.child().exited() => Err(without_virtiofsd(&vm, reason).await),
         // The sandbox, which tells, is there: it waits for this.
         Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
@@ -309,6 +310,16 @@ async fn start_vm(
         tracing::error!("the last words of virtiofsd:\n{}", quoted(&log));
     }
     Err(error)
+}
+
+/// Why a VM did not start whose virtiofsd has ended. virtiofsd ends well when QEMU does, which may be known later.
+async fn without_virtiofsd(vm: &Vm, reason: ExitReason) -> Error {
+    if reason == ExitReason::Code(0)
+        && let Ok(reason) = timeout(HANG_UP, vm.child().exited()).await
+    {
+        return Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"));
+    }
+    Error::VmGone(format!("could not start: virtiofsd {reason}"))
 }
 
 /// The devices that the VM is to have; none unless the node's administrator says so.
@@ -461,6 +472,7 @@ async fn prepare(vm: &Vm, plan: &Plan<'_>, network: Option<&Network>, trace: &mu
     let agent = Client::new(vm.agent_stream(deadline).await?);
     agent.check(deadline).await?;
     trace.set(Mark::AgentConnected, SystemTime::now());
+    trace.keep(plan.sandbox);
     let about = timeout(CONFIGURE, configure(&agent, plan, network, trace))
         .await
         .map_err(|_| ClientError::Deadline("what a sandbox begins with"))??;
@@ -520,7 +532,7 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     }
     let mut request = CreateSandboxRequest::new();
     request.sandbox_id = plan.sandbox.into();
-    request.hostname = plan.pod.hostname.chars().take(64).collect();
+    request.hostname = plan.pod.host_name(plan.sandbox);
     request.dns = dns_lines(&plan.pod)?;
     request.sandbox_pidns = plan.pod.shared_pidns;
     request.storages = vec![share_storage(), shm_storage(&plan.pod)?];
@@ -541,6 +553,7 @@ async fn configure(agent: &Client, plan: &Plan<'_>, network: Option<&Network>, t
     // Only our own agent tells its clock; a foreign one leaves two marks out of the waterfall.
     if let (Some(pid1), Some(now)) = (clock("sandpod.pid1_us="), clock("sandpod.now_us=")) {
         trace.set_guest(pid1, now, answered);
+        trace.keep(plan.sandbox);
     }
     Ok(About::of(features))
 }

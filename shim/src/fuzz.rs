@@ -198,7 +198,7 @@ proptest! {
         }
         let part = |name: &str| document[name].clone();
         if let Ok(process) = serde_json::from_value::<Process>(part("process")) {
-            let _ = spec::guest_process(process, &mut Vec::new());
+            let _ = spec::guest_process(process);
         }
         if let Ok(resources) = serde_json::from_value::<LinuxResources>(part("linux")["resources"].clone()) {
             let _ = Limits::of_resources(&resources);

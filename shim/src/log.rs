@@ -23,7 +23,7 @@ static LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 /// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together, with the prefixes.
 const ROOM: i32 = 512 << 10;
 /// Letters of the sandbox's id before each line, as `crictl` shows them: the CRI's log has the lines of all pods.
-const SHORT: usize = 13;
+pub(crate) const SHORT_ID: usize = 13;
 
 /// The fifo; a record that does not fit while nobody reads is cut off: the log must never hold up a pod.
 struct Fifo {
@@ -41,7 +41,7 @@ impl Fifo {
             .open(path)?;
         // With less room a long record may be cut off, and nothing else.
         let _room = fcntl(&file, FcntlArg::F_SETPIPE_SZ(ROOM));
-        let short: String = sandbox.chars().take(SHORT).collect();
+        let short: String = sandbox.chars().take(SHORT_ID).collect();
         Ok(Fifo {
             file,
             prefix: format!("kata[{short}] "),

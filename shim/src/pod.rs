@@ -8,10 +8,14 @@ use oci_spec::runtime::Spec;
 use crate::{
     annotations::{Identity, Manager, PodResources, identify, pod_resources, shares_pid_namespace},
     error::Result,
+    log::SHORT_ID,
     selinux::Labels,
     spec::{NetNs, id_maps, pod_netns, sees_the_guest},
     vfio,
 };
+
+/// As Linux has it (`HOST_NAME_MAX`).
+const LONGEST_HOST_NAME: usize = 64;
 
 /// What the sandbox's own specification says of the pod.
 #[derive(Debug, Clone)]
@@ -79,5 +83,40 @@ impl Pod {
     /// Whether CRI-O manages it.
     pub fn is_crio(&self) -> bool {
         self.identity.manager == Manager::CriO
+    }
+
+    /// Its host name, as long as Linux allows. That of a pod without one is the beginning of the sandbox's id, as the CRI's tools show it: programs look
+    /// up their own name.
+    pub fn host_name(&self, sandbox: &str) -> String {
+        if !self.hostname.is_empty() {
+            return self.hostname.chars().take(LONGEST_HOST_NAME).collect();
+        }
+        let letter = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '-' };
+        let name: String = sandbox.chars().take(SHORT_ID).map(letter).collect();
+        match name.trim_matches('-') {
+            "" => "sandbox".to_owned(),
+            name => name.to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_has_a_host_name_always() {
+        let name = |hostname: &str, sandbox: &str| {
+            let spec = format!(r#"{{"ociVersion":"1.2.0","hostname":"{hostname}","linux":{{}}}}"#);
+            Pod::of(&serde_json::from_str(&spec).unwrap())
+                .unwrap()
+                .host_name(sandbox)
+        };
+        assert_eq!(name("web-0", "0123456789abcdef"), "web-0");
+        assert_eq!(name(&"x".repeat(70), "0123456789abcdef"), "x".repeat(64));
+        assert_eq!(name("", "0123456789abcdef"), "0123456789abc");
+        assert_eq!(name("", "my_task.1"), "my-task-1");
+        assert_eq!(name("", "_task_"), "task");
+        assert_eq!(name("", "___"), "sandbox");
     }
 }

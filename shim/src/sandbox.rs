@@ -15,7 +15,7 @@ mod files;
 mod verbs;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -53,6 +53,8 @@ pub struct Sandbox {
     /// `None` once everything is undone.
     state: Mutex<Option<State>>,
     trace: Mutex<Trace>,
+    /// What the log has said once for all containers.
+    noted: Mutex<HashSet<&'static str>>,
     /// Whether Create has the state.
     booting: watch::Sender<bool>,
     /// How long the calls of the task API took, by their names.
@@ -79,6 +81,7 @@ impl Sandbox {
             containers: Mutex::default(),
             state: Mutex::new(Some(state)),
             trace: Mutex::default(),
+            noted: Mutex::default(),
             booting: watch::Sender::new(false),
             durations: Mutex::default(),
             files: Stuck::default(),

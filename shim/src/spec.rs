@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 /// The pod's `/dev/shm` in the guest.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 
+/// The beginnings of the profiles that containerd and CRI-O give every container of a node that has AppArmor.
+const DEFAULT_APPARMOR: &[&str] = &["cri-containerd.apparmor.d", "crio-default"];
+
 /// The network namespace that a spec asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetNs {
@@ -46,6 +49,8 @@ pub struct GuestContainer {
     pub sandbox_pidns: bool,
     /// One sentence for each thing that was left out. For the log.
     pub warnings: Vec<String>,
+    /// One sentence for each thing that such a node's CRI gives every container and the guest has no use for. For the log, once per pod.
+    pub notes: Vec<&'static str>,
 }
 
 /// What the translation has to know besides the spec.
@@ -171,7 +176,8 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     root.set_path(PathBuf::from(format!("{GUEST_SHARE}/{}/rootfs", context.container_id)));
 
     let process = guest.process_mut().take().ok_or(SpecError::Missing("process"))?;
-    guest.set_process(Some(guest_process(process, &mut warnings)?));
+    let notes = lost_labels(&process, &mut warnings);
+    guest.set_process(Some(guest_process(process)?));
 
     let translated = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
     guest.set_mounts(Some(translated.mounts));
@@ -236,6 +242,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
         disks,
         sandbox_pidns,
         warnings,
+        notes,
     })
 }
 
@@ -243,7 +250,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
 ///
 /// # Errors
 /// A scheduling attribute that the agent's protocol does not carry.
-pub fn guest_process(mut process: Process, warnings: &mut Vec<String>) -> Result<Process, SpecError> {
+pub fn guest_process(mut process: Process) -> Result<Process, SpecError> {
     const LOST: &str = "the agent's protocol does not carry it";
     if process.io_priority().is_some() {
         return Err(unsupported("`process.ioPriority`", LOST));
@@ -254,15 +261,26 @@ pub fn guest_process(mut process: Process, warnings: &mut Vec<String>) -> Result
     if process.exec_cpu_affinity().is_some() {
         return Err(unsupported("`process.execCPUAffinity`", LOST));
     }
-    let set = |label: &Option<String>| label.as_ref().is_some_and(|label| !label.is_empty());
-    if set(process.selinux_label()) {
-        warnings.push("the SELinux label is left out: the guest has no SELinux, the VM is the boundary.".into());
-    }
-    if set(process.apparmor_profile()) && process.apparmor_profile().as_deref() != Some("unconfined") {
-        warnings.push("the AppArmor profile is left out: the guest has no AppArmor, the VM is the boundary.".into());
-    }
     process.set_selinux_label(None).set_apparmor_profile(None);
     Ok(process)
+}
+
+/// What is said of the labels that the node's security modules have for a process: notes of those that each container has there, and a warning of a
+/// profile that somebody has chosen.
+fn lost_labels(process: &Process, warnings: &mut Vec<String>) -> Vec<&'static str> {
+    let mut notes = Vec::new();
+    if process.selinux_label().as_ref().is_some_and(|label| !label.is_empty()) {
+        notes.push("SELinux labels of containers are left out: the guest has no SELinux, the VM is the boundary.");
+    }
+    match process.apparmor_profile().as_deref() {
+        None | Some("" | "unconfined") => {}
+        Some(profile) if DEFAULT_APPARMOR.iter().any(|default| profile.starts_with(default)) => notes
+            .push("the CRI's default AppArmor profile is left out: the guest has no AppArmor, the VM is the boundary."),
+        Some(profile) => warnings.push(format!(
+            "the AppArmor profile {profile:?} is left out: the guest has no AppArmor, the VM is the boundary."
+        )),
+    }
+    notes
 }
 
 fn guest_linux(

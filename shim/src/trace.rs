@@ -1,4 +1,5 @@
-//! The start-up waterfall: eight timestamps per pod, kept in `/run/kata/<sandbox>/trace.json`.
+//! The start-up waterfall: eight timestamps per pod, kept in `/run/kata/<sandbox>/trace.json`. Each is there as soon as it is known: a start that hangs is
+//! looked at while it hangs.
 
 use std::{
     collections::BTreeMap,
@@ -90,6 +91,13 @@ impl Trace {
     /// Whether a mark is set.
     pub fn has(&self, mark: Mark) -> bool {
         self.0.contains_key(&mark)
+    }
+
+    /// As [`Trace::save`], for a start that goes on without it.
+    pub fn keep(&self, sandbox: &str) {
+        if let Err(error) = self.save(sandbox) {
+            tracing::warn!(%error, "the start-up waterfall is lost");
+        }
     }
 
     /// Writes it for `kata-ctl trace`.

@@ -20,7 +20,10 @@ use containerd_shim_protos::{
         r#async::{Client, transport::Socket},
     },
 };
-use tests::failure::{Failure, Result, Trying};
+use tests::{
+    failure::{Failure, Result, Trying},
+    wait::patient,
+};
 use tokio::runtime::{Builder, Runtime};
 
 const SERVICE: &str = "containerd.task.v2.Task";
@@ -122,11 +125,13 @@ impl<A> Pending<A> {
     /// [`Failure::Deadline`] when there is none in time.
     pub fn answer(&self, deadline: Duration) -> Result<std::result::Result<A, Refusal>> {
         let what = format!("the answer to {}", tests::run::last_of(&self.what, 200));
-        self.answer.recv_timeout(deadline).map_err(|_| Failure::Deadline {
-            what,
-            deadline,
-            detail: String::new(),
-        })
+        self.answer
+            .recv_timeout(patient(deadline))
+            .map_err(|_| Failure::Deadline {
+                what,
+                deadline,
+                detail: String::new(),
+            })
     }
 
     /// Waits for the answer, which must not be a refusal.

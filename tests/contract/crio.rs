@@ -19,6 +19,7 @@ use tests::{
     failure::{Failure, Result, Trying, claim},
     places,
     run::{self, Output, last_of},
+    wait::patient,
 };
 
 use crate::{
@@ -176,7 +177,7 @@ impl<'n> Crio<'n> {
         let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
         let read = |pipe: mpsc::Receiver<Vec<u8>>, name: &str| {
             let what = format!("the end of {name} of `start`");
-            pipe.recv_timeout(START).map_err(|_| Failure::Deadline {
+            pipe.recv_timeout(patient(START)).map_err(|_| Failure::Deadline {
                 what,
                 deadline: START,
                 detail: "; is it inherited?".into(),

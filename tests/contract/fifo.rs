@@ -22,6 +22,7 @@ use nix::{
 use tests::{
     failure::{Failure, Result, Trying},
     run::last_of,
+    wait::patient,
 };
 
 /// Makes a fifo that others may open too.
@@ -159,7 +160,7 @@ impl Reader {
     }
 
     fn wait(&self, what: &str, deadline: Duration, wanted: impl Fn(&State) -> bool) -> Result<Vec<u8>> {
-        let until = Instant::now() + deadline;
+        let until = Instant::now() + patient(deadline);
         let mut state = self.seen.lock();
         loop {
             if wanted(&state) {
@@ -249,7 +250,7 @@ impl Writer {
     /// # Errors
     /// When the reader does not take it in time.
     pub fn send(&mut self, mut bytes: &[u8], deadline: Duration) -> Result {
-        let until = Instant::now() + deadline;
+        let until = Instant::now() + patient(deadline);
         while !bytes.is_empty() {
             match self.0.write(bytes) {
                 Ok(count) => bytes = &bytes[count..],

@@ -34,7 +34,7 @@ use tests::{
     failure::{Failure, Result, Trying},
     images, procs,
     run::{self, succeed},
-    wait::Bell,
+    wait::{Bell, patient},
 };
 
 use crate::{crio::Crio, stories::Story};
@@ -368,7 +368,7 @@ fn watched(story: &Story, play: impl FnOnce() -> Result) -> Result {
     let (end, ended) = mpsc::channel::<()>();
     let name = story.name();
     let watch = thread::spawn(move || {
-        if ended.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout) {
+        if ended.recv_timeout(patient(LONGEST)) == Err(RecvTimeoutError::Timeout) {
             eprintln!("contract: {name} is not over after {LONGEST:?}");
             std::process::exit(1);
         }

@@ -1,6 +1,7 @@
 //! A whole node in an emulated machine: systemd, cgroup v2, KVM, kernel vsock, vhost-net, reboots and power cuts.
 //!
-//! Stories that do not harm their node share one; a story that fails takes its node with it.
+//! Stories share one node, one after another; each leaves it fit for the next, and one that fails takes the node with it. Those that take long play with
+//! `--include-ignored`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,12 +12,19 @@ use tests::{
 };
 
 mod cgroups;
+mod devices;
+mod inside;
 mod install;
+mod pods;
+mod power;
 
-/// A story of a node that others use after it, and its name.
+/// A story of a node that stays up, and its name.
 type Story = (&'static str, fn(&Machine) -> Result);
 
-/// The node that stories share.
+/// A story of a node that is shut down or cut off, and its name.
+type PowerStory = (&'static str, fn(&mut Machine) -> Result);
+
+/// The place of the node.
 #[derive(Default)]
 struct Shared(Mutex<Option<Machine>>);
 
@@ -26,13 +34,13 @@ impl Shared {
     }
 
     /// Plays a story on the node, which is booted if there is none.
-    fn play(&self, story: fn(&Machine) -> Result) -> Result {
+    fn play(&self, story: impl FnOnce(&mut Machine) -> Result) -> Result {
         let mut place = self.node();
-        let node = match place.take() {
+        let mut node = match place.take() {
             Some(node) => node,
             None => Machine::boot(MachineSpec::default())?,
         };
-        match story(&node) {
+        match story(&mut node) {
             Ok(()) => {
                 *place = Some(node);
                 Ok(())
@@ -45,16 +53,35 @@ impl Shared {
 fn main() {
     let arguments = Arguments::from_args();
     let shared = Arc::new(Shared::default());
-    let stories = [("installed", install::STORIES), ("cgroups", cgroups::STORIES)];
-    let stories = stories
-        .iter()
-        .flat_map(|(chapter, stories)| stories.iter().map(move |story| (chapter, story)));
-    let trials = stories.map(|(chapter, (name, story))| {
-        let (shared, story) = (Arc::clone(&shared), *story);
-        Trial::test(format!("{chapter}/{name}"), move || Ok(shared.play(story)?))
-    });
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    // Statics and what an exit leaves alone would keep it.
+    let trials_of = |kind: &str, stories: &[Story]| -> Vec<Trial> {
+        let trial = |(name, story): &Story| {
+            let (shared, story) = (Arc::clone(&shared), *story);
+            Trial::test(format!("{kind}/{name}"), move || Ok(shared.play(|node| story(node))?))
+        };
+        stories.iter().map(trial).collect()
+    };
+    let trials_of_power = |stories: &[PowerStory]| -> Vec<Trial> {
+        let trial = |(name, story): &PowerStory| {
+            let (shared, story) = (Arc::clone(&shared), *story);
+            Trial::test(format!("power/{name}"), move || Ok(shared.play(story)?))
+        };
+        stories.iter().map(trial).collect()
+    };
+    let by_default = [
+        trials_of("install", install::FIRST),
+        trials_of("pods", pods::STORIES),
+        trials_of("cgroups", cgroups::STORIES),
+        trials_of("devices", devices::STORIES),
+        trials_of_power(power::STORIES),
+        trials_of("install", install::LAST),
+        trials_of("kvm", inside::STORIES),
+    ];
+    let at_length = [trials_of_power(power::AT_LENGTH), trials_of("kvm", inside::AT_LENGTH)];
+    let at_length = at_length.into_iter().flatten();
+    let mut trials: Vec<_> = by_default.into_iter().flatten().collect();
+    trials.extend(at_length.map(|trial| trial.with_ignored_flag(true)));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // The exit would leave it.
     drop(shared.node().take());
     conclusion.exit()
 }

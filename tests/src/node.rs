@@ -28,6 +28,7 @@ use crate::{
     namespaces::Namespaces,
     places, procs,
     run::{self, Output, succeed},
+    wait::patient,
 };
 
 /// What the node's first process does first.
@@ -48,6 +49,9 @@ mount --bind \"$OWN/opt\" /opt
 
 /// The handler whose configuration the shim finds by itself, where it is installed: with our own kernel. Only with such a handler, containerd runs pods with user namespaces.
 pub const INSTALLED: &str = "kata-installed";
+
+/// How long the CRI's client waits by itself: longer than any command's own deadline.
+const CRI: Duration = Duration::from_secs(240);
 
 /// The prefix of the cgroup folders of nodes; the harness's pid follows.
 const CGROUP: &str = "sandpod-test-";
@@ -300,7 +304,8 @@ impl Node {
             endpoint,
         ]);
         // Each command has a deadline of its own.
-        command.args(["--timeout", "240s"]).args(arguments);
+        let timeout = format!("{}s", patient(CRI).as_secs());
+        command.args(["--timeout", &timeout]).args(arguments);
         Ok(command)
     }
 

@@ -14,7 +14,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::failure::{Failure, Result, Trying};
+use crate::{
+    failure::{Failure, Result, Trying},
+    wait::patient,
+};
 
 /// How long an ordinary command of a peer may take: longer than the slowest seen on a loaded two-core machine.
 pub const ORDINARY: Duration = Duration::from_secs(60);
@@ -131,7 +134,7 @@ pub fn wait(mut child: Child, deadline: Duration, line: &str) -> Result<ExitStat
     let group = Pid::from_raw(child.id().cast_signed());
     let (told, done) = mpsc::channel();
     let waiter = thread::spawn(move || drop(told.send(child.wait())));
-    let status = match done.recv_timeout(deadline) {
+    let status = match done.recv_timeout(patient(deadline)) {
         Ok(status) => status.trying(format!("waiting for `{line}`"))?,
         Err(_) => {
             // Already gone is as good as killed.
@@ -164,7 +167,7 @@ pub fn await_line(
         drop(told.send(lines.find(|line| wanted(line))));
         lines.for_each(drop);
     });
-    seen.recv_timeout(deadline).map_err(|_| Failure::Deadline {
+    seen.recv_timeout(patient(deadline)).map_err(|_| Failure::Deadline {
         what: "a line".into(),
         deadline,
         detail: String::new(),

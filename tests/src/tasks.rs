@@ -15,6 +15,7 @@ use crate::{
     images,
     node::Node,
     run::{self, Output, finish},
+    wait::patient,
 };
 
 /// A task that does not exist yet, in containerd's namespace `default`.
@@ -165,7 +166,7 @@ impl<'n> Launch<'n> {
     /// # Errors
     /// When the task ends without one, with what its client said.
     pub fn up(self) -> Result<Attached<'n>> {
-        match self.first.recv_timeout(run::ORDINARY) {
+        match self.first.recv_timeout(patient(run::ORDINARY)) {
             Ok(Ok(at)) => Ok(Attached {
                 task: self.task,
                 client: self.client,

@@ -5,11 +5,22 @@
 //! something happened, and otherwise at a fixed pace, up to a deadline.
 
 use std::{
+    env,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use crate::failure::{Failure, Result};
+
+/// The variable with the number by which deadlines are multiplied where everything is slower, as in an emulated node.
+pub const SLOWNESS: &str = "SANDPOD_SLOWNESS";
+
+/// A deadline for the place where this program runs.
+#[must_use]
+pub fn patient(deadline: Duration) -> Duration {
+    let slowness = env::var(SLOWNESS).ok().and_then(|number| number.parse().ok());
+    deadline * slowness.unwrap_or(1)
+}
 
 /// How soon an unannounced change is noticed.
 const PACE: Duration = Duration::from_millis(50);
@@ -45,6 +56,7 @@ impl Bell {
         mut look: impl FnMut() -> std::result::Result<T, String>,
     ) -> Result<T> {
         let start = Instant::now();
+        let deadline = patient(deadline);
         loop {
             let heard = *self.rings();
             let seen = match look() {

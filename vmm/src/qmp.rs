@@ -32,8 +32,10 @@ const LONGEST_LINE: usize = 128 << 10;
 const LONGEST_REASON: usize = 1024;
 /// Bytes of a device's id. Ours are shorter, and events wait in a queue.
 const LONGEST_ID: usize = 128;
-/// QEMU answers within milliseconds, unless its host is starved.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 20 });
+/// QEMU answers within milliseconds, unless its host is starved: then it is not QEMU's fault, and the caller's patience is to end first.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 60 });
+/// Before its first word QEMU is loaded, and has its memory cleared where it takes all of it at once. Its death is seen at once.
+const GREETING_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 180 });
 
 /// Where QEMU keeps what was plugged under an id.
 pub(crate) const PERIPHERAL: &str = "/machine/peripheral/";
@@ -52,6 +54,9 @@ pub enum QmpError {
         /// QEMU's words.
         reason: String,
     },
+    /// QEMU lives and has not said its first word.
+    #[error("QEMU did not greet within {GREETING_DEADLINE:?}")]
+    NoGreeting,
     /// QEMU says nothing.
     #[error("QEMU did not answer {0} within {ANSWER_DEADLINE:?}")]
     Silent(&'static str),
@@ -165,9 +170,9 @@ impl Qmp {
     pub async fn connect(stream: UnixStream) -> Result<Qmp, QmpError> {
         let (reader, writer) = stream.into_split();
         let mut lines = Lines::new(reader);
-        let greeting = timeout(ANSWER_DEADLINE, lines.next())
+        let greeting = timeout(GREETING_DEADLINE, lines.next())
             .await
-            .map_err(|_| QmpError::Silent("the connection"))??;
+            .map_err(|_| QmpError::NoGreeting)??;
         if greeting.greeting.is_none() {
             return Err(QmpError::Garbled("no greeting".into()));
         }

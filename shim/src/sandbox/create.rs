@@ -138,6 +138,11 @@ impl Sandbox {
         for warning in &guest_spec.warnings {
             tracing::warn!(container = container.id, "{warning}");
         }
+        for note in &guest_spec.notes {
+            if lock(&self.noted).insert(note) {
+                tracing::info!("{note}");
+            }
+        }
         let mounted = spec::host_rootfs(spec, &container.bundle)?;
         let patience = guest.config.agent.create_container_timeout;
         let result = async {

@@ -104,9 +104,7 @@ impl Sandbox {
         let mut trace = lock(&self.trace);
         if !trace.has(Mark::ContainerExec) {
             trace.set(Mark::ContainerExec, SystemTime::now());
-            if let Err(error) = trace.save(&self.id) {
-                tracing::warn!(%error, "the start-up waterfall is lost");
-            }
+            trace.keep(&self.id);
         }
     }
 
@@ -145,7 +143,7 @@ impl Sandbox {
         }
         let spec: oci_spec::runtime::Process =
             serde_json::from_slice(&request.spec.value).map_err(decode("the exec's process"))?;
-        let mut spec = spec::guest_process(spec, &mut Vec::new())?;
+        let mut spec = spec::guest_process(spec)?;
         // CRI-O sends the container's process with other args: only the request says whether this one has a terminal.
         spec.set_terminal(Some(request.terminal));
         let stdio = Stdio {

@@ -145,11 +145,39 @@ fn a_crio_containers_limits_and_filter_hold_in_the_guest_and_the_hosts_own_thing
         "pod_container"
     );
     assert!(!guest.sandbox_pidns);
-    for what in ["SELinux", "AppArmor", "cpu.mems", "blockIO", "hooks"] {
+    for what in ["cpu.mems", "blockIO", "hooks"] {
         assert!(
             guest.warnings.iter().any(|warning| warning.contains(what)),
             "{what}: {:?}",
             guest.warnings
+        );
+    }
+    // Every container has these where the node has the module, so they are no warnings.
+    for what in ["SELinux", "AppArmor"] {
+        let of_it = |text: &str| text.contains(what);
+        assert!(guest.notes.iter().any(|note| of_it(note)), "{what}: {:?}", guest.notes);
+        assert!(!guest.warnings.iter().any(|warning| of_it(warning)), "{what}");
+    }
+}
+
+#[test]
+fn an_apparmor_profile_that_somebody_has_chosen_is_a_warning_with_its_name() {
+    for (profile, noted, warned) in [
+        ("cri-containerd.apparmor.d", true, false),
+        ("crio-default", true, false),
+        ("unconfined", false, false),
+        ("", false, false),
+        ("my-profile", false, true),
+    ] {
+        let container = with(CRIO_CONTAINER, "/process/apparmorProfile", json!(profile));
+        let guest = in_guest(&container, "c1").unwrap();
+        let names = |text: &str| text.contains("AppArmor");
+        assert_eq!(guest.notes.iter().any(|note| names(note)), noted, "{profile:?}");
+        let warning = guest.warnings.iter().find(|warning| names(warning));
+        assert_eq!(
+            warning.is_some_and(|warning| warning.contains(profile)),
+            warned,
+            "{profile:?}"
         );
     }
 }

@@ -11,8 +11,8 @@ use crate::{
     run::Output,
 };
 
-/// How long the kubelet waits for a pod (twice its `runtimeRequestTimeout`), and some more for the emulation.
-const RUN_POD: Duration = Duration::from_secs(480);
+/// How long a pod may take to run: longer than the kubelet waits, which has no emulated processor.
+const RUN_POD: Duration = Duration::from_secs(900);
 
 /// A pod that is not running yet.
 #[derive(Debug, Clone)]

@@ -3,7 +3,10 @@
 use std::{env, time::Duration};
 
 use super::Machine;
-use crate::{failure::Result, images, places, stage};
+use crate::{failure::Result, images, places, stage, wait};
+
+/// How much slower everything is in the node, with a machine that has other work.
+const SLOWNESS: u32 = 20;
 
 impl Machine {
     /// Plays stories of a test program in the node, one after another: those with these names, or with no names those that it plays by default.
@@ -17,6 +20,7 @@ impl Machine {
         let mut words = vec!["env".to_owned()];
         let given = env::vars().filter(|(name, _)| name.starts_with("SANDPOD_"));
         words.extend(given.map(|(name, value)| format!("{name}={value}")));
+        words.push(format!("{}={SLOWNESS}", wait::SLOWNESS));
         if !names.is_empty() {
             words.push(format!("{}={}", stage::STORIES, names.join(",")));
         }

@@ -20,6 +20,7 @@ use super::Node;
 use crate::{
     failure::{Failure, Result, Trying},
     procs, run,
+    wait::patient,
 };
 
 /// containerd and the reader of its events.
@@ -79,7 +80,7 @@ impl Node {
             .take()
             .ok_or_else(|| Failure::Claim("containerd has no log".into()))?;
         let booted = follow(log, self.path("containerd.log"), "containerd successfully booted");
-        if booted.recv_timeout(run::ORDINARY).is_err() {
+        if booted.recv_timeout(patient(run::ORDINARY)).is_err() {
             let log = self.log();
             drop(child.kill());
             return Err(Failure::Command {

@@ -1,0 +1,101 @@
+//! Pods on a node with KVM and systemd.
+
+use serde_json::json;
+use tests::{
+    failure::{Failure, Result, claim, same},
+    machine::{Container, Machine, ORDINARY},
+};
+
+use crate::{
+    Story,
+    install::{HANDLER, ensure, pods_are_gone},
+};
+
+pub const STORIES: &[Story] = &[
+    (
+        "processors_and_memory_come_and_go_with_a_container",
+        processors_and_memory_come_and_go_with_a_container,
+    ),
+    (
+        "what_every_container_lacks_is_said_once",
+        what_every_container_lacks_is_said_once,
+    ),
+    ("a_pod_without_a_host_name_has_one", a_pod_without_a_host_name_has_one),
+];
+
+/// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it), in KiB.
+const KEPT: u64 = 16 << 10;
+
+/// A container's limits are plugged into the VM before it starts, and what was plugged is the node's again when it has gone; emulated guests keep processors.
+fn processors_and_memory_come_and_go_with_a_container(node: &Machine) -> Result {
+    ensure(node)?;
+    let pod = node.pod(HANDLER, "sizes").run()?;
+    let idle = ["sleep", "infinity"];
+    let small = pod.container("small", &idle)?;
+    let before = size(&small)?;
+    same("processors before", before.0, 1)?;
+    let large = pod.container_with("large", &idle, |container| {
+        container["linux"]["resources"] =
+            json!({ "cpu_period": 100_000, "cpu_quota": 200_000, "memory_limit_in_bytes": 512_u64 << 20 });
+    })?;
+    let grown = size(&large)?;
+    same("processors with the large container", grown.0, 2)?;
+    claim(
+        grown.1 >= before.1 + (500 << 10),
+        format!("{} KiB before the large container, {} KiB with it", before.1, grown.1),
+    )?;
+    node.crictl(&["rm", "--force", large.id()])?;
+    let shrunk = format!(
+        "crictl exec --sync {} sh -c 'nproc; grep MemTotal /proc/meminfo' | \
+         awk '/^[0-9]/ {{ n = $1 }} /MemTotal/ {{ m = $2 }} {{ print }} END {{ exit !(n == 1 && m <= {}) }}'",
+        small.id(),
+        before.1 + KEPT
+    );
+    node.until("the machine as small as before", &shrunk, ORDINARY)?;
+    pod.remove()?;
+    pods_are_gone(node)
+}
+
+/// Processors and KiB of memory that a container sees.
+fn size(container: &Container<'_>) -> Result<(u64, u64)> {
+    let said = container.shell("nproc; grep MemTotal /proc/meminfo")?;
+    let numbers: Vec<u64> = said.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    match numbers[..] {
+        [processors, kib] => Ok((processors, kib)),
+        _ => Err(Failure::Claim(format!("{said:?} is not processors and memory"))),
+    }
+}
+
+/// The node has AppArmor, so its CRI gives every container a profile. The pod's log says once that the guest has none, and not as a warning.
+fn what_every_container_lacks_is_said_once(node: &Machine) -> Result {
+    ensure(node)?;
+    let pod = node.pod(HANDLER, "modules").run()?;
+    for name in ["one", "two", "three"] {
+        pod.container(name, &["sleep", "infinity"])?;
+    }
+    let short = pod.id().get(..13).unwrap_or_default();
+    let lines = node.run(&format!(
+        "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep AppArmor"
+    ))?;
+    let lines: Vec<_> = lines.lines().collect();
+    claim(
+        matches!(lines[..], [line] if line.contains(" INFO ") && !line.contains("WARN")),
+        format!("what is said of AppArmor: {lines:?}"),
+    )?;
+    pod.remove()?;
+    pods_are_gone(node)
+}
+
+/// Programs look up their own name.
+fn a_pod_without_a_host_name_has_one(node: &Machine) -> Result {
+    ensure(node)?;
+    let nameless = |pod: &mut serde_json::Value| {
+        pod.as_object_mut().map(|pod| pod.remove("hostname"));
+    };
+    let pod = node.pod(HANDLER, "nameless").with(nameless).run()?;
+    let container = pod.container("sleeper", &["sleep", "infinity"])?;
+    let short = pod.id().get(..13).unwrap_or_default();
+    same("the name", container.shell("uname -n")?.as_str(), short)?;
+    pod.remove()?;
+    pods_are_gone(node)
+}
