@@ -126,6 +126,7 @@ fn cut_and_go_on(node: &mut Machine, version: &str, step: &str) -> Result {
     let command = installer(&payload(node, version)?)?;
     let installing = node.start(&["sh", "-c", &command], false)?;
     installing.wait_for_line(&format!("installer: {step}"), INSTALL)?;
+    installing.leave();
     node.power_cut()?;
     node.power_on().map_err(at_step)?;
     go_on(node, version).map_err(at_step)

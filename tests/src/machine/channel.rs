@@ -103,6 +103,7 @@ impl Channel {
             channel: self,
             number,
             line: run::last_of(&run.words.join(" "), 400),
+            left: false,
         };
         self.send(number, Kind::Run, &run.to_bytes())?;
         Ok(running)
@@ -174,6 +175,7 @@ pub struct Running<'m> {
     channel: &'m Channel,
     number: u32,
     line: String,
+    left: bool,
 }
 
 impl Running<'_> {
@@ -234,6 +236,11 @@ impl Running<'_> {
         self.channel.send(self.number, Kind::Kill, &[])
     }
 
+    /// Leaves it to itself: it goes on, or ends with the node.
+    pub fn leave(mut self) {
+        self.left = true;
+    }
+
     /// Waits for its end, whatever its exit code.
     ///
     /// # Errors
@@ -271,7 +278,7 @@ impl Running<'_> {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         let progress = self.channel.heard.state().commands.remove(&self.number);
-        if progress.is_some_and(|progress| progress.code.is_none()) {
+        if !self.left && progress.is_some_and(|progress| progress.code.is_none()) {
             // With the node gone it is gone, too.
             drop(self.kill());
         }
