@@ -19,7 +19,10 @@ use agent::{
     idmap::IdMaps,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 use vmm::{
     Child, ExitReason, Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmError, VmFds,
     pcie::Passthrough,
@@ -245,7 +248,7 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     let ready = tokio::select! {
         ready = prepare(&vm, &plan, network.as_ref(), trace) => ready,
         reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"))),
-        reason = virtiofsd.child().exited() => Err(without_virtiofsd(&vm, reason).await),
+        error = lost(&virtiofsd) => Err(error),
         // The sandbox, which tells, is there: it waits for this.
         Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
@@ -312,12 +315,11 @@ async fn start_vm(
     Err(error)
 }
 
-/// Why a VM did not start whose virtiofsd has ended. virtiofsd ends well when QEMU does, which may be known later.
-async fn without_virtiofsd(vm: &Vm, reason: ExitReason) -> Error {
-    if reason == ExitReason::Code(0)
-        && let Ok(reason) = timeout(HANG_UP, vm.child().exited()).await
-    {
-        return Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"));
+/// Waits until virtiofsd has ended. It ends well when QEMU has, and then QEMU's end is the one to be told: its waiter has a moment to hear of it.
+async fn lost(virtiofsd: &Virtiofsd) -> Error {
+    let reason = virtiofsd.child().exited().await;
+    if reason == ExitReason::Code(0) {
+        sleep(HANG_UP).await;
     }
     Error::VmGone(format!("could not start: virtiofsd {reason}"))
 }
