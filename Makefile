@@ -26,7 +26,7 @@ export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 DEMO_GROUPS := build run peers
 TEST_GROUPS := build kernel run test fresh peers
 
-.PHONY: help demo cluster test fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
+.PHONY: help demo cluster node test fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
 .PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-fresh
 
@@ -44,6 +44,12 @@ cluster: deps-test ## a whole Kubernetes with one node, to try the operator on, 
 	$(MAKE) payload-files
 	$(MAKE) images-files
 	$(RELEASE)/kubernetes
+
+node: deps-test ## an emulated node with systemd and KVM, to try things in: each line of input runs there
+	$(MAKE) -j2 kernel programs virtiofsd peers node-image
+	$(MAKE) guest-own
+	$(MAKE) payload-files
+	$(RELEASE)/emulated-node
 
 test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers node-image debian-kernel lint

@@ -86,9 +86,10 @@ pub fn qemu(node: &Machine) -> Result<String> {
     node.run("pid=$(pidof qemu-system-x86_64) && tr '\\0' ' ' </proc/$pid/cmdline && readlink /proc/$pid/exe")
 }
 
-/// Waits until no pod of ours holds anything of the node.
+/// Waits until no pod of ours holds anything of the node. The list of users outlives pods.
 pub fn pods_are_gone(node: &Machine) -> Result {
-    let nothing = "! pidof containerd-shim-kata-v2 qemu-system-x86_64 virtiofsd && ls -A /run/kata && [ -z \"$(ls -A /run/kata)\" ]";
+    let nothing = "! pidof containerd-shim-kata-v2 qemu-system-x86_64 virtiofsd && \
+                   [ -z \"$(find /run/kata -mindepth 1 ! -name uids)\" ]";
     node.until("a node without pods", nothing, ORDINARY).map(drop)
 }
 

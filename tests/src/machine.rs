@@ -10,6 +10,7 @@ mod suite;
 pub mod wire;
 
 use std::{
+    env,
     ffi::OsString,
     fs,
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -40,6 +41,9 @@ use crate::{
     run::{self, Output},
     wait::Bell,
 };
+
+/// A variable of the environment: when it is set, each command that runs in the node is said.
+const SAY: &str = "SANDPOD_SAY_COMMANDS";
 
 /// How long a boot may take: half a minute on two idle processors.
 const BOOT: Duration = Duration::from_secs(600);
@@ -205,6 +209,9 @@ impl Machine {
     /// # Errors
     /// When the node does not take the word.
     pub fn start(&self, words: &[&str], input: bool) -> Result<Running<'_>> {
+        if env::var_os(SAY).is_some() {
+            eprintln!("node: {}", run::last_of(&words.join(" "), 300));
+        }
         let words = words.iter().map(|word| (*word).to_owned()).collect();
         let power = self.power.as_ref().ok_or_else(off)?;
         power.channel.start(&Run { words, input })
