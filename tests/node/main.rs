@@ -15,6 +15,7 @@ mod cgroups;
 mod devices;
 mod inside;
 mod install;
+mod kubelet;
 mod pods;
 mod power;
 
@@ -72,6 +73,7 @@ fn main() {
         trials_of("pods", pods::STORIES),
         trials_of("cgroups", cgroups::STORIES),
         trials_of("devices", devices::STORIES),
+        trials_of("kubelet", kubelet::STORIES),
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
         trials_of("kvm", inside::STORIES),

@@ -136,8 +136,11 @@ impl ApiServer {
                 Ok(text) if text.trim_end().ends_with("-----END CERTIFICATE-----") => Ok(()),
                 _ => Err("none yet".into()),
             })?;
-        let address = format!("https://127.0.0.1:{}", self.door.port());
-        write(&self.kubeconfig(), &self.configuration(&address, ADMIN)?)?;
+        let address = format!("https://127.0.0.1:{}", self.port());
+        write(
+            &self.kubeconfig(),
+            &self.kubeconfig_at(&address, &self.certificates(), ADMIN),
+        )?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -161,10 +164,11 @@ impl ApiServer {
     /// A configuration for somebody inside the namespaces of the server.
     ///
     /// # Errors
-    /// When there is no certificate.
+    /// When it cannot be written.
     pub fn kubeconfig_inside(&self, user: User) -> Result<PathBuf> {
         let path = self.folder.join(format!("{}.inside.kubeconfig", user.name));
-        write(&path, &self.configuration(&format!("https://127.0.0.1:{PORT}"), user)?)?;
+        let address = format!("https://127.0.0.1:{PORT}");
+        write(&path, &self.kubeconfig_at(&address, &self.certificates(), user))?;
         Ok(path)
     }
 
@@ -180,13 +184,20 @@ impl ApiServer {
         self.folder.join("certificates/apiserver.crt")
     }
 
+    /// The port of this machine's loopback where the server is.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.door.port()
+    }
+
     fn certificate(&self) -> Result<String> {
         fs::read_to_string(self.certificates()).trying("reading the API server's certificate")
     }
 
-    /// A kubeconfig as JSON, which is YAML too.
-    fn configuration(&self, address: &str, user: User) -> Result<String> {
-        self.certificate()?;
+    /// A kubeconfig, as JSON, which is YAML too: for somebody who reaches the server at an address, and has its
+    /// certificates in a file.
+    #[must_use]
+    pub fn kubeconfig_at(&self, address: &str, certificates: &Path, user: User) -> String {
         let configuration = json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -194,12 +205,12 @@ impl ApiServer {
             "contexts": [{ "name": "sandpod", "context": { "cluster": "sandpod", "user": user.name } }],
             "clusters": [{ "name": "sandpod", "cluster": {
                 "server": address,
-                "certificate-authority": self.certificates(),
+                "certificate-authority": certificates,
                 "tls-server-name": "localhost",
             } }],
             "users": [{ "name": user.name, "user": { "token": user.token() } }],
         });
-        Ok(format!("{configuration:#}\n"))
+        format!("{configuration:#}\n")
     }
 
     /// A client with every right; it lives in the runtime that it is made in.

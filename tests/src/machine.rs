@@ -5,6 +5,7 @@
 //! virtio-serial port to a runner in the node.
 
 mod channel;
+mod kubelet;
 mod pods;
 mod suite;
 pub mod wire;
@@ -33,6 +34,7 @@ use tempfile::TempDir;
 use self::{channel::Channel, wire::Run};
 pub use self::{
     channel::Running,
+    kubelet::Kubelet,
     pods::{Container, Pod, PodSpec},
 };
 use crate::{
@@ -153,6 +155,7 @@ impl Machine {
             words.extend([option.into(), self.image.join(file).into_os_string()]);
         }
         words.extend(["-append".into(), KERNEL_LINE.into()]);
+        words.extend(kubelet::network(self.folder.path())?.map(OsString::from));
         for (tag, path) in [("bin", &places::binaries()?)]
             .into_iter()
             .chain(shares().iter().map(|(tag, path)| (*tag, path)))
