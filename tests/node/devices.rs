@@ -23,22 +23,22 @@ fn without_vhost_pods_run_slower(node: &Machine) -> Result {
         "printf 'install vhost_vsock /bin/false\\ninstall vhost_net /bin/false\\n' >/etc/modprobe.d/story.conf && \
          modprobe -r vhost_vsock vhost_net && rm -f /dev/vhost-vsock /dev/vhost-net",
     )?;
-    slower(node, "No such file or directory")?;
+    slower(node)?;
     // Their numbers in Linux' include/linux/miscdevice.h.
     node.run("mknod -m 600 /dev/vhost-vsock c 10 241 && mknod -m 600 /dev/vhost-net c 10 238")?;
-    slower(node, "No such device")?;
+    slower(node)?;
     node.run("rm /etc/modprobe.d/story.conf /dev/vhost-vsock /dev/vhost-net && modprobe -a vhost_vsock vhost_net && test -c /dev/vhost-vsock")
         .map(drop)
 }
 
 /// Both devices are slower ones for `check`, and a pod does without them.
-fn slower(node: &Machine, why: &str) -> Result {
+fn slower(node: &Machine) -> Result {
     let check = node.run(&format!("{KATA_CTL} check"))?;
     for device in ["/dev/vhost-vsock", "/dev/vhost-net"] {
         let line = line_of(&check, device);
         claim(
-            line.starts_with("slower") && line.contains(why),
-            format!("{device} should be told of as slower, because of {why:?}: {check}"),
+            line.starts_with("slower"),
+            format!("{device} should be told of as slower: {check}"),
         )?;
     }
     let pod = node.pod(HANDLER, "slower").run()?;

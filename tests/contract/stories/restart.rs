@@ -14,7 +14,7 @@ use crate::{
     bundle::Wanted,
     crio::Crio,
     pod::{GRACE, Pod},
-    task::{ORDINARY, exit_file},
+    task::{ORDINARY, Task, exit_file},
 };
 
 /// This module's stories.
@@ -83,6 +83,15 @@ fn served(crio: &Crio<'_>) -> Result {
     pod.end([container, another])
 }
 
+/// Waits until the file is there by which CRI-O learns of a container's exit.
+fn exit_is_written(container: &Task) -> Result {
+    let file = exit_file(&container.id);
+    Bell::default().until("the file in CRI-O's exits folder", ORDINARY, || match file.exists() {
+        true => Ok(()),
+        false => Err(format!("no {}", file.display())),
+    })
+}
+
 /// After its restart CRI-O sends no Wait: only a new file in its exits folder makes it look.
 fn exit(crio: &Crio<'_>) -> Result {
     let mut pod = Pod::run(crio)?;
@@ -95,12 +104,7 @@ fn exit(crio: &Crio<'_>) -> Result {
     pod.sandbox.recover()?;
     container.recover()?;
     container.kill("", 10)?.granted(ORDINARY)?;
-    let file = exit_file(&container.id);
-    Bell::default().until("the file in CRI-O's exits folder", ORDINARY, || {
-        file.exists()
-            .then_some(())
-            .ok_or_else(|| format!("no {}", file.display()))
-    })?;
+    exit_is_written(&container)?;
     same("State.exit_status", container.is(Status::STOPPED)?.exit_status, 11)?;
     pod.end([container])
 }
@@ -115,12 +119,7 @@ fn last_words(crio: &Crio<'_>) -> Result {
     container.abandon()?;
     pod.sandbox.abandon()?;
     fs::write(volume.join("go"), "").trying("giving the container its sign")?;
-    let file = exit_file(&container.id);
-    Bell::default().until("the file in CRI-O's exits folder", ORDINARY, || {
-        file.exists()
-            .then_some(())
-            .ok_or_else(|| format!("no {}", file.display()))
-    })?;
+    exit_is_written(&container)?;
     pod.sandbox.recover()?;
     container.recover()?;
     same("the exit code", container.is(Status::STOPPED)?.exit_status, 3)?;
