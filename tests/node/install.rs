@@ -77,7 +77,9 @@ pub fn ensure(node: &Machine) -> Result {
 /// Everything where an installer or a pod may leave something: kind, mode, owner, path, target of a link.
 fn tree(node: &Machine) -> Result<BTreeSet<String>> {
     const FOLDERS: &str = "/etc /opt /run/lock /run/netns /var/lib/sandpod";
-    let listed = node.try_run(&format!("find {FOLDERS} -printf '%y %m %u %p %l\\n' 2>/dev/null"))?;
+    let listed = node.try_run(&format!(
+        "find {FOLDERS} -mindepth 1 -printf '%y %m %u %p %l\\n' 2>/dev/null"
+    ))?;
     Ok(listed.text().lines().map(|line| line.trim_end().to_owned()).collect())
 }
 

@@ -17,10 +17,9 @@ pub const STORIES: &[Story] = &[
         processors_and_memory_come_and_go_with_a_container,
     ),
     (
-        "what_every_container_lacks_is_said_once",
-        what_every_container_lacks_is_said_once,
+        "a_pod_has_a_name_and_one_line_on_what_its_containers_lack",
+        name_and_lack,
     ),
-    ("a_pod_without_a_host_name_has_one", a_pod_without_a_host_name_has_one),
 ];
 
 /// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it), in KiB.
@@ -66,14 +65,18 @@ fn size(container: &Container<'_>) -> Result<(u64, u64)> {
     }
 }
 
-/// The node has AppArmor, so its CRI gives every container a profile. The pod's log says once that the guest has none, and not as a warning.
-fn what_every_container_lacks_is_said_once(node: &Machine) -> Result {
+/// Programs look up their own name, so a pod without one gets one. The node has AppArmor, so its CRI gives every container
+/// a profile: the pod's log says once that the guest has none, and not as a warning.
+fn name_and_lack(node: &Machine) -> Result {
     ensure(node)?;
-    let pod = node.pod(HANDLER, "modules").run()?;
-    for name in ["one", "two", "three"] {
-        pod.container(name, &["sleep", "infinity"])?;
-    }
+    let nameless = |pod: &mut serde_json::Value| {
+        pod.as_object_mut().map(|pod| pod.remove("hostname"));
+    };
+    let pod = node.pod(HANDLER, "nameless").with(nameless).run()?;
+    let container = pod.container("one", &["sleep", "infinity"])?;
     let short = pod.id().get(..13).unwrap_or_default();
+    same("the name", container.shell("uname -n")?.as_str(), short)?;
+    pod.container("two", &["sleep", "infinity"])?;
     let lines = node.run(&format!(
         "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep AppArmor"
     ))?;
@@ -82,20 +85,6 @@ fn what_every_container_lacks_is_said_once(node: &Machine) -> Result {
         matches!(lines[..], [line] if line.contains(" INFO ") && !line.contains("WARN")),
         format!("what is said of AppArmor: {lines:?}"),
     )?;
-    pod.remove()?;
-    pods_are_gone(node)
-}
-
-/// Programs look up their own name.
-fn a_pod_without_a_host_name_has_one(node: &Machine) -> Result {
-    ensure(node)?;
-    let nameless = |pod: &mut serde_json::Value| {
-        pod.as_object_mut().map(|pod| pod.remove("hostname"));
-    };
-    let pod = node.pod(HANDLER, "nameless").with(nameless).run()?;
-    let container = pod.container("sleeper", &["sleep", "infinity"])?;
-    let short = pod.id().get(..13).unwrap_or_default();
-    same("the name", container.shell("uname -n")?.as_str(), short)?;
     pod.remove()?;
     pods_are_gone(node)
 }
