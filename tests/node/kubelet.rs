@@ -17,6 +17,9 @@ pub const STORIES: &[Story] = &[("pods_are_what_their_kubelet_asks_for", pods_of
 /// What runs until its pod is ended.
 const IDLE: &[&str] = &["sleep", "infinity"];
 
+/// All that a pod runs on its node.
+const PROGRAMS: &str = "containerd-shim-kata-v2|qemu-system-x86_64|virtiofsd";
+
 /// Has a processor of its own.
 const GUARANTEED: &str = "guaranteed";
 const BURSTABLE: &str = "burstable";
@@ -135,8 +138,8 @@ fn resized(node: &Machine, kubelet: &Kubelet<'_>) -> Result {
     same("restarts", restarts, &json!(0))
 }
 
-/// The kubelet stops the sandbox of a pod whose containers have ended, and removes its cgroup. The shim answers for it
-/// until the pod is deleted.
+/// The kubelet stops the sandbox of a pod whose containers have ended, and removes its cgroup, long before the pod is
+/// deleted. containerd ends a shim that has nothing left to do.
 fn ended(node: &Machine, kubelet: &Kubelet<'_>) -> Result {
     kubelet.wait_for("jsonpath={.status.phase}=Failed", BRIEF)?;
     let pod = kubelet.pod(BRIEF)?;
@@ -208,7 +211,7 @@ fn scores(node: &Machine, sandbox: &str) -> Result<String> {
 
 /// The processors that a pod's processes may run on.
 fn processors(node: &Machine, sandbox: &str) -> Result<String> {
-    let pids = pids("containerd-shim-kata-v2|qemu-system-x86_64|virtiofsd", sandbox);
+    let pids = pids(PROGRAMS, sandbox);
     node.run(&format!(
         "for pid in $({pids}); do grep -h Cpus_allowed_list /proc/$pid/task/*/status; done | cut -f 2 | sort -u"
     ))
