@@ -152,11 +152,8 @@ fn ended(node: &Machine, kubelet: &Kubelet<'_>) -> Result {
         ORDINARY,
     )?;
     let sandbox = kubelet.sandbox(BRIEF)?;
-    let (shim, qemu) = (
-        pids("containerd-shim-kata-v2", &sandbox),
-        pids("qemu-system-x86_64", &sandbox),
-    );
-    node.run(&format!("{shim} && ! {qemu}"))?;
+    let none = format!("! {}", pids(PROGRAMS, &sandbox));
+    node.until("the end of the pod's processes", &none, ORDINARY)?;
     let log = node.crictl(&["logs", &container(node, &sandbox)?])?;
     contains("the container's log", &log, "ended")
 }
