@@ -40,10 +40,12 @@ for rom in seabios/bios-256k.bin qemu/{kvmvapic,linuxboot_dma,pvh}.bin; do put 6
 ldd $qemu $modules/accel-tcg-x86_64.so | sed -n 's/^.* => \(\/[^ ]*\) (.*/\1/p' | LC_ALL=C sort -u >"$new/libraries"
 while read -r library; do put 644 "$library" "lib/${library##*/}"; done <"$new/libraries"
 put 755 /lib64/ld-linux-x86-64.so.2 lib/ld-linux-x86-64.so.2
-# A search path of the program's holds for its libraries' libraries too, unless one has its own; the interpreter is named by the installer, which knows where it is, in
-# the place of a placeholder of this length.
+# A search path of the program's holds for its libraries' libraries too, unless one has its own. The installer, which
+# knows where they are, names both in the place of placeholders of this length. A path relative to the program would not
+# do: the loader trusts none where SELinux gives the program a domain of its own.
 printf -v rest '%230s' ''
-patchelf --force-rpath --set-rpath '$ORIGIN/../lib' --set-interpreter "/sandpod-interpreter/${rest// /x}" "$new/bin/qemu-system-x86_64"
+rest=${rest// /x}
+patchelf --force-rpath --set-rpath "/sandpod-libraries/$rest" --set-interpreter "/sandpod-interpreter/$rest" "$new/bin/qemu-system-x86_64"
 for library in "$new"/lib/*.so*; do
   if readelf -dW "$library" | grep -qE '\((RUNPATH|RPATH)\)'; then
     echo "payload: ${library##*/} has a search path of its own" >&2

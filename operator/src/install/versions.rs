@@ -22,6 +22,8 @@ use super::{
 
 /// The payload's own loader of libraries, below a version's folder.
 const INTERPRETER: &str = "lib/ld-linux-x86-64.so.2";
+/// The payload's own libraries.
+const LIBRARIES: &str = "lib";
 /// The link to the administrator's drop-ins, beside the version's configuration.
 const CONFIG_LINK: &str = "config.d";
 
@@ -62,6 +64,7 @@ pub fn stage(layout: &Layout, payload: &Payload, selinux: selinux::Mode) -> Resu
     symlink(CONFIG_FOLDER, folder.join(CONFIG_LINK)).at("create the link", folder.join(CONFIG_LINK))?;
     let folders = payload.manifest.folders();
     let files_too = installed.entries.iter().map(|entry| entry.path.clone());
+    let files_too = files_too.chain([MANIFEST.into(), LOCK.into()]);
     let all: Vec<_> = [PathBuf::new()]
         .into_iter()
         .chain(folders.clone())
@@ -75,13 +78,14 @@ pub fn stage(layout: &Layout, payload: &Payload, selinux: selinux::Mode) -> Resu
     Ok(warning)
 }
 
-/// What depends on where it is installed: the configuration's paths and a program's interpreter.
+/// What depends on where it is installed: the configuration's paths, and where a program's interpreter and libraries are.
 fn relocate(entry: &Entry, mut bytes: Vec<u8>, layout: &Layout, home: &Path) -> Result<Vec<u8>> {
     if entry.path == Path::new("configuration.toml") {
         let text = at_prefix(&String::from_utf8_lossy(&bytes), &layout.prefix);
         return Ok(text.into_bytes());
     }
-    elf::set_interpreter(&mut bytes, &home.join(INTERPRETER))?;
+    elf::set_path(&mut bytes, elf::INTERPRETER, &home.join(INTERPRETER))?;
+    elf::set_path(&mut bytes, elf::LIBRARIES, &home.join(LIBRARIES))?;
     Ok(bytes)
 }
 
