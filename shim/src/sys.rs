@@ -99,7 +99,9 @@ pub fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
             // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
             Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
         }
-        Err(nix::Error::ESRCH) => Ok(None),
+        // A number without a process: nobody's any more, one that its children have as that of their session still (EINVAL up to
+        // Linux 6.14), or that of a thread (ENOENT since).
+        Err(nix::Error::ESRCH | nix::Error::EINVAL | nix::Error::ENOENT) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -429,4 +429,22 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(look(child.id()), None);
     }
+
+    #[test]
+    fn a_number_that_only_a_session_or_a_thread_has_is_no_processs() {
+        let mut leader = Command::new("setsid");
+        leader.args(["sh", "-c", "sleep 1000 >/dev/null & echo $!"]);
+        let leader = leader.stdout(Stdio::piped()).spawn().unwrap();
+        let session = leader.id();
+        let member = String::from_utf8(leader.wait_with_output().unwrap().stdout).unwrap();
+        let member = sys::pidfd_open(member.trim().parse().unwrap()).unwrap().unwrap();
+        let found = sys::pidfd_open(session).unwrap();
+        sys::pidfd_kill(&member).unwrap();
+        assert!(found.is_none());
+        let thread = thread::scope(|scope| {
+            let thread = || sys::pidfd_open(nix::unistd::gettid().as_raw().unsigned_abs());
+            scope.spawn(thread).join().unwrap()
+        });
+        assert!(thread.unwrap().is_none());
+    }
 }
