@@ -8,7 +8,7 @@
 use std::{
     fs::File,
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -226,7 +226,7 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
     record(state, state.virtiofsd)?;
 
-    lend_devices(&plan, &devices, &user, state)?;
+    let folder = lend_devices(&plan, &devices, &user, state)?;
     let netns = match &plan.pod.netns {
         NetNs::Path(path) => File::open(path).at("open the network namespace", path)?.into(),
         NetNs::New => net::empty_namespace()?,
@@ -266,7 +266,7 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     if let Some(loopback) = network.as_mut().and_then(Network::take_loopback) {
         forward::serve(loopback, agent.clone(), vm.clone());
     }
-    let disks = Disks::new(vm.clone());
+    let disks = Disks::new(vm.clone(), folder);
     let sizer = Sizer::new(vm.clone(), agent.clone(), sizing);
     clock::keep(&agent, &about, plan.config.hypervisor.accelerator == Accelerator::Tcg);
     Ok(Guest {
@@ -335,21 +335,20 @@ fn find_devices(plan: &Plan<'_>) -> Result<Devices> {
     Ok(devices)
 }
 
-/// Gives QEMU's user the device files that QEMU opens by their names.
-fn lend_devices(plan: &Plan<'_>, devices: &Devices, user: &User, state: &mut State) -> Result<()> {
+/// Gives QEMU's user the device files that QEMU opens by their names. Returns where further device files may be made.
+fn lend_devices(plan: &Plan<'_>, devices: &Devices, user: &User, state: &mut State) -> Result<PathBuf> {
     let mut files = vfio::files(&devices.groups);
     if plan.config.hypervisor.accelerator == Accelerator::Kvm {
         // What is missing, if anything, is told better here.
         vmm::kvm_ready().map_err(VmError::from)?;
         files.push(KVM.into());
     }
-    if files.is_empty() {
-        return Ok(());
-    }
     let folder = dir_of(plan.sandbox).join("devices");
     state.push(Undo::Dir(folder.clone()))?;
     state.push(Undo::Mount(folder.clone()))?;
-    vfio::lend(&files, &folder, user.id(), plan.pod.labels.files.as_deref())
+    vfio::device_folder(&folder, plan.pod.labels.files.as_deref())?;
+    vfio::lend(&files, &folder, user.id())?;
+    Ok(folder)
 }
 
 /// The shim goes first: whatever it starts is then counted in the pod's cgroup from its first page on.

@@ -10,11 +10,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, OpenOptions},
     io,
-    os::{
-        fd::OwnedFd,
-        unix::fs::{FileTypeExt, MetadataExt},
-    },
-    path::PathBuf,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -22,7 +19,7 @@ use agent::protocol::agent::Device;
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_KOBJECT_UEVENT};
 use nix::{
     errno::Errno,
-    sys::stat::{major, minor},
+    sys::stat::{Mode, SFlag, makedev, mknod},
 };
 use tokio::{sync::Mutex, task::AbortHandle};
 use vmm::{Disk, Vm};
@@ -40,6 +37,8 @@ const SECTOR: u64 = 512;
 /// The block volumes of a pod.
 pub struct Disks {
     vm: Arc<Vm>,
+    /// Where device files may be made.
+    folder: PathBuf,
     plugged: Arc<Mutex<Plugged>>,
 }
 
@@ -54,10 +53,11 @@ struct Entry {
 }
 
 impl Disks {
-    /// None yet.
-    pub fn new(vm: Arc<Vm>) -> Disks {
+    /// None yet. `folder` is one of [`crate::vfio::device_folder`].
+    pub fn new(vm: Arc<Vm>, folder: PathBuf) -> Disks {
         Disks {
             vm,
+            folder,
             plugged: Arc::default(),
         }
     }
@@ -78,7 +78,7 @@ impl Disks {
                 }
                 None => {
                     let size = size_of(device.numbers).at("measure the block device", &device.path)?;
-                    let disk = self.vm.add_disk(open(device)?, device.read_only).await?;
+                    let disk = self.vm.add_disk(open(device, &self.folder)?, device.read_only).await?;
                     let follower = tokio::spawn(follow(self.vm.clone(), disk, device.numbers, size)).abort_handle();
                     let containers = BTreeSet::from([container.to_owned()]);
                     plugged.insert(
@@ -124,32 +124,20 @@ impl Disks {
     }
 }
 
-/// Opens the device, wherever in the container it is to be, by the name that the kernel gives it.
-fn open(device: &BlockDevice) -> Result<OwnedFd> {
+/// Opens a device by its numbers, wherever in the container it is to be and whatever the node calls it. The file for that
+/// is made in `folder`, so it has the SELinux label of the pod's files there: the kernel hands QEMU no other one.
+fn open(device: &BlockDevice, folder: &Path) -> Result<OwnedFd> {
+    let file = folder.join(device.numbers.to_string());
     let opened = || -> io::Result<OwnedFd> {
-        let mut options = OpenOptions::new();
-        let file = options
-            .read(true)
-            .write(!device.read_only)
-            .open(name_of(device.numbers)?)?;
-        let metadata = file.metadata()?;
-        let found = (major(metadata.rdev()), minor(metadata.rdev()));
-        // A node may have another file at that place.
-        let right =
-            metadata.file_type().is_block_device() && format!("{}:{}", found.0, found.1) == device.numbers.to_string();
-        right
-            .then(|| file.into())
-            .ok_or_else(|| io::Error::other(format!("what /dev has under its name is not {}", device.numbers)))
+        let (major, minor) = (device.numbers.major, device.numbers.minor);
+        let number = |number: i64| u64::try_from(number).map_err(io::Error::other);
+        let (mode, number) = (Mode::S_IRUSR | Mode::S_IWUSR, makedev(number(major)?, number(minor)?));
+        mknod(&file, SFlag::S_IFBLK, mode, number)?;
+        let opened = OpenOptions::new().read(true).write(!device.read_only).open(&file);
+        fs::remove_file(&file)?;
+        Ok(opened?.into())
     };
     opened().at("open the host's side of the block device", &device.path)
-}
-
-/// `DEVNAME` of the device's uevent file (sysfs).
-fn name_of(numbers: Numbers) -> io::Result<PathBuf> {
-    let text = fs::read_to_string(format!("/sys/dev/block/{numbers}/uevent"))?;
-    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    name.map(|name| PathBuf::from("/dev").join(name))
-        .ok_or_else(|| io::Error::other("the kernel has no name for it"))
 }
 
 /// Tells the guest of each new size of a device, which CSI grows under a running pod. `size` is that before it was plugged, in bytes.

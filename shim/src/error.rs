@@ -68,6 +68,19 @@ pub enum Error {
     /// The host's policy refused a program's label.
     #[error("{0}; `disable_selinux = true` in [hypervisor.qemu] starts it without one")]
     Label(vmm::VmError),
+    /// The host's policy refused the label of the pod's files.
+    #[error(
+        "cannot mount {} with the SELinux label {label:?} of the pod's files: {source}; `disable_selinux = true` in \
+         [hypervisor.qemu] does without one", path.display()
+    )]
+    FilesLabel {
+        /// Where.
+        path: PathBuf,
+        /// Which label.
+        label: String,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The virtual machine refused.
     #[error(transparent)]
     Vm(#[from] vmm::VmError),

@@ -66,20 +66,7 @@ impl Share {
         };
         for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
             fs::create_dir_all(path).at("create", path)?;
-            let mut options = String::from("mode=0755,size=64m,nr_inodes=64k");
-            let mut action = "mount";
-            if let Some(label) = label {
-                options += &format!(",{}", selinux::context(label));
-                action = "mount with the SELinux label of the pod's files (`disable_selinux = true` does without)";
-            }
-            mount(
-                Some("sandpod"),
-                path,
-                Some("tmpfs"),
-                MsFlags::MS_NODEV,
-                Some(options.as_str()),
-            )
-            .at(action, path)?;
+            selinux::mount_tmpfs(path, MsFlags::MS_NODEV, "mode=0755,size=64m,nr_inodes=64k", label)?;
             mount(NONE, path, NONE, propagation, NONE).at("set the propagation of", path)?;
         }
         fs::create_dir_all(&share.export).at("create", &share.export)?;

@@ -5,10 +5,11 @@
 
 use std::path::Path;
 
+use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::Spec;
 use vmm::VmError;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// Where the kernel mounts selinuxfs.
 pub const SELINUXFS: &str = "/sys/fs/selinux";
@@ -47,9 +48,29 @@ impl Labels {
     }
 }
 
-/// The mount option that gives all files of a file system one label; a label has commas of its own (mount(8)).
-pub fn context(label: &str) -> String {
-    format!("context=\"{label}\"")
+/// Mounts an empty tmpfs at `folder` whose files all have `label`, where there is one.
+///
+/// # Errors
+/// The kernel's. It refuses a label that the policy does not know.
+pub fn mount_tmpfs(folder: &Path, flags: MsFlags, options: &str, label: Option<&str>) -> Result<()> {
+    let mut options = options.to_owned();
+    if let Some(label) = label {
+        // A label has commas of its own (mount(8)).
+        options += &format!(",context=\"{label}\"");
+    }
+    let mounted = mount(Some("sandpod"), folder, Some("tmpfs"), flags, Some(options.as_str()));
+    mounted.map_err(|source| match label {
+        Some(label) => Error::FilesLabel {
+            path: folder.to_owned(),
+            label: label.to_owned(),
+            source: source.into(),
+        },
+        None => Error::Path {
+            action: "mount",
+            path: folder.to_owned(),
+            source: source.into(),
+        },
+    })
 }
 
 /// Adds what to do to the error of a program that could not be given its label.

@@ -290,20 +290,24 @@ pub fn files(groups: &BTreeSet<u32>) -> Vec<PathBuf> {
     names.map(|name| Path::new(FOLDER).join(name)).collect()
 }
 
-/// Gives device files to QEMU's user, in the calling process's mount namespace only: each is covered by one with the same numbers on a file system of its own
-/// at `folder`. On the host they stay root's, and nobody has to give them back.
+/// Mounts a file system for device files at `folder`, in the calling process's mount namespace only. `label` is that of
+/// the pod's files, where SELinux is on.
+///
+/// # Errors
+/// The kernel's.
+pub fn device_folder(folder: &Path, label: Option<&str>) -> Result<()> {
+    fs::create_dir_all(folder).at("create", folder)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    selinux::mount_tmpfs(folder, flags, "mode=0755,size=64k", label)
+}
+
+/// Gives device files to QEMU's user, in the calling process's mount namespace only: each is covered by one with the same numbers in `folder`, one of
+/// [`device_folder`]. On the host they stay root's, and nobody has to give them back.
 ///
 /// # Errors
 /// A file that is missing or is no character device; a mount that fails.
-pub fn lend(files: &[PathBuf], folder: &Path, user: u32, label: Option<&str>) -> Result<()> {
+pub fn lend(files: &[PathBuf], folder: &Path, user: u32) -> Result<()> {
     const NONE: Option<&str> = None;
-    let mut options = String::from("mode=0755,size=64k");
-    if let Some(label) = label {
-        options += &format!(",{}", selinux::context(label));
-    }
-    fs::create_dir_all(folder).at("create", folder)?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount(Some("sandpod"), folder, Some("tmpfs"), flags, Some(options.as_str())).at("mount", folder)?;
     for file in files {
         let host = fs::metadata(file).at("use the device", file)?;
         if !host.file_type().is_char_device() {

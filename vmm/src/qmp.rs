@@ -54,6 +54,12 @@ pub enum QmpError {
         /// QEMU's words.
         reason: String,
     },
+    /// A message came without the open file that was sent with it.
+    #[error(
+        "QEMU did not get a file that was passed to it: the node's SELinux policy does not let QEMU's label have it \
+         (the node's audit log tells the file)"
+    )]
+    Withheld,
     /// QEMU lives and has not said its first word.
     #[error("QEMU did not greet within {GREETING_DEADLINE:?}")]
     NoGreeting,
@@ -276,7 +282,13 @@ impl Qmp {
     pub async fn add_file(&self, number: u64, file: OwnedFd) -> Result<(), QmpError> {
         let arguments = json!({"fdset-id": number});
         let added = self.execute_with::<Value>("add-fd", arguments, Some(file)).await;
-        added.map(drop)
+        match added {
+            // The kernel drops a file that its receiver may not have, and delivers the rest (unix(7), MSG_CTRUNC).
+            Err(QmpError::Refused { reason, .. }) if reason.starts_with("No file descriptor supplied") => {
+                Err(QmpError::Withheld)
+            }
+            added => added.map(drop),
+        }
     }
 
     /// `remove-fd`: closes every file under a number.

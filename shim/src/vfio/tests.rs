@@ -206,9 +206,10 @@ fn qemu_gets_files_of_its_own_that_the_host_does_not_see() {
             unshare(CloneFlags::CLONE_NEWNS).unwrap();
             let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
             mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-            lend(std::slice::from_ref(&file), &folder, QEMU, None).unwrap();
+            device_folder(&folder, None).unwrap();
+            lend(std::slice::from_ref(&file), &folder, QEMU).unwrap();
             fs::write(&file, "swallowed").unwrap();
-            let refused = lend(std::slice::from_ref(&plain), &folder, QEMU, None).unwrap_err();
+            let refused = lend(std::slice::from_ref(&plain), &folder, QEMU).unwrap_err();
             (fs::metadata(&file).unwrap(), refused.to_string())
         });
         lent.join().unwrap()
