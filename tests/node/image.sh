@@ -17,10 +17,23 @@ packages=(
   systemd systemd-sysv dbus udev kmod procps zstd
   linux-image-amd64 initramfs-tools lz4 apparmor
   runc containernetworking-plugins iptables iproute2
-  qemu-system-x86 busybox-static attr e2fsprogs
+  qemu-system-x86 busybox-static attr e2fsprogs secilc policycoreutils
 )
 # What stands on a virtual disk: the initrd needs no more.
 drivers='virtio_pci\nvirtio_blk\next4\n'
+
+# For a boot with SELinux: its policy, and a label for each file. Without SELinux they are as good as not there.
+selinux() {
+  local policy=/etc/selinux/node
+  { printf '(category c%d)\n' {0..1023}; printf '(categoryorder (%s))\n' "$(printf 'c%d ' {0..1023})"; } \
+    >"$1$policy/categories.cil"
+  mkdir "$1$policy/policy"
+  chroot "$1" sh -c "cd $policy && secilc --policyvers=33 --output=policy/policy.33 --filecontext=/tmp/unused *.cil"
+  rm "$1/tmp/unused"
+  # It names files by /proc/self/fd.
+  unshare --mount sh -c 'mount -t proc proc "$1/proc" && chroot "$1" setfiles -F "$2" /' \
+    sh "$1" $policy/contexts/files/file_contexts
+}
 
 files=$(cd "$here/image" && find . -type f | LC_ALL=C sort)
 key=$({
@@ -36,8 +49,13 @@ if [ -f "$out/root.img" ]; then echo "$out"; exit; fi
 
 echo 'node image: Debian with systemd for an emulated node, usually 4 minutes' >&2
 build=$(mktemp -d "$cache/building-node.XXXXXX")
-trap 'rm -rf "$build"' EXIT
-{
+failed() {
+  cp "$build/log" "$cache/node-image.log"
+  echo "node image: failed; $cache/node-image.log ends with: $(tail -n 3 "$build/log")" >&2
+  rm -rf "$build"
+}
+trap failed EXIT
+(
   # The folder is root's alone, so apt's own user cannot fetch into it; nothing else than the harness trusts what is made.
   mmdebstrap --quiet --mode=root --variant=minbase --include="$(IFS=,; echo "${packages[*]}")" \
     --aptopt='APT::Sandbox::User "root"' --dpkgopt=force-unsafe-io --dpkgopt=force-confold \
@@ -55,13 +73,13 @@ trap 'rm -rf "$build"' EXIT
   chroot "$root" systemctl --quiet enable containerd node-runner
   chroot "$root" systemctl --quiet mask getty@tty1 serial-getty@ttyS0 apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
     e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer
+  selinux "$root"
   cp -L "$root/vmlinuz" "$root/initrd.img" "$build/"
   rm -rf "$root"/boot/* "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin
   truncate -s 12G "$build/root.img"
   mke2fs -q -t ext4 -E lazy_itable_init=1,lazy_journal_init=1 -d "$root" "$build/root.img"
   rm -rf "$root"
-} >"$build/log" 2>&1 </dev/null ||
-  { cp "$build/log" "$cache/node-image.log"; echo "node image: failed; $cache/node-image.log ends with: $(tail -n 3 "$build/log")" >&2; exit 1; }
+) >"$build/log" 2>&1 </dev/null
 trap - EXIT
 chmod 755 "$build"
 mv -T "$build" "$out"

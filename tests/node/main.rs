@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use libtest_mimic::{Arguments, Trial};
 use tests::{
     failure::Result,
-    machine::{Machine, MachineSpec},
+    machine::{Machine, MachineSpec, Security},
 };
 
 mod cgroups;
@@ -18,6 +18,7 @@ mod install;
 mod kubelet;
 mod pods;
 mod power;
+mod selinux;
 
 /// A story of a node that stays up, and its name.
 type Story = (&'static str, fn(&Machine) -> Result);
@@ -34,12 +35,12 @@ impl Shared {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Plays a story on the node, which is booted if there is none.
-    fn play(&self, story: impl FnOnce(&mut Machine) -> Result) -> Result {
+    /// Plays a story on a node, which is booted if there is none of that kind; there is one at a time.
+    fn play(&self, spec: MachineSpec, story: impl FnOnce(&mut Machine) -> Result) -> Result {
         let mut place = self.node();
-        let mut node = match place.take() {
+        let mut node = match place.take().filter(|node| node.spec() == spec) {
             Some(node) => node,
-            None => Machine::boot(MachineSpec::default())?,
+            None => Machine::boot(spec)?,
         };
         match story(&mut node) {
             Ok(()) => {
@@ -54,17 +55,25 @@ impl Shared {
 fn main() {
     let arguments = Arguments::from_args();
     let shared = Arc::new(Shared::default());
-    let trials_of = |kind: &str, stories: &[Story]| -> Vec<Trial> {
+    let usual = MachineSpec::default();
+    let selinux = MachineSpec {
+        security: Security::SeLinux,
+        ..usual
+    };
+    let trials_on = |spec: MachineSpec, kind: &str, stories: &[Story]| -> Vec<Trial> {
         let trial = |(name, story): &Story| {
             let (shared, story) = (Arc::clone(&shared), *story);
-            Trial::test(format!("{kind}/{name}"), move || Ok(shared.play(|node| story(node))?))
+            Trial::test(format!("{kind}/{name}"), move || {
+                Ok(shared.play(spec, |node| story(node))?)
+            })
         };
         stories.iter().map(trial).collect()
     };
+    let trials_of = |kind: &str, stories: &[Story]| trials_on(usual, kind, stories);
     let trials_of_power = |stories: &[PowerStory]| -> Vec<Trial> {
         let trial = |(name, story): &PowerStory| {
             let (shared, story) = (Arc::clone(&shared), *story);
-            Trial::test(format!("power/{name}"), move || Ok(shared.play(story)?))
+            Trial::test(format!("power/{name}"), move || Ok(shared.play(usual, story)?))
         };
         stories.iter().map(trial).collect()
     };
@@ -77,6 +86,7 @@ fn main() {
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
         trials_of("kvm", inside::STORIES),
+        trials_on(selinux, "selinux", selinux::STORIES),
     ];
     let at_length = [trials_of_power(power::AT_LENGTH), trials_of("kvm", inside::AT_LENGTH)];
     let at_length = at_length.into_iter().flatten();

@@ -65,11 +65,35 @@ const KERNEL_LINE: &str =
 pub struct MachineSpec {
     /// Its RAM.
     pub memory_mib: u32,
+    /// What its kernel asks before it lets a program do something.
+    pub security: Security,
 }
 
 impl Default for MachineSpec {
     fn default() -> Self {
-        MachineSpec { memory_mib: 5120 }
+        MachineSpec {
+            memory_mib: 5120,
+            security: Security::AppArmor,
+        }
+    }
+}
+
+/// A security module of Linux. The node's image is the same for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Security {
+    /// Debian's own choice.
+    AppArmor,
+    /// Enforcing, with the policy in `tests/node/image/etc/selinux/node`.
+    SeLinux,
+}
+
+impl Security {
+    /// What the kernel line says of it.
+    fn kernel_line(self) -> &'static str {
+        match self {
+            Security::AppArmor => "",
+            Security::SeLinux => " security=selinux enforcing=1",
+        }
     }
 }
 
@@ -154,7 +178,8 @@ impl Machine {
         for (option, file) in [("-kernel", "vmlinuz"), ("-initrd", "initrd.img")] {
             words.extend([option.into(), self.image.join(file).into_os_string()]);
         }
-        words.extend(["-append".into(), KERNEL_LINE.into()]);
+        let line = format!("{KERNEL_LINE}{}", self.spec.security.kernel_line());
+        words.extend(["-append".into(), line.into()]);
         words.extend(kubelet::network(self.folder.path())?.map(OsString::from));
         for (tag, path) in [("bin", &places::binaries()?)]
             .into_iter()
@@ -199,6 +224,12 @@ impl Machine {
     /// When it was off.
     pub fn power_cut(&mut self) -> Result {
         self.power.take().ok_or_else(off)?.off()
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub fn spec(&self) -> MachineSpec {
+        self.spec
     }
 
     /// The identifier of this boot.
