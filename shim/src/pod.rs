@@ -107,7 +107,8 @@ mod tests {
     #[test]
     fn a_pod_has_a_host_name_always() {
         let name = |hostname: &str, sandbox: &str| {
-            let spec = format!(r#"{{"ociVersion":"1.2.0","hostname":"{hostname}","linux":{{}}}}"#);
+            let linux = r#"{"namespaces":[{"type":"network"}]}"#;
+            let spec = format!(r#"{{"ociVersion":"1.2.0","hostname":"{hostname}","linux":{linux}}}"#);
             Pod::of(&serde_json::from_str(&spec).unwrap())
                 .unwrap()
                 .host_name(sandbox)
