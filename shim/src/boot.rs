@@ -332,6 +332,7 @@ fn find_devices(plan: &Plan<'_>) -> Result<Devices> {
     }
     let devices = plan.pod.devices.find(Path::new("/"))?;
     devices.fit(&Manifest::beside(&hypervisor.kernel).kernel)?;
+    vfio::are_free(&devices.groups)?;
     Ok(devices)
 }
 

@@ -9,7 +9,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs::{self, File},
+    io,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
 };
@@ -93,6 +94,11 @@ pub enum VfioError {
         /// Its driver.
         driver: String,
     },
+    /// A group is one program's at a time.
+    #[error(
+        "VFIO group {0} cannot be given to a pod: another program has it, such as the virtual machine of another pod"
+    )]
+    Taken(u32),
     /// There are bridges at most.
     #[error("VFIO group {0} cannot be given to a pod: no device is in it")]
     Empty(u32),
@@ -278,6 +284,23 @@ fn window(resource: &str) -> u64 {
         (flags & MEMORY_64 == MEMORY_64).then(|| end.checked_sub(start)?.checked_add(1))?
     };
     resource.lines().filter_map(size).fold(0, u64::saturating_add)
+}
+
+/// Refuses groups that someone has. QEMU would do so too, in words of its own; it has the last word, for a group that is taken between now and then.
+///
+/// # Errors
+/// The first group that is not free, or whose file cannot be opened.
+pub fn are_free(groups: &BTreeSet<u32>) -> std::result::Result<(), VfioError> {
+    for group in groups {
+        let path = Path::new(FOLDER).join(group.to_string());
+        // The kernel lets one program have a group's file, and resets nothing when it is closed unused.
+        match File::options().read(true).write(true).open(&path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(VfioError::Taken(*group)),
+            Err(source) => return Err(VfioError::Read { path, source }),
+        }
+    }
+    Ok(())
 }
 
 /// The host's files that QEMU opens for these groups, none for no group.

@@ -12,6 +12,7 @@ use tests::{
 };
 
 mod cgroups;
+mod clock;
 mod devices;
 mod inside;
 mod install;
@@ -19,6 +20,7 @@ mod kubelet;
 mod pods;
 mod power;
 mod selinux;
+mod vfio;
 
 /// A story of a node that stays up, and its name.
 type Story = (&'static str, fn(&Machine) -> Result);
@@ -82,13 +84,19 @@ fn main() {
         trials_of("pods", pods::STORIES),
         trials_of("cgroups", cgroups::STORIES),
         trials_of("devices", devices::STORIES),
+        trials_of("devices", vfio::STORIES),
+        trials_of("clock", clock::STORIES),
         trials_of("kubelet", kubelet::STORIES),
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
         trials_of("kvm", inside::STORIES),
         trials_on(selinux, "selinux", selinux::STORIES),
     ];
-    let at_length = [trials_of_power(power::AT_LENGTH), trials_of("kvm", inside::AT_LENGTH)];
+    let at_length = [
+        trials_of("clock", clock::AT_LENGTH),
+        trials_of_power(power::AT_LENGTH),
+        trials_of("kvm", inside::AT_LENGTH),
+    ];
     let at_length = at_length.into_iter().flatten();
     let mut trials: Vec<_> = by_default.into_iter().flatten().collect();
     trials.extend(at_length.map(|trial| trial.with_ignored_flag(true)));

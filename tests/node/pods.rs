@@ -3,7 +3,7 @@
 use serde_json::json;
 use tests::{
     failure::{Failure, Result, claim, same},
-    machine::{Container, Machine, ORDINARY},
+    machine::{Container, Machine, ORDINARY, Pod},
 };
 
 use crate::{
@@ -17,15 +17,24 @@ pub const STORIES: &[Story] = &[
         processors_and_memory_come_and_go_with_a_container,
     ),
     (
+        "more_processors_than_there_are_is_said_once",
+        more_processors_than_there_are_is_said_once,
+    ),
+    (
         "a_pod_has_a_name_and_one_line_on_what_its_containers_lack",
         name_and_lack,
     ),
 ];
 
+/// A guest whose kernel knows one processor, and what chooses it.
+const ONE: &str = "/var/lib/one-processor";
+const ONE_SETTINGS: &str = "/etc/sandpod/config.d/50-one-processor.toml";
+
 /// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it), in KiB.
 const KEPT: u64 = 16 << 10;
 
-/// A container's limits are plugged into the VM before it starts, and what was plugged is the node's again when it has gone; emulated guests keep processors.
+/// A container's limits are plugged into the VM before it starts, and what was plugged is the node's again when it has gone; emulated guests keep processors. More processors than
+/// the node has cannot be had, which one line says.
 fn processors_and_memory_come_and_go_with_a_container(node: &Machine) -> Result {
     ensure(node)?;
     let pod = node.pod(HANDLER, "sizes").run()?;
@@ -35,10 +44,11 @@ fn processors_and_memory_come_and_go_with_a_container(node: &Machine) -> Result 
     same("processors before", before.0, 1)?;
     let large = pod.container_with("large", &idle, |container| {
         container["linux"]["resources"] =
-            json!({ "cpu_period": 100_000, "cpu_quota": 200_000, "memory_limit_in_bytes": 512_u64 << 20 });
+            json!({ "cpu_period": 100_000, "cpu_quota": 96 * 100_000, "memory_limit_in_bytes": 512_u64 << 20 });
     })?;
     let grown = size(&large)?;
     same("processors with the large container", grown.0, 2)?;
+    are_said_once(node, &pod, 2)?;
     claim(
         grown.1 >= before.1 + (500 << 10),
         format!("{} KiB before the large container, {} KiB with it", before.1, grown.1),
@@ -65,6 +75,49 @@ fn size(container: &Container<'_>) -> Result<(u64, u64)> {
     }
 }
 
+/// What a pod has said in the node's journal about something.
+fn said_of(node: &Machine, pod: &Pod<'_>, text: &str) -> Result<String> {
+    let short = pod.id().get(..13).unwrap_or_default();
+    node.run(&format!(
+        "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep -F '{text}' || true"
+    ))
+}
+
+/// Containers with limits of 96 processors run in a guest whose kernel knows one, and one line says so.
+fn more_processors_than_there_are_is_said_once(node: &Machine) -> Result {
+    ensure(node)?;
+    // As if the kernel had been built for one.
+    node.run(&format!(
+        "set -e; mkdir {ONE}; cd /opt/sandpod/current
+         ln -s $PWD/vmlinux {ONE}; sed 's/\"cpus\": [0-9]*/\"cpus\": 1/' manifest.json >{ONE}/manifest.json"
+    ))?;
+    node.put(
+        ONE_SETTINGS,
+        format!("[hypervisor.qemu]\nkernel = \"{ONE}/vmlinux\"\n").as_bytes(),
+    )?;
+    let pod = node.pod(HANDLER, "one").run()?;
+    for name in ["one", "two"] {
+        let container = pod.container_with(name, &["sleep", "infinity"], |container| {
+            container["linux"]["resources"] = json!({ "cpu_period": 100_000, "cpu_quota": 96 * 100_000 });
+        })?;
+        same("processors of a large container", size(&container)?.0, 1)?;
+    }
+    are_said_once(node, &pod, 1)?;
+    pod.remove()?;
+    pods_are_gone(node)?;
+    node.run(&format!("rm -r {ONE} {ONE_SETTINGS}")).map(drop)
+}
+
+/// One line of a pod's says how many processors it has instead of what its limits ask for.
+fn are_said_once(node: &Machine, pod: &Pod<'_>, processors: u64) -> Result {
+    let said = said_of(node, pod, "the limits ask for more than the VM may have")?;
+    let lines: Vec<_> = said.lines().collect();
+    claim(
+        matches!(lines[..], [line] if line.contains(&format!("vcpus={processors}"))),
+        format!("what is said of too few processors: {lines:?}"),
+    )
+}
+
 /// Programs look up their own name, so a pod without one gets one. The node has AppArmor, so its CRI gives every container
 /// a profile: the pod's log says once that the guest has none, and not as a warning.
 fn name_and_lack(node: &Machine) -> Result {
@@ -77,10 +130,8 @@ fn name_and_lack(node: &Machine) -> Result {
     let short = pod.id().get(..13).unwrap_or_default();
     same("the name", container.shell("uname -n")?.as_str(), short)?;
     pod.container("two", &["sleep", "infinity"])?;
-    let lines = node.run(&format!(
-        "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep AppArmor"
-    ))?;
-    let lines: Vec<_> = lines.lines().collect();
+    let said = said_of(node, &pod, "AppArmor")?;
+    let lines: Vec<_> = said.lines().collect();
     claim(
         matches!(lines[..], [line] if line.contains(" INFO ") && !line.contains("WARN")),
         format!("what is said of AppArmor: {lines:?}"),

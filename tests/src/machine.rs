@@ -57,8 +57,13 @@ pub const ORDINARY: Duration = Duration::from_secs(600);
 const SHUTDOWN: Duration = Duration::from_secs(600);
 
 /// The node's kernel line. Its journal and console tell what happened, so nothing is asked at the console.
-const KERNEL_LINE: &str =
-    "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true TERM=dumb no_timer_check";
+const KERNEL_LINE: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true TERM=dumb no_timer_check intel_iommu=on iommu=pt tsc=reliable";
+
+/// The file of the node's spare disk, in the node's folder.
+const SPARE_DISK: &str = "spare.img";
+
+/// The address of the node's spare network card.
+pub const SPARE_MAC: &str = "52:54:00:5a:4d:01";
 
 /// What a node is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +140,10 @@ impl Machine {
             .arg(image.join("root.img"))
             .arg(folder.path().join("disk.qcow2"));
         run::succeed(&mut overlay, run::ORDINARY)?;
+        let spare = fs::File::create(folder.path().join(SPARE_DISK));
+        spare
+            .and_then(|spare| spare.set_len(64 << 20))
+            .trying("making the node's spare disk")?;
         let mut machine = Machine {
             power: None,
             spec,
@@ -167,6 +176,10 @@ impl Machine {
         // This machine keeps its power: what the node has synced outlives QEMU in this machine's memory.
         let mut words: Vec<OsString> = format!(
             "-nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi,tb-size=512 -cpu max,+svm -machine q35 -smp 2 -m {memory} \
+             -device intel-iommu,intremap=on,device-iotlb=on \
+             -device pcie-root-port,id=port1,chassis=1,slot=1,addr=10.0,multifunction=on -device pcie-root-port,id=port2,chassis=2,slot=2,addr=10.1 \
+             -blockdev raw,node-name=spare,file.driver=file,file.filename={folder}/{SPARE_DISK} -device nvme,bus=port1,serial=spare,drive=spare \
+             -netdev user,id=spare,restrict=on -device e1000e,bus=port2,netdev=spare,mac={SPARE_MAC} \
              -drive file={folder}/disk.qcow2,if=virtio,format=qcow2,cache=unsafe -device virtio-rng-pci \
              -chardev file,id=console,path={folder}/console.log,append=on -serial chardev:console -device virtio-serial-pci \
              -chardev socket,id=commands,fd=0 -device virtserialport,chardev=commands,name=sandpod",
@@ -317,6 +330,25 @@ impl Machine {
         let archive = crate::images::archive()?;
         self.run(&format!("ctr -n k8s.io images import {}", archive.display()))
             .map(drop)
+    }
+
+    /// The file of this machine that the node has as its spare disk.
+    #[must_use]
+    pub fn spare_disk(&self) -> PathBuf {
+        self.folder.path().join(SPARE_DISK)
+    }
+
+    /// Stops the whole node for so long: its processors, devices and timers, none of which hear of it.
+    ///
+    /// # Errors
+    /// When it is off, or cannot be stopped.
+    pub fn freeze(&self, duration: Duration) -> Result {
+        let power = self.power.as_ref().ok_or_else(off)?;
+        let signal = |signal| kill(Pid::from_raw(power.pid), signal).trying("stopping the node's QEMU");
+        signal(Signal::SIGSTOP)?;
+        // Waiting is all that happens here.
+        thread::sleep(duration);
+        signal(Signal::SIGCONT)
     }
 
     /// A number that no other thing of this node has.

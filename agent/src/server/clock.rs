@@ -86,9 +86,12 @@ pub(super) fn is_kept() -> bool {
 /// Keeps the guest's clock, as long as the guest runs, where the host's can be read.
 pub(super) async fn keep() {
     let Some(clock) = host_clock() else { return };
+    // There is no program yet that would see a jump: the guest has counted ticks while it booted, and may have missed some.
+    let mut act: fn(i128) -> io::Result<()> = step;
     let mut failed = false;
     loop {
-        let kept = measure(&clock).and_then(|offset| correct(i128::from(offset), true));
+        let kept = measure(&clock).and_then(|offset| act(i128::from(offset)));
+        act = correct;
         if let Err(error) = &kept
             && !failed
         {
@@ -117,17 +120,19 @@ pub(super) fn set(time: TimeSpec) -> io::Result<()> {
     }
 }
 
-fn correct(offset: i128, clock: bool) -> io::Result<()> {
-    match correction(offset, clock) {
-        Correction::Step => {
-            let right = nanoseconds(clock_gettime(ClockId::CLOCK_REALTIME)?) + offset;
-            let part = |number: i128| i64::try_from(number).map_err(io::Error::other);
-            let (seconds, rest) = (right.div_euclid(1_000_000_000), right.rem_euclid(1_000_000_000));
-            let time = TimeSpec::new(part(seconds)?, part(rest)?);
-            Ok(clock_settime(ClockId::CLOCK_REALTIME, time)?)
-        }
+fn correct(offset: i128) -> io::Result<()> {
+    match correction(offset, true) {
+        Correction::Step => step(offset),
         Correction::Slew { offset, learn } => Ok(sys::slew(offset, learn)?),
     }
+}
+
+fn step(offset: i128) -> io::Result<()> {
+    let right = nanoseconds(clock_gettime(ClockId::CLOCK_REALTIME)?) + offset;
+    let part = |number: i128| i64::try_from(number).map_err(io::Error::other);
+    let (seconds, rest) = (right.div_euclid(1_000_000_000), right.rem_euclid(1_000_000_000));
+    let time = TimeSpec::new(part(seconds)?, part(rest)?);
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, time)?)
 }
 
 fn nanoseconds(time: TimeSpec) -> i128 {
