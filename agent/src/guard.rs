@@ -4,9 +4,10 @@
 //! ┌ length (4) ┬ stream (4) ┬ type (1) ┬ flags (1) ┬ length bytes ┐   numbers big-endian: PROTOCOL.md of containerd/ttrpc
 //! ```
 //!
-//! ttrpc takes frames of up to 4 MiB, and a message of two bytes in one becomes a structure of a hundred in memory; it keeps the books of a
-//! call for ever when the answer is a frame of a streaming call. A guest could use either to fill the memory of whoever talks to it. And whoever
-//! waits for a frame gets to run before the next is read, so that large answers do not add up.
+//! ttrpc takes frames of up to 4 MiB, and a message of two bytes in one becomes a structure of a hundred in memory; it
+//! keeps the books of a call for ever when the answer is a frame of a streaming call. A guest could use either to fill
+//! the memory of whoever talks to it. And whoever waits for a frame gets to run before the next is read, so that large
+//! answers do not add up.
 
 use std::{
     io,
@@ -19,7 +20,8 @@ use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_RESPONSE, MessageHeader};
 
 use crate::client::LONGEST_READ;
 
-/// The longest frame taken, in bytes: the longest data that is asked for, and what is around it. Other answers have some kilobytes.
+/// The longest frame taken, in bytes: the longest data that is asked for, and what is around it. Other answers have
+/// some kilobytes.
 const LONGEST_FRAME: u32 = LONGEST_READ + (4 << 10);
 
 /// A stream that fails when its other end breaks the protocol.

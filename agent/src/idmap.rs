@@ -1,13 +1,15 @@
-//! The user and group IDs of a pod with a user namespace (`hostUsers: false`), as they go from the specification to the guest.
+//! The user and group IDs of a pod with a user namespace (`hostUsers: false`), as they go from the specification to the
+//! guest.
 
 use std::fmt::{self, Write};
 
 use oci_spec::runtime::{Linux, LinuxIdMapping};
 
-/// The kernel parameters that tell our agent: `sandpod.uid_map=<container>:<guest>:<size>[,…]`. An agent that does not know them makes each
-/// container's namespace from its specification.
+/// The kernel parameters that tell our agent: `sandpod.uid_map=<container>:<guest>:<size>[,…]`. An agent that does not
+/// know them makes each container's namespace from its specification.
 const PARAMETERS: [&str; 2] = ["sandpod.uid_map", "sandpod.gid_map"];
-/// The most ranges that a kernel takes of one kind (`UID_GID_MAP_MAX_EXTENTS` of `include/linux/user_namespace.h` of Linux).
+/// The most ranges that a kernel takes of one kind (`UID_GID_MAP_MAX_EXTENTS` of `include/linux/user_namespace.h` of
+/// Linux).
 const MOST_RANGES: usize = 340;
 
 /// The last ID: the one above means "none".

@@ -14,8 +14,8 @@ pub mod server;
 /// field for; an agent that does not know it gives the container the pod's namespace.
 pub const GUEST_PIDS: &str = "io.sandpod.guest-pid-namespace";
 
-/// Annotation of a container that runs in the PID namespace of another container of its pod, by that one's id (`kubectl debug --target`); an agent that does
-/// not know it gives the container the pod's namespace.
+/// Annotation of a container that runs in the PID namespace of another container of its pod, by that one's id (`kubectl
+/// debug --target`); an agent that does not know it gives the container the pod's namespace.
 pub const PID_TARGET: &str = "io.sandpod.pid-target";
 
 /// Where the guest finds what the host shares; upstream's agent knows no other place.
@@ -24,7 +24,8 @@ pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 /// Where the guest has the pod's volumes of its own memory; upstream's agent and shims use the same place.
 pub const GUEST_MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
 
-/// The link that the kubelet swaps to update all files of a volume at once (`AtomicWriter` in `pkg/volume/util` of Kubernetes).
+/// The link that the kubelet swaps to update all files of a volume at once (`AtomicWriter` in `pkg/volume/util` of
+/// Kubernetes).
 pub const KUBELET_DATA: &str = "..data";
 
 /// Messages and services of the agent protocol, generated from `agent/proto/`.

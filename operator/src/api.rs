@@ -1,7 +1,8 @@
-//! The KataConfig resource, `kataconfigs.kataconfiguration.openshift.io/v1`, as users write it and as they read it back.
+//! The KataConfig resource, `kataconfigs.kataconfiguration.openshift.io/v1`, as users write it and as they read it
+//! back.
 //!
-//! Its schema is `deploy/operator/crd.yaml`, written by hand: a derived one cannot say that `spec` may be left out and still has defaults. The tests here
-//! hold the two against each other.
+//! Its schema is `deploy/operator/crd.yaml`, written by hand: a derived one cannot say that `spec` may be left out and
+//! still has defaults. The tests here hold the two against each other.
 
 use std::borrow::Cow;
 

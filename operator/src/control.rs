@@ -6,7 +6,8 @@
 //!                         └──────────────────────────────────────┘
 //! ```
 //!
-//! Watches only wake it. What it decides on is read anew each time, so that it never decides on a cluster that does not show yet what it has done itself.
+//! Watches only wake it. What it decides on is read anew each time, so that it never decides on a cluster that does not
+//! show yet what it has done itself.
 
 mod act;
 mod events;
@@ -78,7 +79,8 @@ pub enum ControlError {
 /// Runs the controller until SIGTERM, or until it does not lead any more.
 ///
 /// # Errors
-/// What keeps it from starting, and [`ControlError::Lost`]: whoever sees that has to end the process, because another controller acts from then on.
+/// What keeps it from starting, and [`ControlError::Lost`]: whoever sees that has to end the process, because another
+/// controller acts from then on.
 pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
     let config = kube::Config::infer().await?;
     let client = Client::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;

@@ -23,8 +23,9 @@
 //!                  └──▶ failedToUninstall, then due ──▶ uninstalling
 //! ```
 //!
-//! All of it is read back from the nodes' labels and annotations, the installer's pods and the RuntimeClass: a controller that ends at any point is followed by one
-//! that goes on from there. Source of the words: the user guide of OpenShift sandboxed containers 1.5, section 2.4; it is "the guide" here.
+//! All of it is read back from the nodes' labels and annotations, the installer's pods and the RuntimeClass: a
+//! controller that ends at any point is followed by one that goes on from there. Source of the words: the user guide of
+//! OpenShift sandboxed containers 1.5, section 2.4; it is "the guide" here.
 
 mod clock;
 mod output;

@@ -13,7 +13,8 @@ pub struct Report {
     pub verb: Verb,
     /// How it ended.
     pub phase: Phase,
-    /// The version that is current on the node now, as `<version>-<first 8 digits of its payload's hash>`; empty when there is none.
+    /// The version that is current on the node now, as `<version>-<first 8 digits of its payload's hash>`; empty when
+    /// there is none.
     #[serde(default)]
     pub version: String,
     /// Something on the node is not as it was before.
@@ -72,7 +73,8 @@ pub enum Phase {
     Uninstalled,
     /// The node is not fit, or is in use; nothing was changed.
     Refused,
-    /// Something went wrong on the way; what had been changed was put back as far as the error's text does not say otherwise.
+    /// Something went wrong on the way; what had been changed was put back as far as the error's text does not say
+    /// otherwise.
     Failed,
 }
 
@@ -192,7 +194,8 @@ impl Report {
         Ok(serde_json::from_str(text)?)
     }
 
-    /// The report as one line of JSON of at most [`MAX_BYTES`]: warnings are left out from the last to the first, then the error's text is cut.
+    /// The report as one line of JSON of at most [`MAX_BYTES`]: warnings are left out from the last to the first, then
+    /// the error's text is cut.
     #[must_use]
     pub fn to_json(&self) -> String {
         let mut report = self.clone();
@@ -216,7 +219,8 @@ impl Report {
     }
 }
 
-/// Shortens a text by at least this many bytes, at a character, and shows that by an ellipsis where there is room for one.
+/// Shortens a text by at least this many bytes, at a character, and shows that by an ellipsis where there is room for
+/// one.
 fn cut(text: &mut String, excess: usize) {
     const ELLIPSIS: &str = "...";
     let mut end = text.len().saturating_sub(excess + ELLIPSIS.len());

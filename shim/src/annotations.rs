@@ -1,6 +1,7 @@
 //! What the CRI says about a container in the annotations of its OCI spec.
 //!
-//! Sources: `pkg/cri/annotations/annotations.go` of containerd, `pkg/annotations` of CRI-O (1.34 and before, and after).
+//! Sources: `pkg/cri/annotations/annotations.go` of containerd, `pkg/annotations` of CRI-O (1.34 and before, and
+//! after).
 
 use crate::undo::PodName;
 use serde::Deserialize;
@@ -56,8 +57,8 @@ impl Identity {
     }
 }
 
-/// What kubelet told the CRI about the whole pod: the sum of its containers' resources. A hint: containers that run one after the other
-/// are counted together, and the CRI may send nothing at all.
+/// What kubelet told the CRI about the whole pod: the sum of its containers' resources. A hint: containers that run one
+/// after the other are counted together, and the CRI may send nothing at all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PodResources {
     /// Memory limit, bytes; `None` when the pod has none.
@@ -160,8 +161,8 @@ pub fn identify(annotations: &Annotations) -> Result<Identity, AnnotationError> 
     })
 }
 
-/// Whether the pod's containers share one PID namespace; `None` when the annotations do not say (containerd never does: there
-/// only a container's spec tells, by the path of its PID namespace).
+/// Whether the pod's containers share one PID namespace; `None` when the annotations do not say (containerd never does:
+/// there only a container's spec tells, by the path of its PID namespace).
 pub fn shares_pid_namespace(annotations: &Annotations) -> Option<bool> {
     // CRI's NamespaceMode: POD = 0 (and left out of the JSON), CONTAINER = 1, NODE = 2, TARGET = 3.
     #[derive(Deserialize)]

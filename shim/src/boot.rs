@@ -315,7 +315,8 @@ async fn start_vm(
     Err(error)
 }
 
-/// Waits until virtiofsd has ended. It ends well when QEMU has, and then QEMU's end is the one to be told: its waiter has a moment to hear of it.
+/// Waits until virtiofsd has ended. It ends well when QEMU has, and then QEMU's end is the one to be told: its waiter
+/// has a moment to hear of it.
 async fn lost(virtiofsd: &Virtiofsd) -> Error {
     let reason = virtiofsd.child().exited().await;
     if reason == ExitReason::Code(0) {
@@ -498,8 +499,8 @@ async fn explained(error: Error, vm: &Vm, virtiofsd: &Virtiofsd) -> Error {
     }
 }
 
-/// What those who may know why a VM ended said last, 64 KiB of each at most: the guest's console, which has the agent's log,
-/// QEMU, virtiofsd. Each line is marked as theirs: a guest could write what looks like a line of ours.
+/// What those who may know why a VM ended said last, 64 KiB of each at most: the guest's console, which has the agent's
+/// log, QEMU, virtiofsd. Each line is marked as theirs: a guest could write what looks like a line of ours.
 pub async fn last_words(vm: &Vm, virtiofsd: &Virtiofsd) -> String {
     let tails = [
         ("the guest's console", vm.console_last_words().await),
@@ -518,8 +519,8 @@ fn quoted(words: &str) -> String {
         .collect()
 }
 
-/// The line of a console that tells most: that of a panic, else the last. Made fit for a sentence that people read: the guest
-/// is not to be trusted with control characters, nor with its length.
+/// The line of a console that tells most: that of a panic, else the last. Made fit for a sentence that people read: the
+/// guest is not to be trusted with control characters, nor with its length.
 fn telling(console: &str) -> Option<String> {
     let lines = || console.lines().map(str::trim).filter(|line| !line.is_empty());
     let panic = lines().find(|line| line.contains("Kernel panic - not syncing"));

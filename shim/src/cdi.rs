@@ -1,4 +1,5 @@
-//! What the node's CDI specifications say of a device (Container Device Interface 1.1, SPEC.md): the device files that stand for it.
+//! What the node's CDI specifications say of a device (Container Device Interface 1.1, SPEC.md): the device files that
+//! stand for it.
 //!
 //! Only those in JSON are read; one in YAML is named where a device is not found.
 

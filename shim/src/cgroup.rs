@@ -1,12 +1,12 @@
-//! The sandbox's cgroup on the host: the shim enters it before it starts anything, so that QEMU, virtiofsd and the shim itself are
-//! counted, and limited, as the pod.
+//! The sandbox's cgroup on the host: the shim enters it before it starts anything, so that QEMU, virtiofsd and the shim
+//! itself are counted, and limited, as the pod.
 //!
-//! The path is the sandbox's `linux.cgroupsPath`. In cgroupfs form (`/kubepods/pod1/abc`) the folders are made here. As systemd's triple
-//! (`kubepods-pod1.slice:crio:abc`) it is a scope, which systemd makes: it takes the controllers back from folders that it does not know.
-//! On a host that was not booted with systemd a triple is a folder as well. Limits of the pod are never written here, kubelet and the CRI do that; only
-//! the processors of its containers are ([`Processors`]).
-//! Sources: cgroups(7), `Documentation/admin-guide/cgroup-v2.rst`, <https://systemd.io/CGROUP_DELEGATION>, `docs/design/host-cgroups.md` of
-//! kata-containers.
+//! The path is the sandbox's `linux.cgroupsPath`. In cgroupfs form (`/kubepods/pod1/abc`) the folders are made here. As
+//! systemd's triple (`kubepods-pod1.slice:crio:abc`) it is a scope, which systemd makes: it takes the controllers back
+//! from folders that it does not know. On a host that was not booted with systemd a triple is a folder as well. Limits
+//! of the pod are never written here, kubelet and the CRI do that; only the processors of its containers are
+//! ([`Processors`]). Sources: cgroups(7), `Documentation/admin-guide/cgroup-v2.rst`,
+//! <https://systemd.io/CGROUP_DELEGATION>, `docs/design/host-cgroups.md` of kata-containers.
 
 mod bus;
 mod cpuset;
@@ -163,8 +163,8 @@ impl SandboxCgroup {
         self.record.clone()
     }
 
-    /// Makes the cgroup and moves a process there, with all its threads; what it starts later starts there. Blocks until systemd has
-    /// made the scope, where it is one.
+    /// Makes the cgroup and moves a process there, with all its threads; what it starts later starts there. Blocks
+    /// until systemd has made the scope, where it is one.
     ///
     /// # Errors
     /// The kernel or systemd refuses; the process is gone, or may not be moved.
@@ -207,8 +207,9 @@ impl SandboxCgroup {
 }
 
 impl Record {
-    /// Kills whoever is still in the sandbox's cgroup, but for this process, which goes back to where it came from; waits
-    /// for their end and removes the folders that the sandbox made. Succeeds on what is already gone. Blocks for up to 5 s.
+    /// Kills whoever is still in the sandbox's cgroup, but for this process, which goes back to where it came from;
+    /// waits for their end and removes the folders that the sandbox made. Succeeds on what is already gone. Blocks for
+    /// up to 5 s.
     ///
     /// # Errors
     /// Something that was killed does not end; the kernel refuses.
@@ -319,7 +320,8 @@ fn freeze(folder: &Path, frozen: bool) -> Result<(), CgroupError> {
     }
 }
 
-/// The folder below each hierarchy's mount point, never the root itself, never outside; and the scope that it is to systemd, where it is one.
+/// The folder below each hierarchy's mount point, never the root itself, never outside; and the scope that it is to
+/// systemd, where it is one.
 fn located(cgroups_path: &str) -> Result<(String, Option<Scope>), CgroupError> {
     let wrong = || CgroupError::Path(cgroups_path.to_owned());
     let (path, scope) = match cgroups_path.split(':').collect::<Vec<_>>().as_slice() {

@@ -75,7 +75,8 @@ pub fn check(config: &Config) -> Vec<Finding> {
     findings
 }
 
-/// Looks at what the node whose root folder is at `root` has to have before anything is installed on it: its kernel and devices. Changes nothing.
+/// Looks at what the node whose root folder is at `root` has to have before anything is installed on it: its kernel and
+/// devices. Changes nothing.
 pub fn node(root: &Path, config: &Config) -> Vec<Finding> {
     let mut findings = vec![
         kernel(&text("/proc/sys/kernel/osrelease")),

@@ -2,8 +2,8 @@
 //!
 //! Each key is honoured, accepted as having nothing to do with Sandpod (the [`Config::report`] says why), or refused by
 //! name when it is set to something Sandpod does not do. An absent key takes Sandpod's default. A file
-//! and its drop-ins (`config.d/*.toml` beside it, in name order) and a pod's annotations are merged as TOML tables first,
-//! so that each of them may set a single key.
+//! and its drop-ins (`config.d/*.toml` beside it, in name order) and a pod's annotations are merged as TOML tables
+//! first, so that each of them may set a single key.
 
 mod annotations;
 mod file;
@@ -246,8 +246,8 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Reads `path` and its drop-ins; without one, the file in [`FILE_VARIABLE`], else the first of [`SEARCH_PATHS`] that
-    /// exists, else the built-in defaults.
+    /// Reads `path` and its drop-ins; without one, the file in [`FILE_VARIABLE`], else the first of [`SEARCH_PATHS`]
+    /// that exists, else the built-in defaults.
     ///
     /// # Errors
     /// A named file that cannot be read; everything that [`Config::parse`] refuses.
@@ -306,7 +306,8 @@ impl Config {
         Ok([origin.clone()].into_iter().chain(drop_ins).collect())
     }
 
-    /// What a file changes: its own path, a line for each key that differs from Sandpod's default, and one for each without effect.
+    /// What a file changes: its own path, a line for each key that differs from Sandpod's default, and one for each
+    /// without effect.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.origin.as_ref().map_or_else(
             || "no configuration file: all keys have their defaults".to_owned(),

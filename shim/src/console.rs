@@ -1,9 +1,9 @@
 //! The debug console: a shell in the guest itself, for an administrator of the node, where the configuration allows it
 //! (`debug_console_enabled`).
 //!
-//! The guest's image has no shell, so one of the pod's containers lends its root file system. The shell runs there with all
-//! capabilities, among the guest's own processes and in its network; the guest's root is at `/proc/1/root`. It is a container to
-//! the agent and none to the CRI, and goes with its connection.
+//! The guest's image has no shell, so one of the pod's containers lends its root file system. The shell runs there with
+//! all capabilities, among the guest's own processes and in its network; the guest's root is at `/proc/1/root`. It is a
+//! container to the agent and none to the CRI, and goes with its connection.
 
 use std::{
     io,

@@ -128,7 +128,8 @@ impl Container {
         execs.chain([(String::new(), self.init.clone())]).collect()
     }
 
-    /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there). Refuses those that no cgroup has.
+    /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there). Refuses those
+    /// that no cgroup has.
     pub fn keep_stats(&self, told: StatsContainerResponse) -> Result<()> {
         stats::check(&told)?;
         *self.last_stats.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);

@@ -1,4 +1,5 @@
-//! The block volumes of a pod (`volumeDevices`): plugged with the first container that has one, unplugged with the last, and as large as the host's device.
+//! The block volumes of a pod (`volumeDevices`): plugged with the first container that has one, unplugged with the
+//! last, and as large as the host's device.
 //!
 //! ```text
 //! (absent) ──first container──▶ plugged ⟲ further containers, the host's device grows
@@ -124,8 +125,8 @@ impl Disks {
     }
 }
 
-/// Opens a device by its numbers, wherever in the container it is to be and whatever the node calls it. The file for that
-/// is made in `folder`, so it has the SELinux label of the pod's files there: the kernel hands QEMU no other one.
+/// Opens a device by its numbers, wherever in the container it is to be and whatever the node calls it. The file for
+/// that is made in `folder`, so it has the SELinux label of the pod's files there: the kernel hands QEMU no other one.
 fn open(device: &BlockDevice, folder: &Path) -> Result<OwnedFd> {
     let file = folder.join(device.numbers.to_string());
     let opened = || -> io::Result<OwnedFd> {
@@ -140,7 +141,8 @@ fn open(device: &BlockDevice, folder: &Path) -> Result<OwnedFd> {
     opened().at("open the host's side of the block device", &device.path)
 }
 
-/// Tells the guest of each new size of a device, which CSI grows under a running pod. `size` is that before it was plugged, in bytes.
+/// Tells the guest of each new size of a device, which CSI grows under a running pod. `size` is that before it was
+/// plugged, in bytes.
 async fn follow(vm: Arc<Vm>, disk: Disk, numbers: Numbers, mut size: u64) {
     let followed = async {
         let mut events = TokioSocket::new(NETLINK_KOBJECT_UEVENT)?;
@@ -152,7 +154,8 @@ async fn follow(vm: Arc<Vm>, disk: Disk, numbers: Numbers, mut size: u64) {
                 vm.resize_disk(disk, now).await.map_err(io::Error::other)?;
                 size = now;
             }
-            // What an event says is not read: it is the time to look again. The error of a queue that overflowed is one, too.
+            // What an event says is not read: it is the time to look again. The error of a queue that overflowed is
+            // one, too.
             match events.recv_from_full().await {
                 Err(error) if error.raw_os_error() != Some(Errno::ENOBUFS as i32) => return Err(error),
                 _ => {}

@@ -1,5 +1,5 @@
-//! Metrics as somebody else wrote them: Prometheus' text (`docs/instrumenting/exposition_formats.md` there), read line by line so
-//! that texts of many sandboxes become one, and so that a guest can say nothing but what is its own.
+//! Metrics as somebody else wrote them: Prometheus' text (`docs/instrumenting/exposition_formats.md` there), read line
+//! by line so that texts of many sandboxes become one, and so that a guest can say nothing but what is its own.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,8 @@ struct Sample<'a> {
 }
 
 impl Families {
-    /// Reads a text. Lines that are none of the format are left out: one of them would make Prometheus refuse everything.
+    /// Reads a text. Lines that are none of the format are left out: one of them would make Prometheus refuse
+    /// everything.
     pub fn parse(text: &str) -> Families {
         let mut families = Families::default();
         for line in text.lines() {
@@ -46,8 +47,8 @@ impl Families {
         self
     }
 
-    /// The same samples, each with these labels in addition. One that has such a label already is left out: it would pass for
-    /// another's.
+    /// The same samples, each with these labels in addition. One that has such a label already is left out: it would
+    /// pass for another's.
     pub fn labelled(mut self, labels: &[(&str, &str)]) -> Families {
         let added = braced(labels);
         let added = added.trim_start_matches('{').trim_end_matches('}');
@@ -153,8 +154,8 @@ fn is_name(name: &str) -> bool {
         && letters.all(|letter| letter.is_ascii_alphanumeric() || letter == b'_')
 }
 
-/// The names in `label="text",...`, where quotes, backslashes and line ends of a text are escaped; `None` for anything else, and
-/// for a name that comes twice.
+/// The names in `label="text",...`, where quotes, backslashes and line ends of a text are escaped; `None` for anything
+/// else, and for a name that comes twice.
 fn label_names(mut rest: &str) -> Option<Vec<&str>> {
     let mut names = Vec::new();
     while !rest.is_empty() {

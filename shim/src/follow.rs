@@ -222,8 +222,8 @@ async fn watch_oom(sandbox: Arc<Sandbox>) {
                     oom(&sandbox, &container);
                 }
             }
-            // This call is open as long as the agent is there. The agent hangs up with its VM, or has broken the protocol: nobody can
-            // speak to that guest again.
+            // This call is open as long as the agent is there. The agent hangs up with its VM, or has broken the
+            // protocol: nobody can speak to that guest again.
             Err(error @ ClientError::Gone) => {
                 drop(tokio::time::timeout(LAST_BREATH, guest.vm.child().exited()).await);
                 return end(&sandbox, format!("was ended: {error}")).await;

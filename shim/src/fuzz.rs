@@ -1,4 +1,5 @@
-//! What others write is taken or refused, whatever it is: nothing panics. Each input that ever did becomes a test of its module.
+//! What others write is taken or refused, whatever it is: nothing panics. Each input that ever did becomes a test of
+//! its module.
 
 use std::{
     collections::{BTreeSet, HashMap},

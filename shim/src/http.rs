@@ -1,5 +1,5 @@
-//! As much of HTTP/1 (RFC 9112) as a scrape takes: one GET per connection, over any stream. The shim serves it on a unix socket,
-//! `kata-ctl monitor` on TCP, and what asks a shim is its client.
+//! As much of HTTP/1 (RFC 9112) as a scrape takes: one GET per connection, over any stream. The shim serves it on a
+//! unix socket, `kata-ctl monitor` on TCP, and what asks a shim is its client.
 
 use std::{io, path::Path, time::Duration};
 

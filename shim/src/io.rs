@@ -30,7 +30,8 @@ use tokio::{
 
 use crate::error::{Context, Error, Result};
 
-/// How long a process's output may take to end after the process: for its reader to make room, and for the guest to come to an end.
+/// How long a process's output may take to end after the process: for its reader to make room, and for the guest to
+/// come to an end.
 const STALLED_OUTPUT: Duration = Duration::from_secs(10);
 
 /// How long the output of a process that was killed may go on before its end is asked for all the same: less than the
@@ -138,7 +139,8 @@ impl Output {
     }
 
     /// CRI-O closes its end of an exec's output as soon as the exec's Wait is answered, whatever is still in the pipe
-    /// (a race in `internal/oci/runtime_vm.go` of CRI-O): give the reader a moment to empty it. No event tells when a pipe is empty.
+    /// (a race in `internal/oci/runtime_vm.go` of CRI-O): give the reader a moment to empty it. No event tells when a
+    /// pipe is empty.
     async fn emptied(&self) {
         let Output::Fifo(fifo) = self else { return };
         let mut tick = tokio::time::interval(Duration::from_millis(1));
@@ -241,8 +243,8 @@ impl Copies {
 
     /// Called when the process has ended: waits until its output is delivered and closes the fifos.
     ///
-    /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay this, or a guest
-    /// that has no end, and it is given up after 10 s.
+    /// The agent ends the streams of a dead process within its own grace; only a caller that reads nothing can delay
+    /// this, or a guest that has no end, and it is given up after 10 s.
     ///
     /// Returns reading ends of what is not read: as long as they are open the bytes are there for a reader that comes
     /// back, and it sees their end.

@@ -1,8 +1,9 @@
 //! The network of a pod that comes after its VM.
 //!
-//! containerd makes no network namespace for a pod with a user namespace: it takes that of the sandbox's process, here QEMU's, and has its interfaces
-//! made when the sandbox runs (`internal/cri/server/sandbox_run.go` of containerd). Docker does the like. So the pod is looked at again
-//! when a container is made, and its interface plugged into the running VM.
+//! containerd makes no network namespace for a pod with a user namespace: it takes that of the sandbox's process, here
+//! QEMU's, and has its interfaces made when the sandbox runs (`internal/cri/server/sandbox_run.go` of containerd).
+//! Docker does the like. So the pod is looked at again when a container is made, and its interface plugged into the
+//! running VM.
 
 use std::{
     os::fd::{AsRawFd, OwnedFd},
@@ -36,7 +37,8 @@ impl Late {
         }
     }
 
-    /// Connects what has come meanwhile; once, and nothing to do before. What it changes in the namespace goes with it: no pod is made in it again.
+    /// Connects what has come meanwhile; once, and nothing to do before. What it changes in the namespace goes with it:
+    /// no pod is made in it again.
     ///
     /// # Errors
     /// As for a network that is there at the start, and more than one interface.

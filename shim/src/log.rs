@@ -20,7 +20,8 @@ use tracing_subscriber::{
 
 static LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 
-/// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together, with the prefixes.
+/// What fits into the fifo while nobody reads: more than the last words of a guest, of QEMU and of virtiofsd together,
+/// with the prefixes.
 const ROOM: i32 = 512 << 10;
 /// Letters of the sandbox's id before each line, as `crictl` shows them: the CRI's log has the lines of all pods.
 pub(crate) const SHORT_ID: usize = 13;

@@ -1,6 +1,6 @@
-//! Metrics of one sandbox, on `/run/kata/<sandbox>/shim-monitor.sock`: of the shim, QEMU, virtiofsd and the guest, under the
-//! names that Kata's dashboards know (`docs/design/kata-2-0-metrics.md` there). Nothing is measured, and nothing wakes, until
-//! somebody asks.
+//! Metrics of one sandbox, on `/run/kata/<sandbox>/shim-monitor.sock`: of the shim, QEMU, virtiofsd and the guest,
+//! under the names that Kata's dashboards know (`docs/design/kata-2-0-metrics.md` there). Nothing is measured, and
+//! nothing wakes, until somebody asks.
 
 use std::{
     fs::{self, Permissions},

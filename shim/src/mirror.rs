@@ -1,13 +1,15 @@
-//! Volumes of the kubelet whose files change under running containers: ConfigMaps, Secrets, projected and downward-API volumes.
+//! Volumes of the kubelet whose files change under running containers: ConfigMaps, Secrets, projected and downward-API
+//! volumes.
 //!
 //! ```text
 //! kubelet: ..2026_11 ◀─ ..data ◀─ key          host's inotify            CopyFile
 //!          (AtomicWriter swaps ..data)  ────────────────────▶ shim ─────────────────▶ the guest does the same in the share
 //! ```
 //!
-//! A guest's watchers hear only of what its own kernel does: a volume that is merely shared changes without waking anybody. So the
-//! share holds a copy. Its first contents are put there from here, before the guest sees it; each update is made by the agent, whose kernel
-//! then tells. From then on nothing of the host's touches the copy, where the guest may have put links.
+//! A guest's watchers hear only of what its own kernel does: a volume that is merely shared changes without waking
+//! anybody. So the share holds a copy. Its first contents are put there from here, before the guest sees it; each
+//! update is made by the agent, whose kernel then tells. From then on nothing of the host's touches the copy, where the
+//! guest may have put links.
 
 use std::{
     collections::HashSet,
@@ -38,7 +40,8 @@ use crate::{
 
 /// Bytes per request: as much as the shim may have to hold for each request that the guest leaves unanswered.
 const PART: usize = 128 << 10;
-/// The owner of files whose owner has no number in the pod, as the kernel shows it there (`overflowuid` of proc_sys_kernel(5)).
+/// The owner of files whose owner has no number in the pod, as the kernel shows it there (`overflowuid` of
+/// proc_sys_kernel(5)).
 const NOBODY: u32 = 65534;
 /// Room for the events of one swap; when it does not suffice, the next read gets the rest.
 const EVENTS: usize = 4096;
@@ -56,8 +59,8 @@ struct Made {
 }
 
 impl Mirrors {
-    /// Puts a copy at the volume's place in the share, and keeps it as the volume is until the guest is gone. The second container that
-    /// asks finds it there.
+    /// Puts a copy at the volume's place in the share, and keeps it as the volume is until the guest is gone. The
+    /// second container that asks finds it there.
     pub async fn add(&self, volume: &ShareMount, share: &Share, agent: &Client) -> Result<()> {
         let mut made = self.0.lock().await;
         if made.volumes.contains(&volume.share_path) {
@@ -79,8 +82,8 @@ impl Mirrors {
             seen,
         };
         tokio::spawn(mirror.follow(changes));
-        // Changes nothing, but the agent looks: the guest mounts a part of the share where somebody first looks at it, and only who looks at
-        // the agent's own mount hears of what the agent does.
+        // Changes nothing, but the agent looks: the guest mounts a part of the share where somebody first looks at it,
+        // and only who looks at the agent's own mount hears of what the agent does.
         Ok(folder.send(&guest, agent).await?)
     }
 }

@@ -7,9 +7,9 @@
 //!                   tap0_kata ══ virtio-net ══ eth0 in the guest: same name, MAC, MTU, addresses, routes
 //! ```
 //!
-//! What the CNI has set up is read once ([`snapshot`]); then each interface gets a tap ([`Snapshot::attach`]), which lives as long as QEMU
-//! holds its file descriptor. A namespace that is the host's is refused before anything is looked at.
-//! Source of the model: `docs/design/architecture/networking.md` of kata-containers ("tcfilter").
+//! What the CNI has set up is read once ([`snapshot`]); then each interface gets a tap ([`Snapshot::attach`]), which
+//! lives as long as QEMU holds its file descriptor. A namespace that is the host's is refused before anything is looked
+//! at. Source of the model: `docs/design/architecture/networking.md` of kata-containers ("tcfilter").
 
 mod links;
 mod loopback;
@@ -200,8 +200,8 @@ impl Snapshot {
     /// milliseconds.
     ///
     /// # Errors
-    /// No `/dev/net/tun`, or the kernel refuses a queueing discipline or a filter; [`Record::remove`] takes back what was
-    /// done.
+    /// No `/dev/net/tun`, or the kernel refuses a queueing discipline or a filter; [`Record::remove`] takes back what
+    /// was done.
     pub fn attach(self) -> Result<Network, NetError> {
         let Self {
             namespace,
@@ -261,7 +261,8 @@ impl Network {
         &self.neighbors
     }
 
-    /// The taps, one for each interface, opened with `IFF_VNET_HDR`: duplicates, for QEMU. A tap vanishes with its last duplicate.
+    /// The taps, one for each interface, opened with `IFF_VNET_HDR`: duplicates, for QEMU. A tap vanishes with its last
+    /// duplicate.
     ///
     /// # Errors
     /// Too many open files.

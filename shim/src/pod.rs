@@ -85,8 +85,8 @@ impl Pod {
         self.identity.manager == Manager::CriO
     }
 
-    /// Its host name, as long as Linux allows. That of a pod without one is the beginning of the sandbox's id, as the CRI's tools show it: programs look
-    /// up their own name.
+    /// Its host name, as long as Linux allows. That of a pod without one is the beginning of the sandbox's id, as the
+    /// CRI's tools show it: programs look up their own name.
     pub fn host_name(&self, sandbox: &str) -> String {
         if !self.hostname.is_empty() {
             return self.hostname.chars().take(LONGEST_HOST_NAME).collect();

@@ -1,13 +1,14 @@
-//! The sandbox's share: one tmpfs in the shim's own mount namespace, onto which root file systems and volumes are mounted.
+//! The sandbox's share: one tmpfs in the shim's own mount namespace, onto which root file systems and volumes are
+//! mounted.
 //!
 //! ```text
 //! host ──▶ staging ──made ready, then moved──▶ share ──propagates──▶ export ──virtiofsd──▶ guest
 //!          (private)                           (ours to write)        (read-only, but for what is mounted on it)
 //! ```
 //!
-//! The guest is root in what it is shown: could it write there, it would put a symbolic link where the shim is about to make a file.
-//! So it sees the share's own folders read-only. Because the share is a tmpfs that only the shim's mount namespace holds, everything in it
-//! vanishes with the shim, and nothing on the host is ever removed through it.
+//! The guest is root in what it is shown: could it write there, it would put a symbolic link where the shim is about to
+//! make a file. So it sees the share's own folders read-only. Because the share is a tmpfs that only the shim's mount
+//! namespace holds, everything in it vanishes with the shim, and nothing on the host is ever removed through it.
 
 use std::{
     fs,
@@ -57,7 +58,8 @@ impl Share {
     }
 
     /// Mounts the empty share. It is a shared mount, so that what is mounted onto it later reaches virtiofsd's
-    /// own mount namespace; what is made ready first is private, and reaches nobody. `label` is that of the pod's files, where SELinux is on.
+    /// own mount namespace; what is made ready first is private, and reaches nobody. `label` is that of the pod's
+    /// files, where SELinux is on.
     pub fn mount(sandbox: &str, label: Option<&str>) -> Result<Share> {
         let share = Share {
             root: Self::path_of(sandbox),
@@ -87,8 +89,8 @@ impl Share {
         self.staging.join("copies").join(number.to_string())
     }
 
-    /// Mounts a container's root file system at `<cid>/rootfs`: what containerd's snapshotter asks for, or the directory
-    /// that CRI-O has mounted already.
+    /// Mounts a container's root file system at `<cid>/rootfs`: what containerd's snapshotter asks for, or the
+    /// directory that CRI-O has mounted already.
     pub fn add_rootfs(&self, container: &str, mounts: &[Mount], mounted: &Path) -> Result<()> {
         let target = self.root.join(container).join("rootfs");
         fs::create_dir_all(&target).at("create", &target)?;
@@ -245,7 +247,8 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The mapping that containerd's snapshotter asks for, by the options `uidmap` and `gidmap` (`core/mount/mount_linux.go` of containerd), and the other options.
+/// The mapping that containerd's snapshotter asks for, by the options `uidmap` and `gidmap`
+/// (`core/mount/mount_linux.go` of containerd), and the other options.
 fn take_maps(options: &[String]) -> Result<(Option<IdMaps>, Vec<String>)> {
     let find = |key: &str| options.iter().find_map(|option| option.strip_prefix(key));
     let maps = match (find("uidmap="), find("gidmap=")) {
@@ -261,8 +264,8 @@ fn take_maps(options: &[String]) -> Result<(Option<IdMaps>, Vec<String>)> {
     Ok((maps, others.cloned().collect()))
 }
 
-/// Puts copies of an overlay's layers into `place`, with their IDs mapped, and names them in its options. The layer that is written to is the
-/// container's own, whose files are made with the mapped IDs.
+/// Puts copies of an overlay's layers into `place`, with their IDs mapped, and names them in its options. The layer
+/// that is written to is the container's own, whose files are made with the mapped IDs.
 fn map_layers(data: &str, users: &OwnedFd, place: &Path) -> Result<String> {
     let mut mapped = Vec::new();
     for option in data.split(',') {

@@ -1,7 +1,8 @@
 //! The SELinux labels of what the host runs and mounts for a pod.
 //!
-//! A CRI gives a pod in a VM the label of a virtual machine, `container_kvm_t` with the pod's own categories, and its files one that only this label may
-//! reach (`src/runtime-rs/crates/hypervisor/src/selinux.rs` of kata-containers sets the first). In the guest no label means anything.
+//! A CRI gives a pod in a VM the label of a virtual machine, `container_kvm_t` with the pod's own categories, and its
+//! files one that only this label may reach (`src/runtime-rs/crates/hypervisor/src/selinux.rs` of kata-containers sets
+//! the first). In the guest no label means anything.
 
 use std::path::Path;
 
@@ -35,7 +36,8 @@ impl Labels {
         }
     }
 
-    /// What of it holds: all of it where SELinux is on, enforcing or not, and nothing where it is off or the configuration says so.
+    /// What of it holds: all of it where SELinux is on, enforcing or not, and nothing where it is off or the
+    /// configuration says so.
     ///
     /// `selinuxfs` is [`SELINUXFS`]: without SELinux the folder is missing or empty.
     #[must_use]

@@ -214,8 +214,8 @@ impl Task for Service {
 }
 
 impl Service {
-    /// Carries a request that changes something out to its end, also when its caller hangs up in the middle: containerd closes
-    /// a container's connection as soon as it hears of its exit.
+    /// Carries a request that changes something out to its end, also when its caller hangs up in the middle: containerd
+    /// closes a container's connection as soon as it hears of its exit.
     async fn carry_out<T, F>(&self, verb: &'static str, request: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
@@ -233,7 +233,8 @@ impl Service {
         self.answer(verb, end).await
     }
 
-    /// Answers one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot remove.
+    /// Answers one request. A panic fails this request and no other: a shim that dies leaves a pod that CRI-O cannot
+    /// remove.
     async fn answer<T>(&self, verb: &'static str, request: impl Future<Output = Result<T>>) -> ttrpc::Result<T> {
         let began = Instant::now();
         let outcome = AssertUnwindSafe(request).catch_unwind().await;

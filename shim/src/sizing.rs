@@ -7,8 +7,8 @@
 //!
 //! A limit beyond the host, or beyond what the guest's kernel takes, does not fail a pod: it is clamped. What the CRI
 //! says about the whole pod (see
-//! [`crate::annotations::pod_resources`]) counts only when `static_sandbox_resource_mgmt` asks for it: it is what the pod began with, and Kubernetes raises the limits of pods
-//! that run.
+//! [`crate::annotations::pod_resources`]) counts only when `static_sandbox_resource_mgmt` asks for it: it is what the
+//! pod began with, and Kubernetes raises the limits of pods that run.
 
 pub use crate::annotations::PodResources as Limits;
 use crate::annotations::milli_cpus;
@@ -201,7 +201,8 @@ impl Limits {
         Self::default().updated(resources)
     }
 
-    /// These limits after an update, which names only what changes: what it leaves out stays, and a limit of zero or less ends it.
+    /// These limits after an update, which names only what changes: what it leaves out stays, and a limit of zero or
+    /// less ends it.
     #[must_use]
     pub fn updated(self, resources: &LinuxResources) -> Self {
         let limit = resources.memory().as_ref().and_then(LinuxMemory::limit);

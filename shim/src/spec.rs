@@ -1,7 +1,8 @@
-//! From the host's OCI spec to the one the agent gets: what speaks of the host is shared, dropped with a reason, or refused by name.
+//! From the host's OCI spec to the one the agent gets: what speaks of the host is shared, dropped with a reason, or
+//! refused by name.
 //!
-//! Source of the edits: `virt_container/src/container_manager/container.rs` of kata-containers; of the fields, the OCI runtime
-//! specification 1.3.
+//! Source of the edits: `virt_container/src/container_manager/container.rs` of kata-containers; of the fields, the OCI
+//! runtime specification 1.3.
 
 mod devices;
 mod kubelet;
@@ -49,7 +50,8 @@ pub struct GuestContainer {
     pub sandbox_pidns: bool,
     /// One sentence for each thing that was left out. For the log.
     pub warnings: Vec<String>,
-    /// One sentence for each thing that such a node's CRI gives every container and the guest has no use for. For the log, once per pod.
+    /// One sentence for each thing that such a node's CRI gives every container and the guest has no use for. For the
+    /// log, once per pod.
     pub notes: Vec<&'static str>,
 }
 
@@ -127,7 +129,8 @@ pub fn pod_netns(spec: &Spec) -> Result<NetNs, SpecError> {
     }
 }
 
-/// The ID mappings that a spec's user namespace has; `None` when it has no such namespace. A path, which leads to a namespace of the host's, is not looked at.
+/// The ID mappings that a spec's user namespace has; `None` when it has no such namespace. A path, which leads to a
+/// namespace of the host's, is not looked at.
 ///
 /// # Errors
 /// A namespace without mappings, or mappings that no kernel takes.
@@ -162,7 +165,8 @@ pub fn host_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
     Ok(bundle.join(root.path()))
 }
 
-/// Translates the spec of a container. Of the host it looks only at volumes of the kubelet, whose kind is not in the spec.
+/// Translates the spec of a container. Of the host it looks only at volumes of the kubelet, whose kind is not in the
+/// spec.
 ///
 /// # Errors
 /// A field that would be silently lost in the guest, by name.
@@ -265,8 +269,8 @@ pub fn guest_process(mut process: Process) -> Result<Process, SpecError> {
     Ok(process)
 }
 
-/// What is said of the labels that the node's security modules have for a process: notes of those that each container has there, and a warning of a
-/// profile that somebody has chosen.
+/// What is said of the labels that the node's security modules have for a process: notes of those that each container
+/// has there, and a warning of a profile that somebody has chosen.
 fn lost_labels(process: &Process, warnings: &mut Vec<String>) -> Vec<&'static str> {
     let mut notes = Vec::new();
     if process.selinux_label().as_ref().is_some_and(|label| !label.is_empty()) {
@@ -423,8 +427,8 @@ fn guest_namespaces(
             }
         }
     }
-    // On a host with cgroup v1 the CRI asks for none, since there it would change nothing. The guest has v2, where a program looks for its
-    // limits at the root of what it sees.
+    // On a host with cgroup v1 the CRI asks for none, since there it would change nothing. The guest has v2, where a
+    // program looks for its limits at the root of what it sees.
     if kept
         .iter()
         .all(|namespace| namespace.typ() != LinuxNamespaceType::Cgroup)

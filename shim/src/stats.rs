@@ -20,7 +20,8 @@ use crate::{
 /// The longest answer about a container that is kept, in bytes on the wire. A true one has some 4 KiB.
 const LONGEST: u64 = 16 << 10;
 
-/// Whether a guest's statistics are such as a cgroup has. They are kept, and in memory they are many times as large as on the wire.
+/// Whether a guest's statistics are such as a cgroup has. They are kept, and in memory they are many times as large as
+/// on the wire.
 pub fn check(stats: &StatsContainerResponse) -> Result<()> {
     match stats.compute_size() {
         0..=LONGEST => Ok(()),

@@ -22,8 +22,8 @@ nix::ioctl_write_ptr_bad!(
     libc::ifreq
 );
 
-/// Makes a tap in the calling thread's network namespace, with a `virtio_net_hdr` before each frame. It is not persistent: it vanishes with
-/// the last duplicate of the returned descriptor.
+/// Makes a tap in the calling thread's network namespace, with a `virtio_net_hdr` before each frame. It is not
+/// persistent: it vanishes with the last duplicate of the returned descriptor.
 ///
 /// # Errors
 /// A name that is too long or taken; no `/dev/net/tun`, or no right to use it.
@@ -99,8 +99,8 @@ pub fn pidfd_open(pid: u32) -> io::Result<Option<OwnedFd>> {
             // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
             Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
         }
-        // A number without a process: nobody's any more, one that its children have as that of their session still (EINVAL up to
-        // Linux 6.14), or that of a thread (ENOENT since).
+        // A number without a process: nobody's any more, one that its children have as that of their session still
+        // (EINVAL up to Linux 6.14), or that of a thread (ENOENT since).
         Err(nix::Error::ESRCH | nix::Error::EINVAL | nix::Error::ENOENT) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -151,8 +151,8 @@ pub fn close_inherited() -> io::Result<()> {
 /// The kernel has no user namespaces, or no more of them.
 pub fn user_namespace(maps: &IdMaps) -> io::Result<OwnedFd> {
     let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
-    // SAFETY: without CLONE_VM and without a stack of its own this is fork(2). Of this process's threads only the child's copy of the calling
-    // one runs on, and does nothing but two system calls, the second for ever.
+    // SAFETY: without CLONE_VM and without a stack of its own this is fork(2). Of this process's threads only the
+    // child's copy of the calling one runs on, and does nothing but two system calls, the second for ever.
     let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     if child == 0 {
         loop {
@@ -206,7 +206,8 @@ pub fn map_ids(tree: &OwnedFd, recursive: bool, users: &OwnedFd) -> io::Result<(
         propagation: 0,
         userns_fd: u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?,
     };
-    // SAFETY: the descriptors are open, the name is an empty string, and the kernel reads one `mount_attr` of the size that it is told.
+    // SAFETY: the descriptors are open, the name is an empty string, and the kernel reads one `mount_attr` of the size
+    // that it is told.
     let mapped = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

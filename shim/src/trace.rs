@@ -1,5 +1,5 @@
-//! The start-up waterfall: eight timestamps per pod, kept in `/run/kata/<sandbox>/trace.json`. Each is there as soon as it is known: a start that hangs is
-//! looked at while it hangs.
+//! The start-up waterfall: eight timestamps per pod, kept in `/run/kata/<sandbox>/trace.json`. Each is there as soon as
+//! it is known: a start that hangs is looked at while it hangs.
 
 use std::{
     collections::BTreeMap,

@@ -71,8 +71,8 @@ impl ProcessId {
         ProcessId::of(self.pid) == Some(*self)
     }
 
-    /// Waits for the end of a process that is ending, 5 s at most; nothing to wait for otherwise. Whoever is connected hears of a death before it is
-    /// over: files are closed first, and a mount namespace is taken down after them.
+    /// Waits for the end of a process that is ending, 5 s at most; nothing to wait for otherwise. Whoever is connected
+    /// hears of a death before it is over: files are closed first, and a mount namespace is taken down after them.
     fn see_off(&self) -> Result<()> {
         match sys::pidfd_open(self.pid).action("open a pidfd")? {
             Some(pidfd) => match look(self.pid) {
@@ -302,8 +302,8 @@ pub fn is_to_sweep() -> bool {
     names().unwrap_or_default().iter().any(lost)
 }
 
-/// Does `clean` for each sandbox of this node, again after a while for what is left, unless another process is at it. It
-/// waits for processes that cannot be killed, so nobody should wait for it.
+/// Does `clean` for each sandbox of this node, again after a while for what is left, unless another process is at it.
+/// It waits for processes that cannot be killed, so nobody should wait for it.
 ///
 /// # Errors
 /// The sandboxes cannot be listed. What `clean` cannot do is logged.

@@ -1,8 +1,8 @@
 //! QEMU's users: each sandbox has one to itself, so that a QEMU that a guest has broken into is a stranger to all other
 //! pods' processes.
 //!
-//! Users are numbers without an account. A shim holds its number by a lock on one byte of a file, which the kernel gives
-//! back when the shim ends, however it ends (fcntl(2), open file description locks).
+//! Users are numbers without an account. A shim holds its number by a lock on one byte of a file, which the kernel
+//! gives back when the shim ends, however it ends (fcntl(2), open file description locks).
 
 use std::{
     fs::File,

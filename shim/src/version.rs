@@ -7,10 +7,12 @@ use std::{
 
 use crate::error::{Context, Error, Result};
 
-/// Beside the folder of a version's programs (`PREFIX/versions/<version>/bin`); made by the installer, which locks it alone before it removes the version.
+/// Beside the folder of a version's programs (`PREFIX/versions/<version>/bin`); made by the installer, which locks it
+/// alone before it removes the version.
 const LOCK: &str = ".lock";
 
-/// Shares the lock of the version that this program belongs to, until the returned file is closed. None where the program was not put by the installer.
+/// Shares the lock of the version that this program belongs to, until the returned file is closed. None where the
+/// program was not put by the installer.
 ///
 /// # Errors
 /// The version is being removed.

@@ -5,7 +5,8 @@
 //! cdi.k8s.io/* annotation ──CDI specification────────┴─▶ groups ──sysfs──▶ functions of the VM, and device files for QEMU
 //! ```
 //!
-//! They have to be known before the VM starts: none is plugged later. A group is what the IOMMU can keep apart, so all of it goes to one VM.
+//! They have to be known before the VM starts: none is plugged later. A group is what the IOMMU can keep apart, so all
+//! of it goes to one VM.
 
 use std::{
     collections::BTreeSet,
@@ -37,7 +38,8 @@ use crate::{
 pub const FOLDER: &str = "/dev/vfio";
 /// The driver that hands a device to another program.
 const DRIVER: &str = "vfio-pci";
-/// Class of the bridges between PCI buses, which belong to no one (`PCI_CLASS_BRIDGE_PCI` of Linux, without the interface).
+/// Class of the bridges between PCI buses, which belong to no one (`PCI_CLASS_BRIDGE_PCI` of Linux, without the
+/// interface).
 const BRIDGE: &str = "0x0604";
 /// Flags of a region in a device's `resource` file (`include/linux/ioport.h` of Linux): memory, and of 64 bits.
 const MEMORY_64: u64 = 0x0010_0200;
@@ -274,7 +276,8 @@ fn driver_of(device: &Path) -> String {
     name.unwrap_or_else(|| "no driver".into())
 }
 
-/// Bytes of all 64-bit regions of memory: each line of a `resource` file has the first and the last address of a region and its flags (sysfs-pci.rst of Linux).
+/// Bytes of all 64-bit regions of memory: each line of a `resource` file has the first and the last address of a region
+/// and its flags (sysfs-pci.rst of Linux).
 fn window(resource: &str) -> u64 {
     let size = |line: &str| {
         let mut numbers = line
@@ -286,7 +289,8 @@ fn window(resource: &str) -> u64 {
     resource.lines().filter_map(size).fold(0, u64::saturating_add)
 }
 
-/// Refuses groups that someone has. QEMU would do so too, in words of its own; it has the last word, for a group that is taken between now and then.
+/// Refuses groups that someone has. QEMU would do so too, in words of its own; it has the last word, for a group that
+/// is taken between now and then.
 ///
 /// # Errors
 /// The first group that is not free, or whose file cannot be opened.
@@ -324,8 +328,8 @@ pub fn device_folder(folder: &Path, label: Option<&str>) -> Result<()> {
     selinux::mount_tmpfs(folder, flags, "mode=0755,size=64k", label)
 }
 
-/// Gives device files to QEMU's user, in the calling process's mount namespace only: each is covered by one with the same numbers in `folder`, one of
-/// [`device_folder`]. On the host they stay root's, and nobody has to give them back.
+/// Gives device files to QEMU's user, in the calling process's mount namespace only: each is covered by one with the
+/// same numbers in `folder`, one of [`device_folder`]. On the host they stay root's, and nobody has to give them back.
 ///
 /// # Errors
 /// A file that is missing or is no character device; a mount that fails.

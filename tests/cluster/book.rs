@@ -1,5 +1,6 @@
-//! `docs/operator.md` from its beginning to its end: every command of the page is run, on a real node or, where a package is shown that a node would have only one of, on an API server
-//! alone; and what the page says is printed there is printed.
+//! `docs/operator.md` from its beginning to its end: every command of the page is run, on a real node or, where a
+//! package is shown that a node would have only one of, on an API server alone; and what the page says is printed there
+//! is printed.
 
 use std::{fs, os::unix::fs::symlink, process::Command, time::Duration};
 
@@ -28,7 +29,8 @@ const STORIES: &[Story] = &[
     ("every_command_does_what_the_page_says", commands),
 ];
 
-/// The headings under which other packages than the manifest are shown, and what only a cluster with them has: on an API server alone.
+/// The headings under which other packages than the manifest are shown, and what only a cluster with them has: on an
+/// API server alone.
 const ALONE: &[&str] = &[
     "By Helm",
     "By the Operator Lifecycle Manager",
@@ -54,7 +56,8 @@ const ENDING: &str = "jsonpath={.items[?(@.metadata.deletionTimestamp)].metadata
 /// The file on the desk that says where buildah keeps images.
 const STORAGE: &str = "storage.conf";
 
-/// How long a command of the page may take: it waits for ten minutes at most where it says so, and here for what a loaded machine takes.
+/// How long a command of the page may take: it waits for ten minutes at most where it says so, and here for what a
+/// loaded machine takes.
 const DEADLINE: Duration = Duration::from_secs(300);
 
 /// The stories as trials.

@@ -77,7 +77,8 @@ impl Ground {
         cluster.install_operator()?;
         cluster.create_kata_config()?;
         cluster.await_kata()?;
-        // Five pods fit on two processors when each takes less than the half of one: the guide's way to change the overhead.
+        // Five pods fit on two processors when each takes less than the half of one: the guide's way to change the
+        // overhead.
         let overhead = json!({ "overhead": { "podFixed": { "memory": "500Mi", "cpu": CPU_OVERHEAD } } }).to_string();
         api.kubectl(["patch", "runtimeclass", "kata", "--patch", &overhead])?;
         Ok(Ground { cluster, neighbour })

@@ -131,7 +131,8 @@ fn shim(cluster: &Cluster, pod: &str) -> Result<String> {
     Ok(program.display().to_string())
 }
 
-/// Makes container images in `folder` as another version has them, and returns the version that they install: one without a text that nothing reads.
+/// Makes container images in `folder` as another version has them, and returns the version that they install: one
+/// without a text that nothing reads.
 fn newer_images(folder: &Path) -> Result<String> {
     let (payload, version) = (folder.join("payload"), env!("CARGO_PKG_VERSION"));
     other_payload(&payload, version, |path| path != "share/doc/debian-packages")?;

@@ -1,5 +1,5 @@
-//! The operator: the real controller, with the rights of its own service account, on a real API server. Its nodes are played by [`kubelet::Kubelet`], which really runs
-//! the installer, in a folder per node.
+//! The operator: the real controller, with the rights of its own service account, on a real API server. Its nodes are
+//! played by [`kubelet::Kubelet`], which really runs the installer, in a folder per node.
 
 use libtest_mimic::Trial;
 use tests::failure::Result;

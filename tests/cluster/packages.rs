@@ -1,4 +1,5 @@
-//! The operator as packages bring it: a Helm chart, a bundle and a catalog for OLM, a rule for NFD. Each says the same as `deploy/install.yaml`, and the real schemas take it.
+//! The operator as packages bring it: a Helm chart, a bundle and a catalog for OLM, a rule for NFD. Each says the same
+//! as `deploy/install.yaml`, and the real schemas take it.
 
 use std::{
     collections::BTreeMap,

@@ -85,7 +85,8 @@ fn workloads() -> Vec<Value> {
     ]
 }
 
-/// The guide's hello pod, alone and made by each kind of object: each has a kernel and a QEMU of its own, answers at its address, and can be looked into.
+/// The guide's hello pod, alone and made by each kind of object: each has a kernel and a QEMU of its own, answers at
+/// its address, and can be looked into.
 fn every_kind_of_workload_runs_in_machines_of_its_own(ground: &Ground) -> Result {
     let (api, workloads) = (ground.api(), workloads());
     api.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": workloads }).to_string())?;
@@ -113,7 +114,8 @@ fn every_kind_of_workload_runs_in_machines_of_its_own(ground: &Ground) -> Result
     ground.remove(&objects)
 }
 
-/// Looks into a pod's machine: its kernel is not the node's, and its one QEMU is among the pod's processes. Returns what tells the machine from others.
+/// Looks into a pod's machine: its kernel is not the node's, and its one QEMU is among the pod's processes. Returns
+/// what tells the machine from others.
 fn is_a_machine(ground: &Ground, pod: &Value) -> Result<String> {
     let name = text(&pod["metadata"]["name"]);
     let looked = ground.shell(name, "uname -r; cat /proc/sys/kernel/random/boot_id; id -u")?;
@@ -196,7 +198,8 @@ fn statistics(ground: &Ground, pods: &[Value]) -> Result {
     Ok(())
 }
 
-/// A pod has started when its server answers, is ready when a command in it says so, and is restarted when the server does not answer any more.
+/// A pod has started when its server answers, is ready when a command in it says so, and is restarted when the server
+/// does not answer any more.
 fn probes_decide(ground: &Ground) -> Result {
     let mut server = hello();
     server["securityContext"] = json!({});
@@ -279,7 +282,8 @@ fn a_pod_is_resized_in_place(ground: &Ground) -> Result {
         ground.shell("grower", limits)?.as_str(),
         "402653184\n100000 100000",
     )?;
-    // The machine grows with it, beyond what the kubelet had announced of the pod: 256 MiB, without what Linux needs to manage them.
+    // The machine grows with it, beyond what the kubelet had announced of the pod: 256 MiB, without what Linux needs to
+    // manage them.
     let grown = memory()?.saturating_sub(machine) / 1024;
     claim((250..=256).contains(&grown), format!("the machine grew by {grown} MiB"))?;
     // One buffer larger than the first limit, filled.

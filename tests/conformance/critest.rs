@@ -57,7 +57,8 @@ pub fn specs() -> Result<Vec<String>> {
         .collect())
 }
 
-/// Runs specs (empty: all) with a runtime on a node of its own. critest's report and output, and containerd's log, are kept in `logs`.
+/// Runs specs (empty: all) with a runtime on a node of its own. critest's report and output, and containerd's log, are
+/// kept in `logs`.
 ///
 /// # Errors
 /// When there is no report of critest's.
@@ -95,7 +96,8 @@ fn on(node: &Node, runtime: Runtime, specs: &[&str], logs: &Path) -> Result<Repo
     for container in node.events().containers() {
         node.remember(&container);
     }
-    // A spec that failed may have kept its pod and its volumes' mounts; what is asked here is whether removed pods are gone.
+    // A spec that failed may have kept its pod and its volumes' mounts; what is asked here is whether removed pods are
+    // gone.
     let removed = node
         .crictl(["rmp", "--all", "--force"])
         .and_then(|_| unmount(node, &temporary));
@@ -145,8 +147,9 @@ fn literally(text: &str) -> String {
     text.chars().flat_map(escape).collect()
 }
 
-/// critest names no parent cgroup, so its pods' cgroups are below one that containerd makes in the machine's root and never removes, and where they stay
-/// when the node ends under them. What is not empty belongs to somebody who is still at work.
+/// critest names no parent cgroup, so its pods' cgroups are below one that containerd makes in the machine's root and
+/// never removes, and where they stay when the node ends under them. What is not empty belongs to somebody who is still
+/// at work.
 fn remove_default_cgroups(containers: &[String]) {
     for hierarchy in census::hierarchies() {
         let parent = hierarchy.join("k8s.io");

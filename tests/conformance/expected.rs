@@ -1,4 +1,5 @@
-//! The specs that do not pass, each with its reason. What is not listed must pass, and what is listed must not: the lists stay true.
+//! The specs that do not pass, each with its reason. What is not listed must pass, and what is listed must not: the
+//! lists stay true.
 
 /// How a spec ends that does not pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,8 +1,9 @@
-//! Conformance: critest, the CRI's own validation suite, against the newest containerd with our runtime and our own kernel, and with runc, which proves that
-//! the node and the images are fit for it.
+//! Conformance: critest, the CRI's own validation suite, against the newest containerd with our runtime and our own
+//! kernel, and with runc, which proves that the node and the images are fit for it.
 //!
-//! critest runs once for each runtime, both at the same time, each on a node of its own. Each of its specs is a trial, `<runtime>/<spec>`, whose result must
-//! be the one that [`expected`] gives. A filter runs only the specs that it selects. Reports and logs are kept in target/conformance.
+//! critest runs once for each runtime, both at the same time, each on a node of its own. Each of its specs is a trial,
+//! `<runtime>/<spec>`, whose result must be the one that [`expected`] gives. A filter runs only the specs that it
+//! selects. Reports and logs are kept in target/conformance.
 
 use std::{
     path::PathBuf,

@@ -37,7 +37,8 @@ pub fn name(image: &str) -> String {
 }
 
 impl Registry {
-    /// Starts the registry of a node, fills it with critest's images, and sends containerd to it for images of every registry.
+    /// Starts the registry of a node, fills it with critest's images, and sends containerd to it for images of every
+    /// registry.
     ///
     /// # Errors
     /// When it has not been built, or does not start.

@@ -20,7 +20,8 @@ pub struct PodFacts {
     pub uid: String,
     /// The sandbox's bundle, with resolv.conf, hostname and shm.
     pub bundle: PathBuf,
-    /// Paths by kind of the namespaces that CRI-O made, empty for one that the runtime is to make; a pod on the host's network has no `network`.
+    /// Paths by kind of the namespaces that CRI-O made, empty for one that the runtime is to make; a pod on the host's
+    /// network has no `network`.
     pub namespaces: Vec<(&'static str, PathBuf)>,
     /// The pod's address.
     pub address: String,

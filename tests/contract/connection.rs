@@ -1,6 +1,8 @@
-//! One ttrpc connection to a shim, spoken as CRI-O speaks it: service `containerd.task.v2.Task`, no metadata, no deadlines on the wire.
+//! One ttrpc connection to a shim, spoken as CRI-O speaks it: service `containerd.task.v2.Task`, no metadata, no
+//! deadlines on the wire.
 //!
-//! `containerd-shim-protos` holds the messages of version 3 of the service; those of version 2 are the same field for field.
+//! `containerd-shim-protos` holds the messages of version 3 of the service; those of version 2 are the same field for
+//! field.
 
 use std::{
     fmt,
@@ -30,7 +32,8 @@ const SERVICE: &str = "containerd.task.v2.Task";
 
 /// A connection.
 pub struct Connection {
-    // The one of ttrpc that waits by threads reads on from its descriptor's number after it has closed it: from the fifo that has the number next.
+    // The one of ttrpc that waits by threads reads on from its descriptor's number after it has closed it: from the
+    // fifo that has the number next.
     client: Client,
     socket: UnixStream,
 }

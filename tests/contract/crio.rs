@@ -118,7 +118,8 @@ impl<'n> Crio<'n> {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Runs the `start` action for a container and returns the address it printed; the bundle must hold the address too.
+    /// Runs the `start` action for a container and returns the address it printed; the bundle must hold the address
+    /// too.
     ///
     /// # Errors
     /// When the shim fails, prints something else, or keeps the pipes open.
@@ -202,7 +203,8 @@ impl<'n> Crio<'n> {
         Connection::dial(address.trim())
     }
 
-    /// The options of Create: `runtimeoptions.v1.Options{config_path}`, or nothing when the handler has no configuration.
+    /// The options of Create: `runtimeoptions.v1.Options{config_path}`, or nothing when the handler has no
+    /// configuration.
     ///
     /// # Errors
     /// Those of the encoder.

@@ -1,7 +1,8 @@
 //! Holds `containerd-shim-kata-v2` to CRI-O's side of the contract, without CRI-O: this program speaks its dialect.
 //!
-//! `reference::` stories run with containerd's runc shim in the same place: they prove the story right. `sandpod::` stories run with ours. Names or parts of
-//! names on the command line select stories, as with any Rust test program. Needs root; everything happens in namespaces of its own ([`node`]).
+//! `reference::` stories run with containerd's runc shim in the same place: they prove the story right. `sandpod::`
+//! stories run with ours. Names or parts of names on the command line select stories, as with any Rust test program.
+//! Needs root; everything happens in namespaces of its own ([`node`]).
 
 mod bundle;
 mod connection;

@@ -1,4 +1,5 @@
-//! What CRI-O makes for a pod before its first container: network, IPC and UTS namespaces (its helper `pinns`), and what CNI puts into the network.
+//! What CRI-O makes for a pod before its first container: network, IPC and UTS namespaces (its helper `pinns`), and
+//! what CNI puts into the network.
 
 use std::{
     fs,
@@ -56,7 +57,8 @@ impl Namespaces {
         Ok(namespaces)
     }
 
-    /// Makes a network with one interface, `eth0`, whose peer stays in the node: in a namespace of its own, or in that of a process.
+    /// Makes a network with one interface, `eth0`, whose peer stays in the node: in a namespace of its own, or in that
+    /// of a process.
     ///
     /// # Errors
     /// Those of iproute2.

@@ -4,8 +4,9 @@
 //! outside ──unshare──▶ init ──▶ client ──▶ shims, QEMU, virtiofsd, …
 //! ```
 //!
-//! This program runs in three roles. `outside` makes mount, pid and network namespaces, and looks afterwards whether anything is left on the machine. `init`
-//! is their first process: it collects orphans, as daemonised shims become. `client` plays the stories, and puts the node back in order after each.
+//! This program runs in three roles. `outside` makes mount, pid and network namespaces, and looks afterwards whether
+//! anything is left on the machine. `init` is their first process: it collects orphans, as daemonised shims become.
+//! `client` plays the stories, and puts the node back in order after each.
 
 use std::{
     env, fs,
@@ -118,8 +119,8 @@ fn code(code: i32) -> ExitCode {
     u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
-/// Removes the folder and the cgroups of this name. The namespaces are gone by then, and the client has put everything in order: any cgroup below
-/// its own is a leftover.
+/// Removes the folder and the cgroups of this name. The namespaces are gone by then, and the client has put everything
+/// in order: any cgroup below its own is a leftover.
 fn undo(name: &str) -> Result {
     let mut left = Vec::new();
     for hierarchy in census::hierarchies() {
@@ -363,7 +364,8 @@ impl Node {
     }
 }
 
-/// Tells a story. Every wait in it has a deadline; should one of them be forgotten, this one ends the program, and the node with it.
+/// Tells a story. Every wait in it has a deadline; should one of them be forgotten, this one ends the program, and the
+/// node with it.
 fn watched(story: &Story, play: impl FnOnce() -> Result) -> Result {
     let (end, ended) = mpsc::channel::<()>();
     let name = story.name();

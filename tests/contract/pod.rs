@@ -31,7 +31,8 @@ pub struct PodWanted {
     pub resources: Value,
     /// Its sysctls.
     pub sysctls: Vec<(String, String)>,
-    /// Its network namespace is the runtime's to make, and gets its interface when the sandbox runs: containerd 2.0's way with user namespaces.
+    /// Its network namespace is the runtime's to make, and gets its interface when the sandbox runs: containerd 2.0's
+    /// way with user namespaces.
     pub late_network: bool,
 }
 
@@ -239,7 +240,8 @@ impl<'c, 'n> Pod<'c, 'n> {
         self.place.namespaces.disconnect()
     }
 
-    /// Stops the pod in CRI-O's order: network, containers, each one's storage right after it, sandbox, namespaces and shared memory.
+    /// Stops the pod in CRI-O's order: network, containers, each one's storage right after it, sandbox, namespaces and
+    /// shared memory.
     ///
     /// # Errors
     /// When any step fails or is late.

@@ -16,8 +16,8 @@ pub const STORIES: &[Story] = &[("two_hundred_cycles", two_hundred_cycles)];
 const PODS: usize = 20;
 const CONTAINERS: usize = 10;
 
-/// 200 containers are created, used and deleted: afterwards the node holds what it held before, and containerd as many open files. (What else the node
-/// holds, the stage looks at.)
+/// 200 containers are created, used and deleted: afterwards the node holds what it held before, and containerd as many
+/// open files. (What else the node holds, the stage looks at.)
 fn two_hundred_cycles(node: &Node, runtime: Runtime) -> Result {
     // Two pods first: daemons open some files at their first use.
     for _ in 0..2 {

@@ -66,7 +66,8 @@ const KNOWN: Duration = Duration::from_secs(5);
 /// How long containerd waits for the end of what it has killed.
 const KILLED: Duration = Duration::from_secs(120);
 
-/// SIGKILL does not reach PID 1 from its own guest (pid_namespaces(7) holds for the first one too), so an administrator there wipes its code.
+/// SIGKILL does not reach PID 1 from its own guest (pid_namespaces(7) holds for the first one too), so an administrator
+/// there wipes its code.
 pub const AGENT: &str = "code=$(grep -m1 ' r-xp ' /proc/1/maps); from=$((0x${code%%-*})); to=${code#*-}; to=$((0x${to%% *})); \
     exec dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) conv=notrunc";
 

@@ -1,7 +1,8 @@
 //! What breaks, breaks loudly and leaves nothing: dead processes, starts that fail, and long use.
 //!
-//! Trials are named `<containerd>/<runtime>/<story>`. Every story plays with the newest containerd, those in which containerd has a part with Debian's too; the
-//! rest, and runc, which proves the stories themselves, run with `--include-ignored`.
+//! Trials are named `<containerd>/<runtime>/<story>`. Every story plays with the newest containerd, those in which
+//! containerd has a part with Debian's too; the rest, and runc, which proves the stories themselves, run with
+//! `--include-ignored`.
 
 use tests::{
     config::{Guest, Runtime},

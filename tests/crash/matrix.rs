@@ -1,7 +1,8 @@
 //! A process is killed in the middle of what its pod is asked to do: each process, each verb.
 //!
-//! A verb is rehearsed first, so that the death can come after a quarter, half and three quarters of the time that it takes. Whatever the verb then answers, it
-//! answers soon, and the pod can be removed soon; what is left, the stage looks at. (Deaths of a pod that is idle are stories of their own, in `deaths`.)
+//! A verb is rehearsed first, so that the death can come after a quarter, half and three quarters of the time that it
+//! takes. Whatever the verb then answers, it answers soon, and the pod can be removed soon; what is left, the stage
+//! looks at. (Deaths of a pod that is idle are stories of their own, in `deaths`.)
 
 use std::{
     thread,
@@ -132,7 +133,8 @@ impl Cell {
         node.pod(runtime, "next")?.run()?.remove()
     }
 
-    /// Prepares what the verb needs, and hands out the verb and the death. The death tells whether there was somebody to die.
+    /// Prepares what the verb needs, and hands out the verb and the death. The death tells whether there was somebody
+    /// to die.
     fn with_a_pod<T>(
         self,
         node: &Node,
@@ -234,7 +236,8 @@ fn no_hang(
     })
 }
 
-/// As the kubelet does it: again, until it succeeds. Right after a death containerd may still take a container for running.
+/// As the kubelet does it: again, until it succeeds. Right after a death containerd may still take a container for
+/// running.
 fn remove_every_pod(node: &Node) -> Result {
     let remove = || -> Result {
         for pod in node.crictl(["pods", "--quiet"])?.text().lines() {

@@ -41,7 +41,8 @@ pub const OF_A_VM: &[Story] = &[
 /// How soon a start that cannot succeed is refused.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Handlers whose configurations are wrong in one place each. (With a guest that is not built they are wrong in more, and the stories say so.)
+/// Handlers whose configurations are wrong in one place each. (With a guest that is not built they are wrong in more,
+/// and the stories say so.)
 pub fn handlers() -> Vec<(String, String)> {
     let good = Guest::Own.configuration().unwrap_or_default();
     let with = |key: &str, value: &str| -> String {
@@ -79,7 +80,8 @@ fn refused(node: &Node, handler: &str, words: &[&str]) -> Result {
     one_sentence(&failure.to_string(), words)
 }
 
-/// A guest's kernel that panics has its last words in the caller's sentence, and its console in the log, marked as the pod's.
+/// A guest's kernel that panics has its last words in the caller's sentence, and its console in the log, marked as the
+/// pod's.
 fn an_initrd_that_is_none(node: &Node, _: Runtime) -> Result {
     refused(
         node,
@@ -118,7 +120,8 @@ fn one_sentence(said: &str, words: &[&str]) -> Result {
     )
 }
 
-/// Without hardware virtualization, a configuration that asks for it is refused: nothing emulates in silence. The node has no /dev/kvm.
+/// Without hardware virtualization, a configuration that asks for it is refused: nothing emulates in silence. The node
+/// has no /dev/kvm.
 pub fn no_kvm(node: &Node) -> Result {
     refused(node, "kata-kvm", &["KVM"])?;
     let mut check = node.command("kata-ctl");

@@ -21,7 +21,8 @@ pub const STORIES: &[Story] = &[
 /// How soon a container sees the new size.
 const GROWING: Duration = Duration::from_secs(10);
 
-/// Two containers share a block volume, one of them reads only; the node has what was written, and the device is free afterwards.
+/// Two containers share a block volume, one of them reads only; the node has what was written, and the device is free
+/// afterwards.
 fn a_block_volume_is_the_pods(node: &Node, runtime: Runtime) -> Result {
     let disk = LoopDevice::make(&node.path(&format!("disk-{}", node.serial())), 8, "from the node\n")?;
     let pod = node.pod(runtime, "disk")?.run()?;

@@ -296,8 +296,8 @@ fn a_report_has_no_secrets(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
-/// Where the configuration allows it, an administrator of the node has a shell among the guest's own processes, with and without a terminal; it
-/// goes with its client.
+/// Where the configuration allows it, an administrator of the node has a shell among the guest's own processes, with
+/// and without a terminal; it goes with its client.
 fn a_shell_in_the_guest(node: &Node, runtime: Runtime) -> Result {
     let closed = node.pod(runtime, "closed")?.run()?;
     contains(

@@ -101,7 +101,8 @@ fn one_command(node: &Node) -> Result {
     })
 }
 
-/// In a root without libraries, programs and users, as somebody who owns nothing: it boots the guest to its first process.
+/// In a root without libraries, programs and users, as somebody who owns nothing: it boots the guest to its first
+/// process.
 fn qemu_needs_nothing_of_the_node(node: &Node) -> Result {
     const QEMU: &str = "-nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max -m 256M \
         -machine q35,sata=off,smbus=off,vmport=off,usb=off -kernel vmlinux -initrd initrd -device virtio-serial-pci \
@@ -505,7 +506,8 @@ fn shell(node: &Node, script: &str) -> Result {
     run::succeed(command.args(["-c", script]), run::ORDINARY).map(drop)
 }
 
-/// The labels of a distribution's policy, as an enforcing kernel would ask for them; where the file system has none, one sentence and no change.
+/// The labels of a distribution's policy, as an enforcing kernel would ask for them; where the file system has none,
+/// one sentence and no change.
 fn labels(node: &Node) -> Result {
     const ON: &str = "mount -t tmpfs tmpfs /sys/fs && mkdir /sys/fs/selinux && echo 1 >/sys/fs/selinux/enforce";
     play(node, |installer| {

@@ -186,7 +186,8 @@ fn a_pod_outlives_its_containerd(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
-/// `ctr run` sets none of the CRI's annotations and no network: still a pod of one container, with its output and exit code.
+/// `ctr run` sets none of the CRI's annotations and no network: still a pod of one container, with its output and exit
+/// code.
 fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
     let task = node.task(runtime, "plain")?;
     let output = task.run(&["sh", "-c", "ls /sys/class/net; echo to stderr >&2; exit 7"])?;

@@ -1,7 +1,8 @@
 //! End to end: a real containerd starts pods through our shim, and what its users see is what they were promised.
 //!
-//! Trials are named `<containerd>/<runtime>/<story>`. Every story plays with the newest containerd and our own kernel, a selection with Debian's of both,
-//! and a few with the two mixed; the rest of all combinations, and runc, which proves the stories themselves, run with `--include-ignored`.
+//! Trials are named `<containerd>/<runtime>/<story>`. Every story plays with the newest containerd and our own kernel,
+//! a selection with Debian's of both, and a few with the two mixed; the rest of all combinations, and runc, which
+//! proves the stories themselves, run with `--include-ignored`.
 
 use tests::{
     config::{Guest, Runtime},
@@ -45,7 +46,8 @@ const OF_A_VM: &[&[Story]] = &[
     upgrade::OF_A_VM,
 ];
 
-/// What could differ with another containerd or another kernel: each call of the CRI and of ctr, each device of the machine.
+/// What could differ with another containerd or another kernel: each call of the CRI and of ctr, each device of the
+/// machine.
 const SELECTION: &[&str] = &[
     "exit_codes",
     "signals",

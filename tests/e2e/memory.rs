@@ -94,7 +94,8 @@ fn memory_comes_and_goes_with_a_container(node: &Node, runtime: Runtime) -> Resu
     pod.remove()
 }
 
-/// The limit of a container that runs is raised and lowered: the machine follows within 2 s, and the host has back what was used.
+/// The limit of a container that runs is raised and lowered: the machine follows within 2 s, and the host has back what
+/// was used.
 fn a_running_container_is_resized(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "resized")?.run()?;
     let observer = pod.container("observer", &["sleep", "infinity"]).run()?;
@@ -165,13 +166,15 @@ fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Re
     pod.remove()
 }
 
-/// A file's pages in the guest are seen in QEMU and in virtiofsd, and are one and the same memory: the pod's cgroup on the host is charged once.
+/// A file's pages in the guest are seen in QEMU and in virtiofsd, and are one and the same memory: the pod's cgroup on
+/// the host is charged once.
 fn mapped_memory_is_counted_once(node: &Node, runtime: Runtime) -> Result {
     let read = ColdRead::perform(node, runtime)?;
     let grown = |kib: fn(&View) -> u64| (kib(&read.after).saturating_sub(kib(&read.before))) >> 10;
     // The programs' files are left out: their shares change when a neighbouring pod comes or goes.
     let once = grown(|view| view.footprint.unshared_kib());
-    // The host's own copy is charged to whoever read it first, the pod; how much of it there is, the file itself tells best.
+    // The host's own copy is charged to whoever read it first, the pod; how much of it there is, the file itself tells
+    // best.
     let charged = grown(|view| view.charge.usage_kib).saturating_sub(grown(|view| view.host_cache));
     claim(
         grown(|view| view.guest_cached) >= FILE_MIB - 10,

@@ -110,8 +110,8 @@ fn a_port_is_forwarded(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
-/// The loopback of the network that a pod was given leads to what listens on the pod's: both ways, whole, with each end of
-/// the conversation on its own.
+/// The loopback of the network that a pod was given leads to what listens on the pod's: both ways, whole, with each end
+/// of the conversation on its own.
 fn the_loopback_of_the_pods_network(node: &Node, runtime: Runtime) -> Result {
     let network = Network::make(node)?;
     let task = node

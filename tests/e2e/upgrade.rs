@@ -15,7 +15,8 @@ pub const OF_A_VM: &[Story] = &[("a_pod_outlives_its_installation", a_pod_outliv
 
 /// The handler that runs pods with what is installed below [`INSTALLATION`].
 const HANDLER: &str = "kata-versioned";
-/// In the node's own `/opt`, with a folder for each version and a link to the current one, as the installer lays it out.
+/// In the node's own `/opt`, with a folder for each version and a link to the current one, as the installer lays it
+/// out.
 const INSTALLATION: &str = "opt/versioned";
 
 /// The handler of these stories.
@@ -25,7 +26,8 @@ pub fn handler() -> (String, String) {
     (HANDLER.to_owned(), text)
 }
 
-/// A version is replaced and its files are removed: the pod that runs with it does not notice, and the next one runs with the new.
+/// A version is replaced and its files are removed: the pod that runs with it does not notice, and the next one runs
+/// with the new.
 fn a_pod_outlives_its_installation(node: &Node, _: Runtime) -> Result {
     install(node, "1")?;
     let old = node.pod_with_handler(HANDLER, "old").run()?;

@@ -141,8 +141,8 @@ pub fn update(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result {
     made().trying(format!("updating {}", volume.display()))
 }
 
-/// What an init container writes to an emptyDir of `medium: Memory` is there for the next container, also behind a `subPath`, and its
-/// size holds wherever it is mounted.
+/// What an init container writes to an emptyDir of `medium: Memory` is there for the next container, also behind a
+/// `subPath`, and its size holds wherever it is mounted.
 fn a_volume_in_memory_is_the_pods(node: &Node, runtime: Runtime) -> Result {
     let kubelet = node.path(&format!("kubelet-{}/pods/9a3e", node.serial()));
     let volume = kubelet.join("volumes/kubernetes.io~empty-dir/scratch");
@@ -183,7 +183,8 @@ fn a_volume_in_memory_is_the_pods(node: &Node, runtime: Runtime) -> Result {
     on_the_node("umount", &[], &[&part, &volume]).map(drop)
 }
 
-/// What the node mounts below a volume later shows in a container that asked for it (`HostToContainer`), and in no other.
+/// What the node mounts below a volume later shows in a container that asked for it (`HostToContainer`), and in no
+/// other.
 fn later_mounts_show_where_they_are_to(node: &Node, runtime: Runtime) -> Result {
     let volume = node.path(&format!("later-{}", node.serial()));
     let below = volume.join("below");

@@ -15,8 +15,8 @@ pub const STORIES: &[Story] = &[
     ("a_kvm_of_roots_alone", a_kvm_of_roots_alone),
 ];
 
-/// The modules cannot be loaded: first there are no devices, then there are files of devices that the kernel does not have, as udev makes them for modules
-/// that are not loaded yet.
+/// The modules cannot be loaded: first there are no devices, then there are files of devices that the kernel does not
+/// have, as udev makes them for modules that are not loaded yet.
 fn without_vhost_pods_run_slower(node: &Machine) -> Result {
     ensure(node)?;
     node.run(
@@ -57,7 +57,8 @@ fn a_pod_does_without(node: &Machine) -> Result {
     pods_are_gone(node)
 }
 
-/// As on a node whose image has no rule of udev for it. Either the pod runs, or `check` says that none can and what to do.
+/// As on a node whose image has no rule of udev for it. Either the pod runs, or `check` says that none can and what to
+/// do.
 fn a_kvm_of_roots_alone(node: &Machine) -> Result {
     ensure(node)?;
     node.run("chown root:root /dev/kvm && chmod 0600 /dev/kvm")?;

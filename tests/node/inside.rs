@@ -1,4 +1,5 @@
-//! Stories of the other suites, played in the node: what was shown with emulated guests holds with KVM, the kernel's vsock and vhost-net.
+//! Stories of the other suites, played in the node: what was shown with emulated guests holds with KVM, the kernel's
+//! vsock and vhost-net.
 
 use std::time::Duration;
 

@@ -119,7 +119,8 @@ fn one_command(node: &Machine) -> Result {
     pods_are_gone(node)
 }
 
-/// Upgrades do not restart containerd, and a pod keeps the files of its version; systemd restarts containerd, and pods go on.
+/// Upgrades do not restart containerd, and a pod keeps the files of its version; systemd restarts containerd, and pods
+/// go on.
 fn a_pod_outlives_an_upgrade_and_its_containerd(node: &Machine) -> Result {
     ensure(node)?;
     let version = || node.run("readlink -f /opt/sandpod/current");

@@ -1,7 +1,7 @@
 //! A whole node in an emulated machine: systemd, cgroup v2, KVM, kernel vsock, vhost-net, reboots and power cuts.
 //!
-//! Stories share one node, one after another; each leaves it fit for the next, and one that fails takes the node with it. Those that take long play with
-//! `--include-ignored`.
+//! Stories share one node, one after another; each leaves it fit for the next, and one that fails takes the node with
+//! it. Those that take long play with `--include-ignored`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -30,11 +30,12 @@ pub const STORIES: &[Story] = &[
 const ONE: &str = "/var/lib/one-processor";
 const ONE_SETTINGS: &str = "/etc/sandpod/config.d/50-one-processor.toml";
 
-/// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it), in KiB.
+/// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it),
+/// in KiB.
 const KEPT: u64 = 16 << 10;
 
-/// A container's limits are plugged into the VM before it starts, and what was plugged is the node's again when it has gone; emulated guests keep processors. More processors than
-/// the node has cannot be had, which one line says.
+/// A container's limits are plugged into the VM before it starts, and what was plugged is the node's again when it has
+/// gone; emulated guests keep processors. More processors than the node has cannot be had, which one line says.
 fn processors_and_memory_come_and_go_with_a_container(node: &Machine) -> Result {
     ensure(node)?;
     let pod = node.pod(HANDLER, "sizes").run()?;
@@ -118,8 +119,8 @@ fn are_said_once(node: &Machine, pod: &Pod<'_>, processors: u64) -> Result {
     )
 }
 
-/// Programs look up their own name, so a pod without one gets one. The node has AppArmor, so its CRI gives every container
-/// a profile: the pod's log says once that the guest has none, and not as a warning.
+/// Programs look up their own name, so a pod without one gets one. The node has AppArmor, so its CRI gives every
+/// container a profile: the pod's log says once that the guest has none, and not as a warning.
 fn name_and_lack(node: &Machine) -> Result {
     ensure(node)?;
     let nameless = |pod: &mut serde_json::Value| {

@@ -119,8 +119,8 @@ fn a_first_install_without_power_at_each_step(node: &mut Machine) -> Result {
     Ok(())
 }
 
-/// Installs a version and cuts the power when the installer says that it begins a step. After the boot the node runs the pods that its CRI offers to run, and
-/// the same command completes; what it installs is what other stories run.
+/// Installs a version and cuts the power when the installer says that it begins a step. After the boot the node runs
+/// the pods that its CRI offers to run, and the same command completes; what it installs is what other stories run.
 fn cut_and_go_on(node: &mut Machine, version: &str, step: &str) -> Result {
     let at_step = |failure| Failure::Claim(format!("power cut at {step:?}: {failure}"));
     let command = installer(&payload(node, version)?)?;

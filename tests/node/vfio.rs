@@ -1,4 +1,5 @@
-//! Devices of the node that VFIO hands over: an NVMe disk and a network card, each behind a port of its own and the node's IOMMU.
+//! Devices of the node that VFIO hands over: an NVMe disk and a network card, each behind a port of its own and the
+//! node's IOMMU.
 
 use serde_json::{Value, json};
 use tests::{

@@ -1,6 +1,7 @@
 //! Long use and much at once: no byte is lost, no exit code is wrong, nothing hangs, grows or is left.
 //!
-//! Each story plays with one of two sets of counts: `brief/<story>` in `make test`, `full/<story>` in `make soak`. What was counted and measured is printed.
+//! Each story plays with one of two sets of counts: `brief/<story>` in `make test`, `full/<story>` in `make soak`. What
+//! was counted and measured is printed.
 
 use tests::{
     config::{Guest, Runtime},

@@ -29,8 +29,8 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 /// Counts for ever, a line at a time.
 const COUNTER: &str = "i=0; while :; do echo $((i+=1)); sleep 0.01; done";
 
-/// Ten streams of execs, pods that come and go, and a log that grows, while containerd is restarted again and again. What is interrupted fails at once; the rest
-/// is whole, and what ran before runs on.
+/// Ten streams of execs, pods that come and go, and a log that grows, while containerd is restarted again and again.
+/// What is interrupted fails at once; the rest is whole, and what ran before runs on.
 fn containerd_restarts_under_load(node: &Node, runtime: Runtime, counts: Counts) -> Result {
     let pod = node.pod(runtime, "steady")?.run()?;
     let container = pod.container("host", &["sleep", "infinity"]).run()?;

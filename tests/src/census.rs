@@ -11,8 +11,8 @@ use crate::procs;
 /// Names of processes that the harness itself has in the node.
 const HARNESS: &[&str] = &["cat", "nsenter", "containerd", "ctr", "crictl"];
 
-/// Files that are kept for ever: CNI's host-local has which address it gave last, and its lock, and our shims have the leases of
-/// QEMU's users.
+/// Files that are kept for ever: CNI's host-local has which address it gave last, and its lock, and our shims have the
+/// leases of QEMU's users.
 const KEPT: &[&str] = &["last_reserved_ip.0", "lock", "uids"];
 
 /// What a node holds at one moment, each thing as a line that a reader understands.
@@ -31,8 +31,8 @@ pub struct Scope {
 }
 
 impl Census {
-    /// Looks at processes, mounts, everything under /run (sockets, network namespaces, state folders, address leases), cgroups and sockets without a
-    /// file. Network devices and filters in a pod's network namespace go with it.
+    /// Looks at processes, mounts, everything under /run (sockets, network namespaces, state folders, address leases),
+    /// cgroups and sockets without a file. Network devices and filters in a pod's network namespace go with it.
     #[must_use]
     pub fn take(scope: &Scope) -> Self {
         let mut found = BTreeSet::new();

@@ -1,7 +1,7 @@
 //! A whole cluster of one node: Kubernetes, containerd and CNI as they are, in namespaces of their own.
 //!
-//! The node is bare: whatever is to run pods besides runc is installed on it, below its own /opt and /etc. There is no systemd; a [`SYSTEMCTL`] of the harness's
-//! restarts containerd, and does nothing else.
+//! The node is bare: whatever is to run pods besides runc is installed on it, below its own /opt and /etc. There is no
+//! systemd; a [`SYSTEMCTL`] of the harness's restarts containerd, and does nothing else.
 
 pub mod operator;
 mod restarter;
@@ -38,8 +38,9 @@ const ADDRESS: &str = "10.89.0.1";
 /// How long the node may take to be ready.
 const START: Duration = Duration::from_secs(120);
 
-/// Furnishes a node for a kubelet: a network card with a default route, which leads nowhere; the API server's address as a service, which makes kube-proxy
-/// unnecessary; logs of its own; and kernel settings that the kubelet insists on, as files that look so, since they are the whole machine's.
+/// Furnishes a node for a kubelet: a network card with a default route, which leads nowhere; the API server's address
+/// as a service, which makes kube-proxy unnecessary; logs of its own; and kernel settings that the kubelet insists on,
+/// as files that look so, since they are the whole machine's.
 const FURNISH: &str = "set -e
 ip link add node0 type veth peer name node0-peer
 ip addr add \"$ADDRESS/24\" dev node0
@@ -200,7 +201,8 @@ fn kubelet_configuration(node: &Node) -> String {
         "makeIPTablesUtilChains": false,
         // Only who may lower it below its parent's can have another than 0.
         "oomScoreAdj": 0,
-        // How soon a pod's volumes follow its ConfigMaps and the node's status its runtimes: by default within a minute, and ten seconds.
+        // How soon a pod's volumes follow its ConfigMaps and the node's status its runtimes: by default within a
+        // minute, and ten seconds.
         "syncFrequency": "5s",
         "nodeStatusUpdateFrequency": "4s",
     })

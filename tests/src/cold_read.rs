@@ -1,4 +1,5 @@
-//! Where a file's pages are after a container has read it: in the guest, in QEMU, in virtiofsd, on the host, in the pod's cgroup.
+//! Where a file's pages are after a container has read it: in the guest, in QEMU, in virtiofsd, on the host, in the
+//! pod's cgroup.
 
 use std::{
     fs::{self, File},

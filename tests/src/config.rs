@@ -6,7 +6,8 @@ use serde_json::json;
 
 use crate::{failure::Result, images, places};
 
-/// The folder of a node in which containerd looks for the hosts that stand for a registry (its docs/hosts.md), at each pull.
+/// The folder of a node in which containerd looks for the hosts that stand for a registry (its docs/hosts.md), at each
+/// pull.
 pub const REGISTRIES: &str = "registries";
 
 /// Where a bare node's containerd looks for further configuration.
@@ -130,7 +131,8 @@ pub fn cni() -> String {
     .to_string()
 }
 
-/// containerd's configuration, understood by 1.6 and (by its migration) by 2.x. `handlers` have names and paths of their configuration.toml, unless the shim is to find one.
+/// containerd's configuration, understood by 1.6 and (by its migration) by 2.x. `handlers` have names and paths of
+/// their configuration.toml, unless the shim is to find one.
 #[must_use]
 pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String {
     let cri = "plugins.\"io.containerd.grpc.v1.cri\"";

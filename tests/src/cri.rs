@@ -17,7 +17,8 @@ use crate::{
 /// How long an exit may take to be known to the CRI after the process ended.
 pub const EXIT: Duration = Duration::from_secs(30);
 
-/// How long the kubelet waits for a pod: twice its `runtimeRequestTimeout` (`RunPodSandbox` in its `pkg/kubelet/cri/remote`).
+/// How long the kubelet waits for a pod: twice its `runtimeRequestTimeout` (`RunPodSandbox` in its
+/// `pkg/kubelet/cri/remote`).
 const RUN_POD: Duration = Duration::from_secs(240);
 
 /// The CRI's namespace modes (cri-api, NamespaceMode).
@@ -351,7 +352,8 @@ impl<'p> ContainerSpec<'p> {
         self.security("privileged", json!(true))
     }
 
-    /// The security context of a restricted pod: user 1000, no capability, the runtime's seccomp profile, no new privileges.
+    /// The security context of a restricted pod: user 1000, no capability, the runtime's seccomp profile, no new
+    /// privileges.
     #[must_use]
     pub fn restricted(self) -> Self {
         self.security("run_as_user", json!({ "value": 1000 }))

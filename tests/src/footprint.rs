@@ -1,7 +1,7 @@
 //! What a pod holds of the node's memory, each page counted once.
 //!
-//! Guest RAM is one memory object that QEMU and virtiofsd both map. Adding up what `ps` shows of the two counts its pages twice; here they are taken from
-//! the object itself, and the processes count only for what is their own.
+//! Guest RAM is one memory object that QEMU and virtiofsd both map. Adding up what `ps` shows of the two counts its
+//! pages twice; here they are taken from the object itself, and the processes count only for what is their own.
 
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::PathBuf};
 
@@ -24,7 +24,8 @@ pub struct Footprint {
     pub qemu_kib: u64,
     /// Of QEMU's, mapped files: the kernel and initrd it loaded, its own program. Several VMs share them.
     pub qemu_files_kib: u64,
-    /// Of all three, mapped files. The proportional share changes whenever another pod that maps the same ones comes or goes.
+    /// Of all three, mapped files. The proportional share changes whenever another pod that maps the same ones comes or
+    /// goes.
     pub files_kib: u64,
     /// Guest RAM that the host has given: what the guest's kernel and processes ever touched and have not given back.
     pub guest_kib: u64,
@@ -115,7 +116,8 @@ impl Charge {
                 };
                 stat.lines().find_map(value).unwrap_or(0)
             };
-            // Version 1 has the sums with those below under names of their own, and both versions count shared memory as a file's.
+            // Version 1 has the sums with those below under names of their own, and both versions count shared memory
+            // as a file's.
             let files = if folder.join("memory.current").exists() {
                 field(&["file"]) - field(&["shmem"]).min(field(&["file"]))
             } else {

@@ -87,7 +87,8 @@ impl Node {
 impl Installer<'_> {
     fn serve_restarts(&self) -> Result {
         let script = self.restart_command();
-        // Open for both directions, so that neither an asker who has died blocks it nor an answer to him stays for the next one.
+        // Open for both directions, so that neither an asker who has died blocks it nor an answer to him stays for the
+        // next one.
         let mut answers = fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -159,7 +160,8 @@ impl Installer<'_> {
         Ok(report)
     }
 
-    /// Runs the installer as in a pod: in the machine's own namespaces, with the node's root below another folder, and the report in a file.
+    /// Runs the installer as in a pod: in the machine's own namespaces, with the node's root below another folder, and
+    /// the report in a file.
     ///
     /// # Errors
     /// When it leaves none.
@@ -189,7 +191,8 @@ impl Installer<'_> {
         }
     }
 
-    /// Runs the installer and kills it at the line of its step number `at`, from 0 on. The line; none when it ended before.
+    /// Runs the installer and kills it at the line of its step number `at`, from 0 on. The line; none when it ended
+    /// before.
     ///
     /// # Errors
     /// When it cannot be started or killed.

@@ -1,6 +1,7 @@
 //! A real API server of Kubernetes with its etcd, and what talks to it.
 //!
-//! An [`ApiServer`] alone is enough for everything that only reads and writes objects; nobody acts on them. The parts of a whole cluster are in [`crate::cluster`].
+//! An [`ApiServer`] alone is enough for everything that only reads and writes objects; nobody acts on them. The parts
+//! of a whole cluster are in [`crate::cluster`].
 
 mod door;
 mod part;
@@ -52,7 +53,8 @@ pub const NODE: User = User {
     groups: "system:nodes",
 };
 
-/// Furnishes the namespaces of an API server that stands alone. etcd's files are in memory: it waits for the disk at each write otherwise.
+/// Furnishes the namespaces of an API server that stands alone. etcd's files are in memory: it waits for the disk at
+/// each write otherwise.
 const ALONE: &str = "ip link set lo up
 mount -t tmpfs tmpfs /run";
 
@@ -84,7 +86,8 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Starts one that stands alone: no controller gives a namespace its service account, nothing is garbage-collected, no pod is scheduled.
+    /// Starts one that stands alone: no controller gives a namespace its service account, nothing is garbage-collected,
+    /// no pod is scheduled.
     ///
     /// # Errors
     /// When it has not been built, or does not start.

@@ -1,7 +1,8 @@
 //! The harness that runs Sandpod under real peers.
 //!
-//! A story starts a [`node::Node`] (a real containerd in its own namespaces), runs pods on it with [`cri`] or tasks with `ctr`, and claims what it
-//! sees. [`stage`] plays stories one after another on a node and fails those that leave anything behind.
+//! A story starts a [`node::Node`] (a real containerd in its own namespaces), runs pods on it with [`cri`] or tasks
+//! with `ctr`, and claims what it sees. [`stage`] plays stories one after another on a node and fails those that leave
+//! anything behind.
 
 pub mod census;
 pub mod cluster;

@@ -1,8 +1,10 @@
-//! A whole node in an emulated machine: its own kernel, systemd, cgroup v2, KVM with kernel vsock and vhost-net. It can be rebooted, and its power can be cut.
+//! A whole node in an emulated machine: its own kernel, systemd, cgroup v2, KVM with kernel vsock and vhost-net. It can
+//! be rebooted, and its power can be cut.
 //!
-//! QEMU's TCG emulates AMD's virtualization, so the node's KVM is real wherever the tests run. The disk is an overlay of the image that `tests/node/image.sh` makes.
-//! This machine's workspace and cache are there under the same paths, read-only; what is built anew is in the node without another image. Commands go over a
-//! virtio-serial port to a runner in the node.
+//! QEMU's TCG emulates AMD's virtualization, so the node's KVM is real wherever the tests run. The disk is an overlay
+//! of the image that `tests/node/image.sh` makes. This machine's workspace and cache are there under the same paths,
+//! read-only; what is built anew is in the node without another image. Commands go over a virtio-serial port to a
+//! runner in the node.
 
 mod channel;
 mod kubelet;
@@ -50,7 +52,8 @@ const SAY: &str = "SANDPOD_SAY_COMMANDS";
 /// How long a boot may take: half a minute on two idle processors.
 const BOOT: Duration = Duration::from_secs(600);
 
-/// How long an ordinary command in the node may take: everything is some ten times slower there, and more on a machine that does other work.
+/// How long an ordinary command in the node may take: everything is some ten times slower there, and more on a machine
+/// that does other work.
 pub const ORDINARY: Duration = Duration::from_secs(600);
 
 /// How long a node may take to shut down.

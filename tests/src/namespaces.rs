@@ -1,6 +1,7 @@
 //! New mount, network, IPC and pid namespaces, which end with the harness.
 //!
-//! Their first process holds a pipe from the harness and ends with it; the kernel then ends every other process in them, and the mounts go with the last one.
+//! Their first process holds a pipe from the harness and ends with it; the kernel then ends every other process in
+//! them, and the mounts go with the last one.
 
 use std::{
     fs,
@@ -19,7 +20,8 @@ use crate::{
     procs, run,
 };
 
-/// What the first process does when its place is furnished. `cat` ends with the pipe from the harness; the shell collects orphans.
+/// What the first process does when its place is furnished. `cat` ends with the pipe from the harness; the shell
+/// collects orphans.
 const REMAIN: &str = "echo ready
 cat >/dev/null || :
 exit 0";

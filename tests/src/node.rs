@@ -1,7 +1,7 @@
 //! A node: a real containerd with its own mounts, network, processes and images, undone when it is dropped.
 //!
-//! A node lives in [`Namespaces`] of its own. Its /run is a tmpfs, so nodes do not see each other's sockets and state. Only cgroups are the machine's: they live
-//! below one folder per node, which is removed last.
+//! A node lives in [`Namespaces`] of its own. Its /run is a tmpfs, so nodes do not see each other's sockets and state.
+//! Only cgroups are the machine's: they live below one folder per node, which is removed last.
 
 mod daemon;
 
@@ -47,7 +47,8 @@ echo 1 >/proc/sys/net/ipv4/ip_forward
 mount --bind \"$OWN/opt\" /opt
 [ -z \"$MASK_KVM\" ] || ! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm";
 
-/// The handler whose configuration the shim finds by itself, where it is installed: with our own kernel. Only with such a handler, containerd runs pods with user namespaces.
+/// The handler whose configuration the shim finds by itself, where it is installed: with our own kernel. Only with such
+/// a handler, containerd runs pods with user namespaces.
 pub const INSTALLED: &str = "kata-installed";
 
 /// How long the CRI's client waits by itself: longer than any command's own deadline.
@@ -95,8 +96,8 @@ pub struct NodeSpec {
     pub handlers: Vec<(String, String)>,
     /// Hides /dev/kvm.
     pub without_kvm: bool,
-    /// Nothing of Sandpod is there: a node to install it on. Its /etc, /usr/local and /var/lib are its own, as far as they differ from the
-    /// machine's, and containerd's configuration is where packages have it.
+    /// Nothing of Sandpod is there: a node to install it on. Its /etc, /usr/local and /var/lib are its own, as far as
+    /// they differ from the machine's, and containerd's configuration is where packages have it.
     pub bare: bool,
 }
 
@@ -183,7 +184,8 @@ impl Node {
         Ok(node)
     }
 
-    /// Runs a first pod and a first task with runc: what a node keeps ever after (its bridge, the folders of its programs) is there from then on.
+    /// Runs a first pod and a first task with runc: what a node keeps ever after (its bridge, the folders of its
+    /// programs) is there from then on.
     fn settle_in(&self) -> Result {
         let pod = self.pod(Runtime::Runc, "first")?.run()?;
         pod.shell("first", "exit 0").run()?.wait_exit()?;
@@ -401,7 +403,8 @@ impl Node {
         clean.map_err(|_| Failure::LeftBehind(left))
     }
 
-    /// Removes the pods' parent cgroups, which a kubelet makes and removes in real life. One that is not empty is somebody's leftover and stays.
+    /// Removes the pods' parent cgroups, which a kubelet makes and removes in real life. One that is not empty is
+    /// somebody's leftover and stays.
     fn remove_empty_parents(&self) {
         for hierarchy in census::hierarchies() {
             let own = hierarchy.join(self.cgroup.trim_start_matches('/'));
@@ -435,7 +438,8 @@ impl Drop for Node {
     }
 }
 
-/// The peers' programs first, then ours unless they are to be installed (1.6 finds a shim by its name only), then the system's.
+/// The peers' programs first, then ours unless they are to be installed (1.6 finds a shim by its name only), then the
+/// system's.
 fn search_path(programs: &Path, bare: bool) -> String {
     let ours = match places::binaries() {
         Ok(folder) if !bare => format!("{}:", folder.display()),

@@ -1,7 +1,8 @@
-//! Container images without a registry: file trees made of Debian packages, their layers, and an archive of images that share layers.
+//! Container images without a registry: file trees made of Debian packages, their layers, and an archive of images that
+//! share layers.
 //!
-//! An archive is an OCI image layout (image-spec, "OCI Image Layout") in a tar file, which `ctr images import` reads. It is the same byte for byte as
-//! long as Debian's packages are, and cached by the hash of its recipe.
+//! An archive is an OCI image layout (image-spec, "OCI Image Layout") in a tar file, which `ctr images import` reads.
+//! It is the same byte for byte as long as Debian's packages are, and cached by the hash of its recipe.
 
 use std::{
     collections::BTreeMap,
@@ -259,7 +260,8 @@ impl Layout {
         Ok(Layer(self.blob(tree.layer()?, "layer.v1.tar")))
     }
 
-    /// Adds an image: its name with registry and tag, its layers from the lowest up, the command it runs, and the user that runs it (empty: root).
+    /// Adds an image: its name with registry and tag, its layers from the lowest up, the command it runs, and the user
+    /// that runs it (empty: root).
     pub fn image(&mut self, name: &str, layers: &[&Layer], command: &[&str], user: &str) {
         let layers: Vec<_> = layers.iter().map(|layer| &layer.0).collect();
         let configuration = json!({

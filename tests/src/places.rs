@@ -1,4 +1,5 @@
-//! Where the things under test and their peers are: environment variables set by the Makefile, else the conventional places.
+//! Where the things under test and their peers are: environment variables set by the Makefile, else the conventional
+//! places.
 
 use std::{
     env,
@@ -44,7 +45,8 @@ pub fn test_program(name: &str) -> Result<PathBuf> {
         .ok_or_else(|| missing(&folder.join(format!("{name}-*")), remedy))
 }
 
-/// The folder with `vmlinux` and `initrd` of a guest: `$SANDPOD_GUEST_OWN` or `$SANDPOD_GUEST_DEBIAN`, else `target/guest/<name>`.
+/// The folder with `vmlinux` and `initrd` of a guest: `$SANDPOD_GUEST_OWN` or `$SANDPOD_GUEST_DEBIAN`, else
+/// `target/guest/<name>`.
 ///
 /// # Errors
 /// When that image has not been built.

@@ -58,8 +58,8 @@ impl Output {
     }
 }
 
-/// A command of which the program, to be added, will be the first process of new mount, network, IPC and pid namespaces, and ends with
-/// it. Needs root.
+/// A command of which the program, to be added, will be the first process of new mount, network, IPC and pid
+/// namespaces, and ends with it. Needs root.
 #[must_use]
 pub fn in_new_namespaces() -> Command {
     let mut command = Command::new("unshare");
@@ -151,7 +151,8 @@ pub fn wait(mut child: Child, deadline: Duration, line: &str) -> Result<ExitStat
     Ok(status)
 }
 
-/// Waits for a line that a program writes; none when it ends before. What it writes after that is read and forgotten, so that it is not held up.
+/// Waits for a line that a program writes; none when it ends before. What it writes after that is read and forgotten,
+/// so that it is not held up.
 ///
 /// # Errors
 /// [`Failure::Deadline`] when there is none by then.

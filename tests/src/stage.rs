@@ -16,13 +16,16 @@ use crate::{
     node::{Node, NodeSpec},
 };
 
-/// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete` after it has answered.
+/// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete`
+/// after it has answered.
 pub const SETTLE: Duration = Duration::from_secs(5);
 
-/// The variable with the names of stories, with commas between them, that a program is to play instead of those that it plays by default.
+/// The variable with the names of stories, with commas between them, that a program is to play instead of those that it
+/// plays by default.
 pub const STORIES: &str = "SANDPOD_STORIES";
 
-/// The stories that are to be played: those that [`STORIES`] names, in its order, whether they are ignored by default or not; or all.
+/// The stories that are to be played: those that [`STORIES`] names, in its order, whether they are ignored by default
+/// or not; or all.
 #[must_use]
 pub fn chosen(trials: Vec<Trial>) -> Vec<Trial> {
     let Ok(names) = env::var(STORIES) else {

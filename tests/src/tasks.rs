@@ -196,7 +196,8 @@ pub struct Attached<'n> {
 }
 
 impl Attached<'_> {
-    /// Kills it, and returns how long it was from there until the client saw the task deleted. Removes the container too.
+    /// Kills it, and returns how long it was from there until the client saw the task deleted. Removes the container
+    /// too.
     ///
     /// # Errors
     /// What containerd answers.

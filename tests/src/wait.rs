@@ -1,8 +1,9 @@
 //! The one place that waits for what nobody announces.
 //!
-//! Most waits of the harness are on events: the end of a process, a line of a log, an event of containerd. Some states have no event: that a
-//! pod's last mount is gone, or that the CRI has taken note of an exit that it was told of. Those are asked for again whenever containerd says that
-//! something happened, and otherwise at a fixed pace, up to a deadline.
+//! Most waits of the harness are on events: the end of a process, a line of a log, an event of containerd. Some states
+//! have no event: that a pod's last mount is gone, or that the CRI has taken note of an exit that it was told of. Those
+//! are asked for again whenever containerd says that something happened, and otherwise at a fixed pace, up to a
+//! deadline.
 
 use std::{
     env,

@@ -16,7 +16,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(15);
 
 impl Node {
-    /// The body of the answer to a GET on an address that the node reaches; a server that does not listen yet is asked again.
+    /// The body of the answer to a GET on an address that the node reaches; a server that does not listen yet is asked
+    /// again.
     ///
     /// # Errors
     /// [`Failure::Deadline`] with the last refusal.

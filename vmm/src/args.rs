@@ -103,7 +103,8 @@ pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
         // The translator has neither kvmclock nor a deadline timer: what the guest would measure, it is told.
         let (khz, loops) = (fds.tsc_khz, fds.tsc_khz * 1000 / HZ);
         line += &format!(" tsc=reliable tsc_early_khz={khz} lpj={loops}");
-        // Linux waits ten ticks for the timer's interrupt, and panics without a word on a host too busy to have the translator deliver it. Under KVM it does not look.
+        // Linux waits ten ticks for the timer's interrupt, and panics without a word on a host too busy to have the
+        // translator deliver it. Under KVM it does not look.
         line += " no_timer_check";
     }
     if let ChannelFd::VhostVsock { ready_port, .. } = fds.channel {
@@ -162,10 +163,12 @@ impl Args {
                 self.pair("-cpu", "host,pmu=off");
             }
             Accelerator::Tcg => {
-                // Holds what a pod runs from its boot to its end: 32 MiB fill up on the way, and filling up throws all of it away.
-                // One thread for all vCPUs: with one each, QEMU 7.2 gives up when a vCPU is plugged while the buffer is full.
+                // Holds what a pod runs from its boot to its end: 32 MiB fill up on the way, and filling up throws all
+                // of it away. One thread for all vCPUs: with one each, QEMU 7.2 gives up when a vCPU is plugged while
+                // the buffer is full.
                 self.pair("-accel", "tcg,thread=single,tb-size=48");
-                // Without the promise of fast string moves the guest copies in words, which an emulator does faster than bytes.
+                // Without the promise of fast string moves the guest copies in words, which an emulator does faster
+                // than bytes.
                 self.pair("-cpu", "max,-erms");
             }
         }

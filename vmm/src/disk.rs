@@ -1,7 +1,7 @@
 //! Block devices of the host in a running VM.
 //!
-//! They hang on one virtio-scsi controller, which is plugged with the first of them: a VM without disks pays nothing, and one with disks has any number behind one
-//! slot. Each is a target of its own, with unit 0.
+//! They hang on one virtio-scsi controller, which is plugged with the first of them: a VM without disks pays nothing,
+//! and one with disks has any number behind one slot. Each is a target of its own, with unit 0.
 //!
 //! ```text
 //! add_disk ─▶ (the first: device_add virtio-scsi-pci) ─▶ add-fd, blockdev-add, device_add scsi-hd
@@ -45,8 +45,8 @@ impl Disk {
 }
 
 impl Vm {
-    /// Plugs a block device of the host, opened for what the guest may do: `read_only` or both. QEMU has it when this returns; the guest finds it
-    /// some milliseconds later, and says so to whoever listens there.
+    /// Plugs a block device of the host, opened for what the guest may do: `read_only` or both. QEMU has it when this
+    /// returns; the guest finds it some milliseconds later, and says so to whoever listens there.
     ///
     /// # Errors
     /// When the VM has 255 already, or QEMU refuses.

@@ -43,7 +43,8 @@ pub enum VmError {
         /// Why not.
         source: io::Error,
     },
-    /// A program cannot be started with its label: the kernel does not know the label, or the policy forbids the change to it.
+    /// A program cannot be started with its label: the kernel does not know the label, or the policy forbids the change
+    /// to it.
     #[error("cannot start {} with the SELinux label {label:?}: {source}", program.display())]
     Label {
         /// Which program.
@@ -123,8 +124,8 @@ impl VmError {
         }
     }
 
-    /// Why a program was not started. Both the label and the program's own execution may be what was refused, with the same error; a
-    /// program that is not there is neither.
+    /// Why a program was not started. Both the label and the program's own execution may be what was refused, with the
+    /// same error; a program that is not there is neither.
     pub(crate) fn spawn(program: &Path, label: Option<&str>, source: io::Error) -> VmError {
         let program = program.to_owned();
         match label {

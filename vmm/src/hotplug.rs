@@ -27,8 +27,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a guest may go on to take and give back. A true one needs a second for some 8 GiB.
 const LONGEST: Duration = Duration::from_secs(60);
-/// How often to look at a virtio-mem device. It tells of changes by itself, but QEMU holds back all that follow the first
-/// within a second, and guests need less than a tenth of that.
+/// How often to look at a virtio-mem device. It tells of changes by itself, but QEMU holds back all that follow the
+/// first within a second, and guests need less than a tenth of that.
 const LOOK: Duration = Duration::from_millis(5);
 /// A guest's memory block: the least that ACPI memory hot-plug can add (x86, less than 64 GiB at boot).
 const DIMM_STEP_MIB: u64 = 128;

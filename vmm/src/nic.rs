@@ -8,8 +8,8 @@ use crate::{error::VmError, spec::Nic, vm::Vm};
 const PORT: &str = "rp1";
 
 impl Vm {
-    /// Plugs an interface on its tap, with an open `/dev/vhost-net` where the host has it. QEMU has it when this returns; the guest finds it some
-    /// milliseconds later.
+    /// Plugs an interface on its tap, with an open `/dev/vhost-net` where the host has it. QEMU has it when this
+    /// returns; the guest finds it some milliseconds later.
     ///
     /// # Errors
     /// When the VM has been given one already, the interface is not one, or QEMU refuses.

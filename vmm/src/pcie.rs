@@ -7,7 +7,8 @@
 //!         └─ 1e.7 vfio-rp31 ── 00.0 the last that there is room for
 //! ```
 //!
-//! The ports are functions of few places, as in a real machine, and far from those that QEMU gives to what comes without one.
+//! The ports are functions of few places, as in a real machine, and far from those that QEMU gives to what comes
+//! without one.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -20,8 +21,8 @@ const SLOTS: usize = 4;
 const FUNCTIONS: usize = 8;
 /// The most functions of the host that a VM can have.
 pub const MOST_FUNCTIONS: usize = SLOTS * FUNCTIONS;
-/// Bytes above all memory where QEMU lets q35's guest map devices, if nobody asks for more (`Q35_PCI_HOST_HOLE64_SIZE_DEFAULT` of
-/// `hw/pci-host/q35.c`).
+/// Bytes above all memory where QEMU lets q35's guest map devices, if nobody asks for more
+/// (`Q35_PCI_HOST_HOLE64_SIZE_DEFAULT` of `hw/pci-host/q35.c`).
 const WINDOW: u64 = 32 << 30;
 
 /// Where a PCI function is on the host, `0000:3b:00.1`.
@@ -42,8 +43,8 @@ pub struct HostFunction {
     pub window: u64,
 }
 
-/// The functions of the host that a VM has from its start, in the order of their addresses. Which port each has follows from that, so no port has two, and no
-/// function is there twice.
+/// The functions of the host that a VM has from its start, in the order of their addresses. Which port each has follows
+/// from that, so no port has two, and no function is there twice.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Passthrough(BTreeMap<PciAddress, u64>);
 
@@ -71,8 +72,8 @@ impl Passthrough {
         self.0.keys().copied()
     }
 
-    /// GiB of address space that the guest needs above its memory, where that is more than it has anyway. Regions are aligned to their size, so each function
-    /// takes the next power of two.
+    /// GiB of address space that the guest needs above its memory, where that is more than it has anyway. Regions are
+    /// aligned to their size, so each function takes the next power of two.
     pub(crate) fn window_gib(&self) -> Option<u64> {
         let aligned = self.0.values().map(|bytes| bytes.next_power_of_two());
         let all = aligned.fold(0, u64::saturating_add);

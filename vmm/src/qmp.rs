@@ -25,16 +25,18 @@ use tokio::{
 
 use crate::spec::Nic;
 
-/// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand; in memory a line of small objects
-/// becomes a hundred times as long.
+/// The longest line taken, in bytes. QEMU's longest true answer, the list of 240 vCPUs, has 60 thousand; in memory a
+/// line of small objects becomes a hundred times as long.
 const LONGEST_LINE: usize = 128 << 10;
 /// Characters of QEMU's reason for a refusal that are kept.
 const LONGEST_REASON: usize = 1024;
 /// Bytes of a device's id. Ours are shorter, and events wait in a queue.
 const LONGEST_ID: usize = 128;
-/// QEMU answers within milliseconds, unless its host is starved: then it is not QEMU's fault, and the caller's patience is to end first.
+/// QEMU answers within milliseconds, unless its host is starved: then it is not QEMU's fault, and the caller's patience
+/// is to end first.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 60 });
-/// Before its first word QEMU is loaded, and has its memory cleared where it takes all of it at once. Its death is seen at once.
+/// Before its first word QEMU is loaded, and has its memory cleared where it takes all of it at once. Its death is seen
+/// at once.
 const GREETING_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 180 });
 
 /// Where QEMU keeps what was plugged under an id.
@@ -296,7 +298,8 @@ impl Qmp {
         self.order("remove-fd", json!({"fdset-id": number})).await
     }
 
-    /// `blockdev-add` of a host's block device, which is open under a number. Its pages stay out of the host's cache: the guest has them in its own.
+    /// `blockdev-add` of a host's block device, which is open under a number. Its pages stay out of the host's cache:
+    /// the guest has them in its own.
     pub async fn add_block_device(&self, id: &str, file: u64, read_only: bool) -> Result<(), QmpError> {
         let device = json!({
             "driver": "host_device", "node-name": id, "filename": format!("/dev/fdset/{file}"), "read-only": read_only,
@@ -316,7 +319,8 @@ impl Qmp {
             .await
     }
 
-    /// `device_add` of a disk on a SCSI controller. Others may write to the device, too: it may be in the hands of several pods.
+    /// `device_add` of a disk on a SCSI controller. Others may write to the device, too: it may be in the hands of
+    /// several pods.
     pub async fn add_scsi_disk(&self, id: &str, controller: &str, target: u8) -> Result<(), QmpError> {
         let disk = json!({
             "driver": "scsi-hd", "id": id, "drive": id, "bus": format!("{controller}.0"),

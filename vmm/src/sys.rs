@@ -256,8 +256,8 @@ fn memory(own: usize) -> io::Result<Memory> {
 /// parents have ended; the kernel removes them.
 fn keep(parent: RawFd, arguments: &Range<usize>, memory: &Memory) -> ! {
     // SAFETY: SIGCHLD gets no handler. The memory is this process's own copy, of which only this stack and the
-    // program's variables are in use from here on: the rest may become zeros, and the arguments the name, which is cut to
-    // their length. The calls take integers and pointers to what outlives them.
+    // program's variables are in use from here on: the rest may become zeros, and the arguments the name, which is cut
+    // to their length. The calls take integers and pointers to what outlives them.
     unsafe {
         let _best_effort = (
             prctl::set_pdeathsig(Signal::SIGKILL),

@@ -168,11 +168,11 @@ impl Vm {
         self.link.open(deadline).await
     }
 
-    /// Ends the VM at once, whatever state it is in, and waits until the kernel has taken it down. Can be called again, and then
-    /// returns the same.
+    /// Ends the VM at once, whatever state it is in, and waits until the kernel has taken it down. Can be called again,
+    /// and then returns the same.
     ///
-    /// QEMU is killed, not asked: it holds nothing that it would have to write out, and a guest that has broken into it has no
-    /// say.
+    /// QEMU is killed, not asked: it holds nothing that it would have to write out, and a guest that has broken into it
+    /// has no say.
     pub async fn stop(&self) -> ExitReason {
         self.child.kill();
         self.child.exited().await
@@ -299,8 +299,8 @@ fn identity(accelerator: Accelerator, placement: &Placement) -> Result<User, VmE
     })
 }
 
-/// A device of the host reaches the guest's memory by addresses that the kernel fixes, all of it; the rest of QEMU that it counts, such as firmware, is below a GiB
-/// (libvirt's `qemuDomainGetMemLockLimitBytes` takes as much).
+/// A device of the host reaches the guest's memory by addresses that the kernel fixes, all of it; the rest of QEMU that
+/// it counts, such as firmware, is below a GiB (libvirt's `qemuDomainGetMemLockLimitBytes` takes as much).
 fn locked_memory(spec: &VmSpec) -> Option<u64> {
     (!spec.passthrough.is_empty()).then(|| (spec.memory.max_mib + 1024) << 20)
 }

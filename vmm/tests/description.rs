@@ -154,7 +154,8 @@ fn a_card_of_the_host_with_two_functions() {
     matches_golden("vfio-card", &spec, &numbers(&spec));
 }
 
-/// Nine large cards, the first of them named twice: the ninth port needs a second place, and all of them a larger window.
+/// Nine large cards, the first of them named twice: the ninth port needs a second place, and all of them a larger
+/// window.
 #[test]
 fn large_cards_of_the_host() {
     let mut spec = pod();

@@ -333,8 +333,8 @@ impl Engine {
         .await
     }
 
-    /// Makes a process that does nothing but lead a new PID namespace, which belongs to the user namespace `user` if there is
-    /// one, for containers that share it; returns its pid.
+    /// Makes a process that does nothing but lead a new PID namespace, which belongs to the user namespace `user` if
+    /// there is one, for containers that share it; returns its pid.
     pub async fn pause(&self, user: Option<PathBuf>) -> Result<i32, EngineError> {
         self.started(Request::Pause { user }, Vec::new())
             .await

@@ -122,8 +122,8 @@ pub(super) fn hooks_of_creation(spec: &Spec) -> Vec<Hook> {
     lists.into_iter().flatten().flatten().collect()
 }
 
-/// A propagation type without the `r` that says "and everything below": libcontainer knows only the names without, and means that by them. containerd and
-/// CRI-O set `rslave` for a container with a mount that is to follow the host's.
+/// A propagation type without the `r` that says "and everything below": libcontainer knows only the names without, and
+/// means that by them. containerd and CRI-O set `rslave` for a container with a mount that is to follow the host's.
 fn propagation(given: &str) -> String {
     given.strip_prefix('r').unwrap_or(given).to_owned()
 }

@@ -142,7 +142,8 @@ pub(super) fn update(id: &str, container: &Spec, mut resources: LinuxResources) 
     Ok((Answer::Done, Vec::new()))
 }
 
-/// Runs the hooks of a stage that libcontainer leaves to its builders, each of them; the first that fails is the one to tell.
+/// Runs the hooks of a stage that libcontainer leaves to its builders, each of them; the first that fails is the one to
+/// tell.
 pub(super) fn hooks(id: &str, container: &Spec, init: i32, stage: Stage) -> Outcome {
     let hooks = container.hooks().as_ref();
     let (list, status) = match stage {
@@ -278,8 +279,8 @@ impl Launch<'_> {
     }
 }
 
-/// Opens the namespaces that a process is to join, and names them by their descriptors: libcontainer joins the user namespace first, and from in
-/// there may not look at the processes by which the others are named.
+/// Opens the namespaces that a process is to join, and names them by their descriptors: libcontainer joins the user
+/// namespace first, and from in there may not look at the processes by which the others are named.
 fn hold_namespaces(spec: &mut Spec) -> Result<Vec<OwnedFd>, String> {
     let Some(linux) = spec.linux_mut() else {
         return Ok(Vec::new());

@@ -1,4 +1,5 @@
-//! Paths that the host names: looked up without leaving the agent's own folder, whatever links the host's files contain.
+//! Paths that the host names: looked up without leaving the agent's own folder, whatever links the host's files
+//! contain.
 
 use std::{
     io,
@@ -27,7 +28,8 @@ pub(super) fn is_ours(path: &Path) -> bool {
     path != Path::new(BASE) && path.starts_with(BASE) && is_plain(path)
 }
 
-/// Opens what the host has named ([`is_ours`]). Links are followed as long as they stay below [`BASE`]; any other is EXDEV.
+/// Opens what the host has named ([`is_ours`]). Links are followed as long as they stay below [`BASE`]; any other is
+/// EXDEV.
 pub(super) fn open(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     let below = path.strip_prefix(BASE).map_err(|_| Errno::EXDEV)?;
     let base = nix::fcntl::open(

@@ -62,8 +62,8 @@ pub(super) fn begin() -> Result<modules::Boot> {
     Ok(boot)
 }
 
-/// Makes what containers need besides. Terminals, shared memory and links in `/dev` are each container's own, and `/run`
-/// is in memory like the rest of the root.
+/// Makes what containers need besides. Terminals, shared memory and links in `/dev` are each container's own, and
+/// `/run` is in memory like the rest of the root.
 pub(super) fn finish() -> Result<()> {
     attach("cgroup2", Path::new(CGROUPS), "cgroup2", STRICT, Some("nsdelegate"))?;
     enable_controllers()?;
@@ -110,8 +110,8 @@ fn leave_ram_disk() -> Result<()> {
     chdir("/").doing(|| "enter the root".into())
 }
 
-/// Keeps what an image has beside the agent: the kernel's modules, and programs for guest hooks or for the packet filter, with the
-/// libraries that they need. Our own image has modules at most.
+/// Keeps what an image has beside the agent: the kernel's modules, and programs for guest hooks or for the packet
+/// filter, with the libraries that they need. Our own image has modules at most.
 fn keep_image(root: &Path) -> Result<()> {
     for name in IMAGE {
         let (source, target) = (Path::new("/").join(name), root.join(name));

@@ -42,8 +42,8 @@ const PORT_BUFFER: usize = 4096;
 /// Id of a virtio socket device (virtio 1.2, section 5).
 const VIRTIO_VSOCK: &str = "virtio:d00000013";
 
-/// Connections from the host, over all channels that are there or come. `ready_port` is the port of the host that is told
-/// when vsock is served; `ready` becomes true when the guest is set up.
+/// Connections from the host, over all channels that are there or come. `ready_port` is the port of the host that is
+/// told when vsock is served; `ready` becomes true when the guest is set up.
 pub(super) fn connections(
     ready_port: Option<u32>,
     ready: watch::Receiver<bool>,

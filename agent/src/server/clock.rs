@@ -86,7 +86,8 @@ pub(super) fn is_kept() -> bool {
 /// Keeps the guest's clock, as long as the guest runs, where the host's can be read.
 pub(super) async fn keep() {
     let Some(clock) = host_clock() else { return };
-    // There is no program yet that would see a jump: the guest has counted ticks while it booted, and may have missed some.
+    // There is no program yet that would see a jump: the guest has counted ticks while it booted, and may have missed
+    // some.
     let mut act: fn(i128) -> io::Result<()> = step;
     let mut failed = false;
     loop {

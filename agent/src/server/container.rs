@@ -49,7 +49,8 @@ impl Container {
         }
     }
 
-    /// Whether an exec_id names the init: upstream's shims say it differently (`src/agent/src/sandbox.rs` of kata-containers).
+    /// Whether an exec_id names the init: upstream's shims say it differently (`src/agent/src/sandbox.rs` of
+    /// kata-containers).
     pub(super) fn is_init(&self, exec: &str) -> bool {
         exec.is_empty() || exec == self.id
     }

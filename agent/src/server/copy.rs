@@ -1,7 +1,7 @@
 //! Files that the host sends: volumes whose updates must wake those who watch them in the guest.
 //!
-//! What is sent appears whole: a file, a link or its replacement is made under another name and renamed (the conventions are those
-//! of `do_copy_file` in `src/agent/src/rpc.rs` of kata-containers).
+//! What is sent appears whole: a file, a link or its replacement is made under another name and renamed (the
+//! conventions are those of `do_copy_file` in `src/agent/src/rpc.rs` of kata-containers).
 
 use std::{
     ffi::{OsStr, OsString},
@@ -127,7 +127,8 @@ impl Target {
         Ok(fchmod(&made, mode)?)
     }
 
-    /// Makes a link, or swaps it in one step. When [`KUBELET_DATA`] has gone over to a new folder, the old one is removed.
+    /// Makes a link, or swaps it in one step. When [`KUBELET_DATA`] has gone over to a new folder, the old one is
+    /// removed.
     pub(super) fn link(&self, to: &OsStr) -> io::Result<()> {
         let temporary = self.temporary();
         let before = readlinkat(&self.parent, self.name.as_os_str()).ok();
@@ -177,7 +178,8 @@ impl Target {
         Ok(fchownat(&self.parent, name, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)?)
     }
 
-    /// After the swap: the files of before, and the links to those that are no more. Whoever watches one of them sees its end.
+    /// After the swap: the files of before, and the links to those that are no more. Whoever watches one of them sees
+    /// its end.
     fn remove_stale(&self, before: &OsStr) -> io::Result<()> {
         let parent = path_of(&self.parent);
         for entry in fs::read_dir(&parent)? {

@@ -1,7 +1,7 @@
 //! Block devices that the host plugs for a container or a storage.
 //!
-//! They are named as in `src/agent/src/device` of kata-containers: `scsi` by `target:unit` on the only controller, `blk` (virtio-blk) by its PCI path,
-//! the slots in hexadecimal from the root bus on, `02/01`.
+//! They are named as in `src/agent/src/device` of kata-containers: `scsi` by `target:unit` on the only controller,
+//! `blk` (virtio-blk) by its PCI path, the slots in hexadecimal from the root bus on, `02/01`.
 
 use std::{
     fs, io,
@@ -26,8 +26,9 @@ const APPEARS: Duration = Duration::from_secs(3);
 /// How the kernel looks for SCSI devices.
 const SCAN: &str = "/sys/module/scsi_mod/parameters/scan";
 
-/// Keeps the kernel from looking for SCSI devices by itself: an emulated machine spends seconds on the 256 targets of a controller, while it takes note of
-/// nothing else there. The host says what there is. Nothing to do for a kernel without SCSI, or whose modules come later.
+/// Keeps the kernel from looking for SCSI devices by itself: an emulated machine spends seconds on the 256 targets of a
+/// controller, while it takes note of nothing else there. The host says what there is. Nothing to do for a kernel
+/// without SCSI, or whose modules come later.
 pub(super) fn scan_on_demand() -> Result<()> {
     match Path::new(SCAN).exists() {
         true => write(SCAN, "manual"),
@@ -139,7 +140,8 @@ impl Place {
         }
     }
 
-    /// Has the kernel look for it, where it does so on demand only (`scan` of a SCSI host, sysfs). The controller may be still to come.
+    /// Has the kernel look for it, where it does so on demand only (`scan` of a SCSI host, sysfs). The controller may
+    /// be still to come.
     fn scan(&self) -> io::Result<()> {
         let Place::Scsi { target, unit } = self else {
             return Ok(());

@@ -1,13 +1,15 @@
 //! The guest's own hooks: programs of its image that run beside each container, by its OCI stages.
 //!
-//! The host names their folder (`guest_hook_path`); the conventions are those of `find_hooks` in `src/agent/src/sandbox.rs` of
-//! kata-containers: executable regular files in `prestart`, `poststart` and `poststop` below it, called with the stage's name.
+//! The host names their folder (`guest_hook_path`); the conventions are those of `find_hooks` in
+//! `src/agent/src/sandbox.rs` of kata-containers: executable regular files in `prestart`, `poststart` and `poststop`
+//! below it, called with the stage's name.
 
 use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
 use oci_spec::runtime::{Hook, Hooks, Spec};
 
-/// Finds the hooks of each stage. A stage without a folder has none; a folder that is not there is told to the console, and no error.
+/// Finds the hooks of each stage. A stage without a folder has none; a folder that is not there is told to the console,
+/// and no error.
 pub(super) fn find(folder: &Path) -> Hooks {
     if !folder.is_dir() {
         eprintln!("kata-agent: there is no folder of guest hooks {}", folder.display());

@@ -1,7 +1,7 @@
 //! The guest's packet filter, by the programs that the guest's image has for it: ours has none, another's may.
 //!
-//! As in `get_ip_tables` and `set_ip_tables` of `src/agent/src/rpc.rs` of kata-containers, but IPv6 rules are restored by the program
-//! for IPv6.
+//! As in `get_ip_tables` and `set_ip_tables` of `src/agent/src/rpc.rs` of kata-containers, but IPv6 rules are restored
+//! by the program for IPv6.
 
 use std::{
     io,
@@ -62,7 +62,8 @@ fn find(folders: &[&str], name: &str) -> Option<PathBuf> {
     })
 }
 
-/// Runs a program to its end. Must be called on the thread of the runtime: between its start and the claim nothing is reaped there.
+/// Runs a program to its end. Must be called on the thread of the runtime: between its start and the claim nothing is
+/// reaped there.
 async fn run(reaper: &Arc<Reaper>, name: &'static str, arguments: &[&str], input: &[u8]) -> Result<Vec<u8>> {
     let program = find(&FOLDERS, name).ok_or(Error::NoProgram(name))?;
     let what = || format!("run {}", program.display());

@@ -5,9 +5,10 @@
 //!   └──────────────joins these three, and keeps the user namespace for the containers◀──────────────┘ (ends)
 //! ```
 //!
-//! Who is root of a user namespace may do to a network what root may do only if the network belongs to it; so the pod's is one of its own, and
-//! not the one that the guest began with. PID 1 lives in the pod's from its first moment on, and remains root of the guest. What the kernel tells of
-//! devices, and the devices themselves, come to the guest's first network namespace only: PID 1 looks there by threads that end with the look.
+//! Who is root of a user namespace may do to a network what root may do only if the network belongs to it; so the pod's
+//! is one of its own, and not the one that the guest began with. PID 1 lives in the pod's from its first moment on, and
+//! remains root of the guest. What the kernel tells of devices, and the devices themselves, come to the guest's first
+//! network namespace only: PID 1 looks there by threads that end with the look.
 
 use std::{
     fs::{self, File},

@@ -374,8 +374,8 @@ pub(super) fn release_stale() -> Result<()> {
     detach(|below| fs::metadata(Path::new(GUEST_SHARE).join(below)).is_err())
 }
 
-/// Detaches mounts below the share, by their paths in it. What the host has mounted there, the guest's kernel mounts on the
-/// first access; one that is of use after all comes back on the next.
+/// Detaches mounts below the share, by their paths in it. What the host has mounted there, the guest's kernel mounts on
+/// the first access; one that is of use after all comes back on the next.
 fn detach(gone: impl Fn(&Path) -> bool) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").doing(|| "read the mounts".into())?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);

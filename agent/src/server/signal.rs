@@ -49,8 +49,8 @@ pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<
     Ok(())
 }
 
-/// Kills what an exec has started and left in its session, of which it is the leader: a probe whose time is up takes its
-/// pipeline along. What is forked in between is met in the next round; the leader, killed before, forks no more.
+/// Kills what an exec has started and left in its session, of which it is the leader: a probe whose time is up takes
+/// its pipeline along. What is forked in between is met in the next round; the leader, killed before, forks no more.
 fn kill_session(leader: i32) {
     for _ in 0..SESSION_ROUNDS {
         let members = session_members(leader);

@@ -53,8 +53,8 @@ enum Held {
 }
 
 impl Storages {
-    /// Mounts in order; on failure what was mounted is undone. Answers what is to be removed with its user: volumes in the guest's
-    /// memory are the pod's, whose next container reads what one that has ended wrote. Blocks.
+    /// Mounts in order; on failure what was mounted is undone. Answers what is to be removed with its user: volumes in
+    /// the guest's memory are the pod's, whose next container reads what one that has ended wrote. Blocks.
     pub(super) fn add(&mut self, storages: &[Storage]) -> Result<Vec<String>> {
         let mut added = Vec::new();
         for storage in storages {
@@ -96,8 +96,8 @@ impl Storages {
         Ok(())
     }
 
-    /// Changes the options of volumes in the guest's memory: upstream's Go shim gives them all of a guest that has grown
-    /// (`prepareEphemeralMounts` in `src/runtime/virtcontainers/sandbox.go` of kata-containers). Blocks.
+    /// Changes the options of volumes in the guest's memory: upstream's Go shim gives them all of a guest that has
+    /// grown (`prepareEphemeralMounts` in `src/runtime/virtcontainers/sandbox.go` of kata-containers). Blocks.
     pub(super) fn update(&self, storages: &[Storage]) -> Result<()> {
         let mut updates = Vec::new();
         for storage in storages {
@@ -161,8 +161,8 @@ impl Storages {
     }
 }
 
-/// Makes the folders that binds ask for in a volume of the guest's memory (`subPath`), as the kubelet does on the host: with the
-/// owners and permissions of the folder above. Blocks.
+/// Makes the folders that binds ask for in a volume of the guest's memory (`subPath`), as the kubelet does on the host:
+/// with the owners and permissions of the folder above. Blocks.
 pub(super) fn make_parts(mounts: &[Mount]) -> Result<()> {
     let parts = mounts.iter().filter_map(|mount| mount.source().as_deref());
     let parts = parts.filter(|part| part.starts_with(GUEST_MEMORY) && is_plain(part));

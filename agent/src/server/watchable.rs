@@ -1,13 +1,13 @@
-//! Volumes that are kept equal to a folder of the share, so that a container's inotify sees their updates: a file server tells the
-//! guest nothing of what the host changes.
+//! Volumes that are kept equal to a folder of the share, so that a container's inotify sees their updates: a file
+//! server tells the guest nothing of what the host changes.
 //!
 //! ```text
 //! share: source ──looked at every 2 s──▶ files, `..data` swapped, links, what is gone──▶ tmpfs: watchable/<name> ──bind──▶ container
 //! ```
 //!
-//! The contract, a storage `watchable-bind` whose mount point is in a folder `watchable`, is that of `src/agent/src/watcher.rs` of
-//! kata-containers. The folder gets a tmpfs, as the share may be read-only to the guest. How a file, a link or the swap of `..data`
-//! comes into being is `copy`'s.
+//! The contract, a storage `watchable-bind` whose mount point is in a folder `watchable`, is that of
+//! `src/agent/src/watcher.rs` of kata-containers. The folder gets a tmpfs, as the share may be read-only to the guest.
+//! How a file, a link or the swap of `..data` comes into being is `copy`'s.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -41,12 +41,13 @@ use crate::KUBELET_DATA;
 const EVERY: Duration = Duration::from_secs(2);
 /// The folder of the copies.
 const WATCHABLE: &str = "watchable";
-/// A volume with more than this is not copied: a ConfigMap or a Secret has at most 1 MiB, and a projected volume a handful of them.
+/// A volume with more than this is not copied: a ConfigMap or a Secret has at most 1 MiB, and a projected volume a
+/// handful of them.
 const MOST_ENTRIES: usize = 2048;
 const MOST_BYTES: u64 = 8 << 20;
 const DEEPEST: usize = 16;
-/// A source that changes while it is copied for the first time is tried again: the kubelet's update is over in milliseconds, and what
-/// the guest remembers of the share's names in a second.
+/// A source that changes while it is copied for the first time is tried again: the kubelet's update is over in
+/// milliseconds, and what the guest remembers of the share's names in a second.
 const ATTEMPTS: u32 = 4;
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -62,8 +63,8 @@ struct Table {
 }
 
 impl Watches {
-    /// Makes a copy of the source at the mount point and follows it; what is no folder, or is too large, is bound there as it is. Must
-    /// be called where the runtime is known. Blocks.
+    /// Makes a copy of the source at the mount point and follows it; what is no folder, or is too large, is bound there
+    /// as it is. Must be called where the runtime is known. Blocks.
     pub(super) fn add(&self, source: &Path, point: &Path) -> Result<()> {
         if !beneath::is_ours(source) {
             return Err(Error::Invalid(format!(
@@ -257,8 +258,8 @@ impl Volume {
         }
     }
 
-    /// Makes the copy what the source is. A source that changes meanwhile may give NotFound; the copy is then what it was, or in part
-    /// what it will be, and never with a `..data` that leads nowhere.
+    /// Makes the copy what the source is. A source that changes meanwhile may give NotFound; the copy is then what it
+    /// was, or in part what it will be, and never with a `..data` that leads nowhere.
     fn update(&mut self) -> io::Result<Outcome> {
         let source = match beneath::open(&self.source, FOLDER) {
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
@@ -305,7 +306,8 @@ impl Volume {
     }
 }
 
-/// The entries of a folder by their paths in it; the folder itself has an empty one. A folder comes before what is in it.
+/// The entries of a folder by their paths in it; the folder itself has an empty one. A folder comes before what is in
+/// it.
 type Tree = BTreeMap<PathBuf, Entry>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -405,7 +407,8 @@ struct Copy {
 }
 
 impl Copy {
-    /// Does what leads from the one tree to the other: first new files, then the swap that shows them, last what is gone.
+    /// Does what leads from the one tree to the other: first new files, then the swap that shows them, last what is
+    /// gone.
     fn become_(&self, source: &OwnedFd, before: &Tree, after: &Tree) -> io::Result<()> {
         let replaced =
             |(path, entry): &(&PathBuf, &Entry)| after.get(*path).is_some_and(|new| !new.kind.same_as(&entry.kind));
@@ -471,7 +474,8 @@ impl Copy {
     }
 }
 
-/// Whether a link leads to something of the tree, by a path that begins there. Whatever leads elsewhere is the host's business.
+/// Whether a link leads to something of the tree, by a path that begins there. Whatever leads elsewhere is the host's
+/// business.
 fn leads_into(tree: &Tree, to: &OsStr) -> bool {
     match Path::new(to).components().next() {
         Some(Component::Normal(first)) => tree.contains_key(Path::new(first)),

@@ -33,7 +33,8 @@ impl Case {
         self.volume.update_at(&source, &Copy { target, name })
     }
 
-    /// What an update of a ConfigMap does on the node: a new folder, the swap, links to new keys, and the old folder's end.
+    /// What an update of a ConfigMap does on the node: a new folder, the swap, links to new keys, and the old folder's
+    /// end.
     fn publish(&self, stamp: &str, keys: &[(&str, &str)]) {
         let before = fs::read_link(self.source(KUBELET_DATA)).ok();
         fs::create_dir(self.source(stamp)).unwrap();

@@ -188,8 +188,9 @@ fn virtiofsd(share: &Path, socket: &Path) -> Result<Child, String> {
     Ok(child)
 }
 
-/// The guest as the shim has it (`vmm`, `args.rs`), with an interface that leads nowhere. On one thread: QEMU 7.2 aborts when a
-/// processor is plugged and the others' share of the translated code is in use (`tcg_region_initial_alloc`).
+/// The guest as the shim has it (`vmm`, `args.rs`), with an interface that leads nowhere. On one thread: QEMU 7.2
+/// aborts when a processor is plugged and the others' share of the translated code is in use
+/// (`tcg_region_initial_alloc`).
 fn qemu(kernel: &Kernel, folder: &Path) -> Result<Child, String> {
     let at = |name: &str| folder.join(name).display().to_string();
     let line = format!("console=hvc0 memhp_default_state=online {}", Kernel::parameters()?);

@@ -12,7 +12,8 @@ pub fn install(bin: &Path) -> std::io::Result<()> {
     fs::copy(std::env::current_exe()?, bin.join(NAME)).map(drop)
 }
 
-/// If it is called by that name, with a folder and a file in it: says what comes to a place in the folder, and the end of the file.
+/// If it is called by that name, with a folder and a file in it: says what comes to a place in the folder, and the end
+/// of the file.
 pub fn serve(mut arguments: impl Iterator<Item = String>) {
     let name = arguments.next().unwrap_or_default();
     if Path::new(&name).file_name().is_none_or(|name| name != NAME) {

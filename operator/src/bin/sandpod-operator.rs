@@ -1,4 +1,5 @@
-//! The controller: installs kata on the nodes that a KataConfig asks for, one after another, and registers the RuntimeClass.
+//! The controller: installs kata on the nodes that a KataConfig asks for, one after another, and registers the
+//! RuntimeClass.
 
 use std::process::ExitCode;
 

@@ -186,7 +186,8 @@ impl Hands {
     }
 }
 
-/// The RuntimeClass `kata`: the guide's overhead, which is the administrator's to change from here on, and only nodes that have kata and are seen to run it.
+/// The RuntimeClass `kata`: the guide's overhead, which is the administrator's to change from here on, and only nodes
+/// that have kata and are seen to run it.
 fn runtime_class(owner: &KataConfig) -> Value {
     let (cpu, memory) = OVERHEAD;
     json!({

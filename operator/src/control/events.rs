@@ -1,4 +1,5 @@
-//! Events, `events.k8s.io/v1`. One about a thing without a namespace is kept in `default`, where `kubectl describe` looks for it.
+//! Events, `events.k8s.io/v1`. One about a thing without a namespace is kept in `default`, where `kubectl describe`
+//! looks for it.
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -32,7 +33,8 @@ impl Voice {
         }
     }
 
-    /// Tells an event. kube's own recorder is not used: it takes two events with the same reason for one, and keeps the first one's text.
+    /// Tells an event. kube's own recorder is not used: it takes two events with the same reason for one, and keeps the
+    /// first one's text.
     ///
     /// # Errors
     /// The API server's.

@@ -4,8 +4,9 @@
 //!  standing by ── the lease is free, ours, or has not been renewed for 30 s by our own clock ──▶ leading ── not renewed for 20 s, or taken ──▶ the process ends
 //! ```
 //!
-//! Clocks of two machines are never compared: a standby measures by its own clock for how long the lease has not changed. The process that leads gives up ten seconds
-//! before another one may take over. A process with the identity of the lease's holder is its successor in the same pod, whose predecessor has ended.
+//! Clocks of two machines are never compared: a standby measures by its own clock for how long the lease has not
+//! changed. The process that leads gives up ten seconds before another one may take over. A process with the identity
+//! of the lease's holder is its successor in the same pod, whose predecessor has ended.
 
 use std::{sync::Arc, time::Duration};
 

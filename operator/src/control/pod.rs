@@ -18,13 +18,15 @@ pub(super) const INSTALLER: &str = "installer";
 const ORDER: &str = "sandpod.io/order";
 /// The only container.
 const CONTAINER: &str = "installer";
-/// How long a run may take before its kubelet ends it. Unpacking to a slow disk and one restart of the CRI take a minute or two.
+/// How long a run may take before its kubelet ends it. Unpacking to a slow disk and one restart of the CRI take a
+/// minute or two.
 const DEADLINE_SECONDS: i64 = 600;
 
 /// The pod for an order.
 ///
-/// It is privileged for two things that nothing less gives: the device cgroup would hide /dev/kvm from the preflight, and SELinux would keep it from giving the host's
-/// files their labels. It has no token for the API, and only the node that it is pinned to is within its reach.
+/// It is privileged for two things that nothing less gives: the device cgroup would hide /dev/kvm from the preflight,
+/// and SELinux would keep it from giving the host's files their labels. It has no token for the API, and only the node
+/// that it is pinned to is within its reach.
 pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
     json!({
         "apiVersion": "v1",

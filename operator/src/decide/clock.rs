@@ -1,4 +1,5 @@
-//! The time of a decision. It remembers what it was asked for, so that the decision knows when it would come out otherwise.
+//! The time of a decision. It remembers what it was asked for, so that the decision knows when it would come out
+//! otherwise.
 
 use std::cell::Cell;
 

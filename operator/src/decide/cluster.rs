@@ -1,5 +1,5 @@
-//! A cluster that does what decisions say, for tests: the API server's part, the installer's and the scheduler's, in as few lines as will do. It watches over what
-//! must never happen.
+//! A cluster that does what decisions say, for tests: the API server's part, the installer's and the scheduler's, in as
+//! few lines as will do. It watches over what must never happen.
 
 use std::collections::{BTreeMap, BTreeSet};
 

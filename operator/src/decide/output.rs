@@ -10,7 +10,8 @@ use crate::{
     report::{Code, Verb},
 };
 
-/// What to do now. Whoever acts writes the statuses first and takes the actions in their order; after a failure it stops, reads the world again and decides anew.
+/// What to do now. Whoever acts writes the statuses first and takes the actions in their order; after a failure it
+/// stops, reads the world again and decides anew.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     /// By the name of the KataConfig; only those that differ from what is there. They describe the world that was read.

@@ -34,8 +34,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Chooses the nodes: workers, where there are nodes with that role; else all that are not of the control plane; else, in a cluster of control-plane nodes only,
-    /// all. Then the selector, then the label of Node Feature Discovery.
+    /// Chooses the nodes: workers, where there are nodes with that role; else all that are not of the control plane;
+    /// else, in a cluster of control-plane nodes only, all. Then the selector, then the label of Node Feature
+    /// Discovery.
     ///
     /// # Errors
     /// The selector makes no sense.
@@ -102,7 +103,8 @@ fn workers(nodes: &[Node]) -> Vec<&Node> {
     }
 }
 
-/// What makes a node one that we cannot serve. A kubelet that has not reported yet is given the benefit of the doubt: it is not Ready.
+/// What makes a node one that we cannot serve. A kubelet that has not reported yet is given the benefit of the doubt:
+/// it is not Ready.
 fn unsupported(host: &Host) -> Option<String> {
     let known = |value: &str, wanted: &[&str]| value.is_empty() || wanted.contains(&value);
     if !known(&host.operating_system, &["linux"]) {

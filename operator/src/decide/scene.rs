@@ -217,7 +217,8 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// The first installation is over once the RuntimeClass is there. One that somebody else made was there from the start.
+    /// The first installation is over once the RuntimeClass is there. One that somebody else made was there from the
+    /// start.
     fn installed_before(&self) -> bool {
         let ours = self.world.runtime_class.is_some_and(|class| class.ours);
         let status = self.config.status.as_ref();

@@ -1,4 +1,5 @@
-//! `kataConfigPoolSelector`, parsed. Semantics: Kubernetes, "Labels and Selectors", and apimachinery's `pkg/labels/selector.go`.
+//! `kataConfigPoolSelector`, parsed. Semantics: Kubernetes, "Labels and Selectors", and apimachinery's
+//! `pkg/labels/selector.go`.
 
 use std::collections::{BTreeMap, BTreeSet};
 

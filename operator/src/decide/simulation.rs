@@ -1,5 +1,5 @@
-//! Anything may happen in any order, the controller may die after any step, and still: what [`Cluster`] watches over never happens, and there is always progress or a
-//! reason that is told.
+//! Anything may happen in any order, the controller may die after any step, and still: what [`Cluster`] watches over
+//! never happens, and there is always progress or a reason that is told.
 
 use jiff::SignedDuration;
 use kube::ResourceExt;

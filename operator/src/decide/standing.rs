@@ -149,7 +149,8 @@ impl<'a> Standing<'a> {
             && record.log_level.as_deref() == Some(measure.log_level)
     }
 
-    /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no reason to wait.
+    /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no
+    /// reason to wait.
     pub(super) fn failures(&self, measure: Measure<'_>) -> u32 {
         let last = self.node.record.last_run.as_ref();
         last.filter(|last| last.verb == self.needs() && last.purpose == measure.purpose)

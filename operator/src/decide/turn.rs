@@ -10,8 +10,8 @@ use crate::report::Verb;
 
 /// Starts the installer on the node whose turn it is, if any.
 ///
-/// The last by name comes first, as in the guide's tables. A failed node stops all others until it is due again, and then comes before them; one that is not Ready
-/// stops nobody.
+/// The last by name comes first, as in the guide's tables. A failed node stops all others until it is due again, and
+/// then comes before them; one that is not Ready stops nobody.
 pub(super) fn take(
     config: &str,
     standings: &[Standing<'_>],

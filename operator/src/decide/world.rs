@@ -1,4 +1,5 @@
-//! What a decision is made from: the cluster as it was read, without anything of the API's own types but our KataConfig.
+//! What a decision is made from: the cluster as it was read, without anything of the API's own types but our
+//! KataConfig.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,8 +30,9 @@ pub struct World {
     pub nodes: Vec<Node>,
     /// The installer's pods.
     pub runs: Vec<Run>,
-    /// Pods that use kata and have not ended, listed after everything else; or why they could not be listed. None while nobody has asked: a decision that depends
-    /// on them says so ([`super::Decision::awaits_pods`]) and does nothing that they could forbid.
+    /// Pods that use kata and have not ended, listed after everything else; or why they could not be listed. None while
+    /// nobody has asked: a decision that depends on them says so ([`super::Decision::awaits_pods`]) and does nothing
+    /// that they could forbid.
     pub kata_pods: Option<Result<Vec<KataPod>, String>>,
     /// The RuntimeClass `kata`.
     pub runtime_class: Option<RuntimeClass>,
@@ -106,7 +108,8 @@ impl Host {
 pub struct Record {
     /// The label `node-role.kubernetes.io/kata-oc`: has or will have kata.
     pub member: bool,
-    /// The label `katacontainers.io/kata-runtime`: `false` from before the host is touched, `true` after it was verified.
+    /// The label `katacontainers.io/kata-runtime`: `false` from before the host is touched, `true` after it was
+    /// verified.
     pub ready: Option<bool>,
     /// The annotation `sandpod.io/installed-version`.
     pub version: Option<String>,
@@ -164,7 +167,8 @@ pub struct Run {
     pub progress: Progress,
 }
 
-/// What a run of the installer is made for. The pod carries all of it, so that a controller that starts later can read the result.
+/// What a run of the installer is made for. The pod carries all of it, so that a controller that starts later can read
+/// the result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
@@ -178,7 +182,8 @@ pub struct Order {
     pub version: String,
     /// The CRI's log level.
     pub log_level: String,
-    /// Changes with the KataConfig's spec, its retry annotation and our version: a failure counts only for its own purpose.
+    /// Changes with the KataConfig's spec, its retry annotation and our version: a failure counts only for its own
+    /// purpose.
     pub purpose: String,
     /// How many runs before it failed.
     pub failures: u32,

@@ -1,6 +1,7 @@
 //! What the installer asks of the node's CRI over its socket.
 //!
-//! The messages are the few fields of Kubernetes' CRI (`runtime.v1`, cri-api `api.proto`) that matter here, with the numbers that they have there.
+//! The messages are the few fields of Kubernetes' CRI (`runtime.v1`, cri-api `api.proto`) that matter here, with the
+//! numbers that they have there.
 
 use std::{
     path::{Path, PathBuf},
@@ -118,7 +119,8 @@ pub struct ReadySandbox {
 }
 
 impl Cri {
-    /// Finds the one that was asked for, or else the one that answers; CRI-O before containerd, which may be there for other purposes.
+    /// Finds the one that was asked for, or else the one that answers; CRI-O before containerd, which may be there for
+    /// other purposes.
     ///
     /// # Errors
     /// None is there, or none that is answers.

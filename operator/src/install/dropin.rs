@@ -1,4 +1,5 @@
-//! The files that tell the CRI, and the shim, of the handler and of the log level: which there should be, and with which text.
+//! The files that tell the CRI, and the shim, of the handler and of the log level: which there should be, and with
+//! which text.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,8 @@ pub struct DropIn {
     pub path: PathBuf,
     /// Its text; none where there should be no such file.
     pub text: Option<String>,
-    /// Where it is written before it is moved to its place: its reader reads all files of its own folder, whatever their names.
+    /// Where it is written before it is moved to its place: its reader reads all files of its own folder, whatever
+    /// their names.
     pub scratch: PathBuf,
     /// The CRI reads it, and only when it starts.
     pub of_cri: bool,
@@ -93,7 +95,8 @@ pub fn at_prefix(text: &str, prefix: &Path) -> String {
     text.replace(&format!("{DEFAULT_PREFIX}/current"), &current)
 }
 
-/// The shim looks for its configuration below the default prefix only; elsewhere the handler has to name it, and loses what the text's last comment says.
+/// The shim looks for its configuration below the default prefix only; elsewhere the handler has to name it, and loses
+/// what the text's last comment says.
 fn containerd(prefix: &Path) -> String {
     let text = at_prefix(CONTAINERD, prefix);
     if prefix == Path::new(DEFAULT_PREFIX) {

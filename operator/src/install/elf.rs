@@ -16,8 +16,8 @@ pub const INTERPRETER: &str = "/sandpod-interpreter/";
 /// What the placeholder of the libraries' folder begins with.
 pub const LIBRARIES: &str = "/sandpod-libraries/";
 
-/// Puts `path` in the place of a placeholder that begins with `placeholder`. Bytes that are no ELF file with one stay as
-/// they are; whether they were changed.
+/// Puts `path` in the place of a placeholder that begins with `placeholder`. Bytes that are no ELF file with one stay
+/// as they are; whether they were changed.
 ///
 /// # Errors
 /// The path is longer than the placeholder.

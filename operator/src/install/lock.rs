@@ -70,7 +70,8 @@ pub struct Unused {
 }
 
 impl Unused {
-    /// Looks whether a shim runs from the version in a folder: each holds a shared lock of its `.lock` for its life. None when one does.
+    /// Looks whether a shim runs from the version in a folder: each holds a shared lock of its `.lock` for its life.
+    /// None when one does.
     ///
     /// # Errors
     /// The kernel's.

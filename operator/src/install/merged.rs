@@ -1,4 +1,5 @@
-//! The CRI's configuration as a whole: who defines a handler of our name, whether our drop-in is read, and whether the CRI would start with it.
+//! The CRI's configuration as a whole: who defines a handler of our name, whether our drop-in is read, and whether the
+//! CRI would start with it.
 
 use std::{
     fs,

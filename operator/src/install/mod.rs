@@ -1,7 +1,8 @@
 //! Puts Sandpod on a node, looks after it, and takes it away again; without Kubernetes.
 //!
-//! A version is a folder of its own below the prefix, and `current` a link to one of them; the CRI's drop-in names paths through that link only. So an upgrade moves
-//! the link, and the CRI is restarted for the first install alone. Every step can be repeated after a death at any point: see [`state`].
+//! A version is a folder of its own below the prefix, and `current` a link to one of them; the CRI's drop-in names
+//! paths through that link only. So an upgrade moves the link, and the CRI is restarted for the first install alone.
+//! Every step can be repeated after a death at any point: see [`state`].
 
 pub mod cri;
 pub mod dropin;
@@ -115,8 +116,8 @@ struct Run<'r> {
 }
 
 impl<'r> Run<'r> {
-    /// Opens the payload, looks at the kernel and the devices, and takes the node's root for this process's own: from then on a link of the node
-    /// leads where it leads on the node.
+    /// Opens the payload, looks at the kernel and the devices, and takes the node's root for this process's own: from
+    /// then on a link of the node leads where it leads on the node.
     fn begin(options: &'r Options, report: &'r mut Report) -> Result<Self> {
         if !nix::unistd::geteuid().is_root() {
             return Err(InstallError::Usage("the installer has to be run as root"));
@@ -155,7 +156,8 @@ impl<'r> Run<'r> {
         })
     }
 
-    /// The node's CRI: the one that was asked for, else the one that the last install was for, else the one that answers.
+    /// The node's CRI: the one that was asked for, else the one that the last install was for, else the one that
+    /// answers.
     fn cri(&mut self, last: Option<Kind>) -> Result<Cri> {
         let cri = Cri::find(&self.layout.host, self.options.cri.or(last))?;
         self.report.facts.cri = cri.describe();
@@ -174,7 +176,8 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
-    /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was any.
+    /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was
+    /// any.
     fn sweep_scratch(&self) -> Result<bool> {
         let host = &self.layout.host;
         let mut swept = self.layout.sweep_beside()? | merged::sweep(host)?;

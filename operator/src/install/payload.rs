@@ -1,7 +1,7 @@
 //! What the installer carries: files, and the manifest that names each of them.
 //!
-//! The manifest is text. Its first line is `sandpod <version>`, each further line `<mode, octal> <bytes> <sha256> <path>`, with paths relative to its
-//! folder. `deploy/payload.sh` writes it.
+//! The manifest is text. Its first line is `sandpod <version>`, each further line `<mode, octal> <bytes> <sha256>
+//! <path>`, with paths relative to its folder. `deploy/payload.sh` writes it.
 
 use std::{
     fs::File,

@@ -51,8 +51,8 @@ fn old(kind: Kind, version: (u32, u32)) -> Option<&'static str> {
     }
 }
 
-/// The configuration that pods will start with: the payload's with the administrator's drop-ins, or the administrator's own
-/// where the shim prefers it ([`config::SEARCH_PATHS`]).
+/// The configuration that pods will start with: the payload's with the administrator's drop-ins, or the administrator's
+/// own where the shim prefers it ([`config::SEARCH_PATHS`]).
 ///
 /// # Errors
 /// It is not valid.

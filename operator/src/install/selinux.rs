@@ -1,8 +1,9 @@
 //! Labels for what is installed, on nodes with SELinux.
 //!
-//! The types are those that container-selinux and the reference policy give to such files of a distribution, so the same domains may run and read them. A policy may
-//! lack a type, and a file system may have no labels: an enforcing kernel would then keep the CRI from the shim, so the install is refused; a
-//! permissive one only reports, so a warning is enough.
+//! The types are those that container-selinux and the reference policy give to such files of a distribution, so the
+//! same domains may run and read them. A policy may lack a type, and a file system may have no labels: an enforcing
+//! kernel would then keep the CRI from the shim, so the install is refused; a permissive one only reports, so a warning
+//! is enough.
 
 use std::{
     ffi::CString,
@@ -57,7 +58,8 @@ pub fn label(path: &Path) -> &'static str {
     }
 }
 
-/// Labels the files and folders below `version`, which are named relative to it. Returns a warning where a permissive kernel refuses one.
+/// Labels the files and folders below `version`, which are named relative to it. Returns a warning where a permissive
+/// kernel refuses one.
 ///
 /// # Errors
 /// An enforcing kernel refuses one.

@@ -140,7 +140,8 @@ impl Layout {
         Ok(state)
     }
 
-    /// Forgets everything, and removes the prefix and the folders above it that were made for it. Everything else in it is gone already.
+    /// Forgets everything, and removes the prefix and the folders above it that were made for it. Everything else in it
+    /// is gone already.
     ///
     /// # Errors
     /// The kernel's.

@@ -130,7 +130,8 @@ fn place(run: &mut Run, job: &Job) -> Result<()> {
     step(format_args!("placing {}", job.version));
     versions::seal(&run.layout, &job.version)?;
     step(format_args!("trying {}", job.version));
-    // QEMU finds its libraries by its own path, which the kernel tells in /proc: a folder that only stands for a node has none.
+    // QEMU finds its libraries by its own path, which the kernel tells in /proc: a folder that only stands for a node
+    // has none.
     if !run.layout.host.at("/proc/self/exe").exists() {
         return Ok(());
     }
@@ -143,7 +144,8 @@ fn place(run: &mut Run, job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// A file system may be mounted without the right to execute, and a program may lack its libraries: better known before pods are started.
+/// A file system may be mounted without the right to execute, and a program may lack its libraries: better known before
+/// pods are started.
 fn starts(program: PathBuf) -> Result<()> {
     let why = match Command::new(&program).arg("--version").output() {
         Ok(output) if output.status.success() => return Ok(()),
@@ -186,13 +188,15 @@ fn undone(first: InstallError, then: Result<()>) -> InstallError {
     }
 }
 
-/// Makes the version the current one and the files as they should be, and restarts the CRI if it has to know. Whether anything was done.
+/// Makes the version the current one and the files as they should be, and restarts the CRI if it has to know. Whether
+/// anything was done.
 fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     let current = run.layout.current_version();
     let flip = current.as_deref() != Some(&job.version);
     let listed = job.cri.lists_handler()?;
     let left = state.pending.take();
-    // After a death between a change and its restart the files are as they should be, and the CRI does not know of them.
+    // After a death between a change and its restart the files are as they should be, and the CRI does not know of
+    // them.
     let owed = left
         .as_ref()
         .is_some_and(|left| left.restart && left.boot_id == run.boot_id());

@@ -1,7 +1,7 @@
 //! The versions below the prefix: staged, made current, looked at, swept.
 //!
-//! A version's folder is complete from the moment that it has its name, and its files never change: a shim that runs from it, and its QEMU, find everything of their
-//! version until they end.
+//! A version's folder is complete from the moment that it has its name, and its files never change: a shim that runs
+//! from it, and its QEMU, find everything of their version until they end.
 
 use std::{
     fs::{self, DirBuilder},
@@ -27,7 +27,8 @@ const LIBRARIES: &str = "lib";
 /// The link to the administrator's drop-ins, beside the version's configuration.
 const CONFIG_LINK: &str = "config.d";
 
-/// Copies a payload into a folder that nobody looks at yet, and brings it to the disk. Returns a warning about its labels.
+/// Copies a payload into a folder that nobody looks at yet, and brings it to the disk. Returns a warning about its
+/// labels.
 ///
 /// # Errors
 /// The payload is damaged, the disk is full, a label is refused.
@@ -78,7 +79,8 @@ pub fn stage(layout: &Layout, payload: &Payload, selinux: selinux::Mode) -> Resu
     Ok(warning)
 }
 
-/// What depends on where it is installed: the configuration's paths, and where a program's interpreter and libraries are.
+/// What depends on where it is installed: the configuration's paths, and where a program's interpreter and libraries
+/// are.
 fn relocate(entry: &Entry, mut bytes: Vec<u8>, layout: &Layout, home: &Path) -> Result<Vec<u8>> {
     if entry.path == Path::new("configuration.toml") {
         let text = at_prefix(&String::from_utf8_lossy(&bytes), &layout.prefix);
@@ -176,7 +178,8 @@ pub fn in_use(layout: &Layout) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Removes what a run that was killed left, and versions that are neither to be kept nor in use. Whether there were any.
+/// Removes what a run that was killed left, and versions that are neither to be kept nor in use. Whether there were
+/// any.
 ///
 /// # Errors
 /// The kernel's.
@@ -215,7 +218,8 @@ fn discard(layout: &Layout, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes a version: what its manifest names, and what the installer made besides. Whatever else somebody has put there stays, and is returned as a warning.
+/// Removes a version: what its manifest names, and what the installer made besides. Whatever else somebody has put
+/// there stays, and is returned as a warning.
 ///
 /// # Errors
 /// The kernel's.

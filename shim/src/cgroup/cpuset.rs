@@ -1,8 +1,8 @@
 //! The processors of a pod: its VM runs where its containers may, as the kubelet's static CPU manager expects.
 //!
-//! The guest numbers its own processors, so a container's `cpu.cpus` means the host's and is no business of the guest's cgroups. On the host all
-//! containers are one VM, and its cgroup is bound to the union of their lists.
-//! Sources: `Documentation/admin-guide/cgroup-v2.rst` (List Format), cpuset(7).
+//! The guest numbers its own processors, so a container's `cpu.cpus` means the host's and is no business of the guest's
+//! cgroups. On the host all containers are one VM, and its cgroup is bound to the union of their lists. Sources:
+//! `Documentation/admin-guide/cgroup-v2.rst` (List Format), cpuset(7).
 
 use super::{CgroupError, SandboxCgroup, file, systemd, write};
 use oci_spec::runtime::LinuxResources;
@@ -66,7 +66,8 @@ impl CpuList {
     }
 }
 
-/// Where a pod may run whose containers have these lists: all of them together, and anywhere as long as one may run anywhere.
+/// Where a pod may run whose containers have these lists: all of them together, and anywhere as long as one may run
+/// anywhere.
 fn union<'a>(lists: impl IntoIterator<Item = &'a CpuList>) -> CpuList {
     let mut all = BTreeSet::new();
     for list in lists {
@@ -103,7 +104,8 @@ impl Processors {
     /// Gives a container its processors, new or other ones, and binds the sandbox. Blocks while systemd does it.
     ///
     /// # Errors
-    /// The kernel or systemd refuses, for example because the pod's parent has not these processors. The container is as it was before.
+    /// The kernel or systemd refuses, for example because the pod's parent has not these processors. The container is
+    /// as it was before.
     pub fn set(&self, container: &str, cpus: CpuList) -> Result<(), CgroupError> {
         self.change(|containers| containers.insert(container.to_owned(), cpus))
     }
@@ -142,7 +144,8 @@ impl SandboxCgroup {
             return Err(none());
         }
         let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| file("read", path, source));
-        // A list cannot be taken back while processes are there. On v2 one that is longer than the parent's means the parent's, whatever that comes to be.
+        // A list cannot be taken back while processes are there. On v2 one that is longer than the parent's means the
+        // parent's, whatever that comes to be.
         let all = match self.record.v2 {
             true => Path::new(POSSIBLE).to_owned(),
             false => folder.parent().unwrap_or(folder).join("cpuset.cpus"),
@@ -152,7 +155,8 @@ impl SandboxCgroup {
             false => cpus.clone(),
         };
         match &self.scope {
-            // Told to systemd, or it would take the list back when it next writes down what it knows of the scope. It knows no cpuset of v1.
+            // Told to systemd, or it would take the list back when it next writes down what it knows of the scope. It
+            // knows no cpuset of v1.
             Some(scope) if self.record.v2 => systemd::bind(scope, &cpus),
             _ => write(&path, &cpus.to_string()),
         }

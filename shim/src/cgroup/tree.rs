@@ -1,7 +1,8 @@
 //! The host's hierarchies, and how a folder comes to be in them.
 //!
-//! A new folder of v1's cpuset has no processors and takes no process before it is given some. On v2 a folder has the controllers that its parent passes on
-//! (`cgroup.subtree_control`). Sources: `Documentation/admin-guide/cgroup-v1/cpusets.rst`, `Documentation/admin-guide/cgroup-v2.rst`.
+//! A new folder of v1's cpuset has no processors and takes no process before it is given some. On v2 a folder has the
+//! controllers that its parent passes on (`cgroup.subtree_control`). Sources:
+//! `Documentation/admin-guide/cgroup-v1/cpusets.rst`, `Documentation/admin-guide/cgroup-v2.rst`.
 
 use super::{CgroupError, Leaf, file, write};
 use crate::mountinfo::{self, Mount};
@@ -12,7 +13,8 @@ use std::path::{Path, PathBuf};
 /// Where systemd, and everybody after it, mounts v2, or v1's hierarchies in folders.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// What a sandbox's usage is read from, and what its processors are bound with. The pod's limits, of these and of others, are set above.
+/// What a sandbox's usage is read from, and what its processors are bound with. The pod's limits, of these and of
+/// others, are set above.
 const CONTROLLERS: [&str; 4] = ["memory", "pids", "cpu", "cpuset"];
 
 /// The host has one cgroup tree (v2); otherwise one for each controller (v1).
@@ -20,8 +22,8 @@ pub fn is_v2() -> bool {
     statfs(MOUNT).is_ok_and(|host| host.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-/// For each hierarchy: where it is mounted, and this process's folder in it. The one that can freeze comes first, so that it is
-/// emptied first.
+/// For each hierarchy: where it is mounted, and this process's folder in it. The one that can freeze comes first, so
+/// that it is emptied first.
 pub(super) fn trees() -> Result<Vec<(PathBuf, PathBuf)>, CgroupError> {
     let path = Path::new("/proc/self/cgroup");
     let own = fs::read_to_string(path).map_err(|source| file("read", path, source))?;
@@ -96,7 +98,8 @@ fn inherit(folder: &Path, name: &str) -> Result<(), CgroupError> {
     }
 }
 
-/// Lets the controllers that are needed reach a folder of v2, as far as they do not yet. What is missing is missing in the statistics, which say so.
+/// Lets the controllers that are needed reach a folder of v2, as far as they do not yet. What is missing is missing in
+/// the statistics, which say so.
 pub(super) fn enable_controllers(leaf: &Leaf) {
     let above = below(&leaf.root, &leaf.folder).into_iter().filter_map(Path::parent);
     for folder in above {

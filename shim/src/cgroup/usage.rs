@@ -1,5 +1,6 @@
-//! What the sandbox's cgroup has used, in the agent's terms, so that pods and containers become metrics by the same code.
-//! Sources: `Documentation/admin-guide/cgroup-v1/{memory,cpuacct}.rst`, `Documentation/admin-guide/cgroup-v2.rst`.
+//! What the sandbox's cgroup has used, in the agent's terms, so that pods and containers become metrics by the same
+//! code. Sources: `Documentation/admin-guide/cgroup-v1/{memory,cpuacct}.rst`,
+//! `Documentation/admin-guide/cgroup-v2.rst`.
 
 use super::{CgroupError, Leaf, SandboxCgroup, file};
 use agent::protocol::agent::{CgroupStats, MemoryData};
@@ -9,10 +10,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 impl SandboxCgroup {
-    /// What the sandbox has used so far. A controller that the host has not, or a file that its kernel has not, counts as zero.
+    /// What the sandbox has used so far. A controller that the host has not, or a file that its kernel has not, counts
+    /// as zero.
     ///
     /// # Errors
-    /// A file that cannot be read; a controller that the host has and the sandbox has not: zero would be taken for its usage.
+    /// A file that cannot be read; a controller that the host has and the sandbox has not: zero would be taken for its
+    /// usage.
     pub fn usage(&self) -> Result<CgroupStats, CgroupError> {
         let folder = |controller: &str| self.folder_of(controller);
         let mut stats = CgroupStats::new();
@@ -63,8 +66,8 @@ impl SandboxCgroup {
     }
 }
 
-/// Whether the host's kernel has killed a sandbox's processes for want of memory. It counts a kill before it kills, so whoever sees the end of the
-/// process sees the count.
+/// Whether the host's kernel has killed a sandbox's processes for want of memory. It counts a kill before it kills, so
+/// whoever sees the end of the process sees the count.
 #[derive(Debug)]
 pub struct OomKills {
     cgroup: SandboxCgroup,

@@ -244,7 +244,8 @@ impl Kata {
         let connect_timeout = match (self.reconnect_timeout_ms, self.dial_timeout) {
             (Some(ms), _) => Duration::from_millis(ms),
             (None, Some(seconds)) => Duration::from_secs(seconds),
-            // Half of what the kubelet waits for a pod. A node under load boots its guests slowly, and a guest that dies is not waited for.
+            // Half of what the kubelet waits for a pod. A node under load boots its guests slowly, and a guest that
+            // dies is not waited for.
             (None, None) => Duration::from_secs(120),
         };
         let timeout = self.create_container_timeout.or(runtime_timeout).unwrap_or(60);

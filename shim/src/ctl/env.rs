@@ -51,7 +51,8 @@ struct Image {
 struct Guest {
     kernel: Image,
     initrd: Image,
-    /// What the image's recipe wrote down beside the kernel: the versions in it, the agent's sum. A guest of another make has none.
+    /// What the image's recipe wrote down beside the kernel: the versions in it, the agent's sum. A guest of another
+    /// make has none.
     manifest: Option<Value>,
 }
 

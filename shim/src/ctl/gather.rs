@@ -1,5 +1,5 @@
-//! `kata-ctl gather`: what a bug report needs, in one archive. Nothing of what runs in the containers: no specification, no
-//! environment, no output.
+//! `kata-ctl gather`: what a bug report needs, in one archive. Nothing of what runs in the containers: no
+//! specification, no environment, no output.
 
 use std::{
     fs::{File, OpenOptions},

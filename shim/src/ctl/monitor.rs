@@ -1,5 +1,5 @@
-//! `kata-ctl monitor`: the metrics of all sandboxes of a node on one address, as `kata-monitor` of Kata serves them. It holds no
-//! metrics itself and asks nobody until it is asked.
+//! `kata-ctl monitor`: the metrics of all sandboxes of a node on one address, as `kata-monitor` of Kata serves them. It
+//! holds no metrics itself and asks nobody until it is asked.
 
 use std::{
     net::SocketAddr,

@@ -1,8 +1,9 @@
-//! `kata-ctl top`: what each pod holds of the node's memory, each page counted once, and the processor time it has used.
+//! `kata-ctl top`: what each pod holds of the node's memory, each page counted once, and the processor time it has
+//! used.
 //!
-//! Guest RAM is one memory object that QEMU and virtiofsd both map. What `ps` shows of the two counts its pages twice; here they
-//! are taken from the object itself, and the processes count with their proportional share of everything else.
-//! Sources: memfd_create(2), stat(2), proc_pid_smaps(5), proc_pid_stat(5).
+//! Guest RAM is one memory object that QEMU and virtiofsd both map. What `ps` shows of the two counts its pages twice;
+//! here they are taken from the object itself, and the processes count with their proportional share of everything
+//! else. Sources: memfd_create(2), stat(2), proc_pid_smaps(5), proc_pid_stat(5).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -2,8 +2,9 @@
 //!
 //! containerd forwards a port by connecting to 127.0.0.1 in the pod's network namespace
 //! (`internal/cri/server/sandbox_portforward_linux.go`). Nothing listens there: the pod's programs do it on the guest's
-//! loopback. So a program in the kernel gives every TCP connection to 127.0.0.0/8 to one listener of the shim, whatever its port.
-//! It needs no address, rule or module, and is gone with its file descriptor. Source: `Documentation/bpf/prog_sk_lookup.rst` of Linux.
+//! loopback. So a program in the kernel gives every TCP connection to 127.0.0.0/8 to one listener of the shim, whatever
+//! its port. It needs no address, rule or module, and is gone with its file descriptor. Source:
+//! `Documentation/bpf/prog_sk_lookup.rst` of Linux.
 
 use std::{
     fs::File,
@@ -43,7 +44,8 @@ impl Loopback {
 
 /// The program: TCP over IPv4 to 127.0.0.0/8 goes to the only socket of the map, everything else its own way.
 ///
-/// Fields of the context are those of `struct bpf_sk_lookup` in linux/bpf.h, numbers of helpers those of `enum bpf_func_id`.
+/// Fields of the context are those of `struct bpf_sk_lookup` in linux/bpf.h, numbers of helpers those of `enum
+/// bpf_func_id`.
 fn give_to(map: i32) -> [Instruction; 24] {
     const FAMILY: i16 = 8;
     const PROTOCOL: i16 = 12;

@@ -35,8 +35,8 @@ impl Namespace {
             match std::fs::metadata(host) {
                 Ok(metadata) if identity(&metadata) == id => return Err(NetError::Host(path.to_owned())),
                 Ok(_) => {}
-                // Where the shim runs in a container it may not look at process 1; its own namespace, which is the one that its CRI
-                // runs in, it always can.
+                // Where the shim runs in a container it may not look at process 1; its own namespace, which is the one
+                // that its CRI runs in, it always can.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied && host != "/proc/self/ns/net" => {}
                 Err(error) => {
                     return Err(NetError::system(

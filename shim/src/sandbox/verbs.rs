@@ -168,9 +168,9 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Signals a process. What has ended already is a success, except for the probe with signal 0. Nothing has ended because
-    /// of the signal before this returns: containerd closes the connection as soon as it hears of an exit, and takes a `Kill` that
-    /// is not answered by then for a failure.
+    /// Signals a process. What has ended already is a success, except for the probe with signal 0. Nothing has ended
+    /// because of the signal before this returns: containerd closes the connection as soon as it hears of an exit, and
+    /// takes a `Kill` that is not answered by then for a failure.
     pub async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32) -> Result<()> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
@@ -204,7 +204,8 @@ impl Sandbox {
         request.container_id = id.into();
         request.signal = signal;
         request.exec_id = match exec {
-            // With SIGKILL the empty exec id means every process of the container: they would not outlive the init anyway.
+            // With SIGKILL the empty exec id means every process of the container: they would not outlive the init
+            // anyway.
             "" if killing => String::new(),
             "" => id.into(),
             exec => exec.into(),
@@ -225,7 +226,8 @@ impl Sandbox {
                 self.bring_down_soon(format!("was killed: its agent did not take SIGKILL for {id}"), KILLED);
                 Ok(())
             }
-            // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to SIGKILL.
+            // It may still arrive. An error would end the CRI's attempt to stop the container before it comes to
+            // SIGKILL.
             Err(error @ ClientError::Deadline(_)) => {
                 tracing::warn!(%error, signal, container = id, "the guest is slow to take a signal");
                 Ok(())
@@ -376,7 +378,8 @@ impl Sandbox {
                 Ok(stats) => container.keep_stats(stats)?,
                 Err(ClientError::Gone) => {}
                 Err(_) if container.init.has_ended() => {}
-                // containerd asks for every task each second, also while it is being made: the guest may not have it yet.
+                // containerd asks for every task each second, also while it is being made: the guest may not have it
+                // yet.
                 Err(_) if container.init.status() == Status::Created => {}
                 Err(error) => return Err(error.into()),
             }

@@ -32,8 +32,8 @@ impl fmt::Display for Numbers {
     }
 }
 
-/// The block volumes of a container. A block device is one if a rule allows it by its numbers: to a privileged container the CRI gives every device that the
-/// host has, by a rule for all of them.
+/// The block volumes of a container. A block device is one if a rule allows it by its numbers: to a privileged
+/// container the CRI gives every device that the host has, by a rule for all of them.
 ///
 /// # Errors
 /// A device that the guest cannot have, by name.
@@ -61,8 +61,8 @@ pub fn translate(linux: &Linux) -> Result<Vec<BlockDevice>, SpecError> {
     Ok(volumes)
 }
 
-/// Takes the files of the VFIO groups that the VM has out of a container, and the rules about them: in the guest the devices are those of its kernel
-/// (`vfio_mode = "guest-kernel"`, `update_spec_devices` of kata-containers).
+/// Takes the files of the VFIO groups that the VM has out of a container, and the rules about them: in the guest the
+/// devices are those of its kernel (`vfio_mode = "guest-kernel"`, `update_spec_devices` of kata-containers).
 ///
 /// # Errors
 /// A group that the VM was started without, by name.

@@ -23,7 +23,8 @@ pub(super) enum Volume {
     Memory(MemoryVolume),
 }
 
-/// An emptyDir of `medium: Memory` or `HugePages`: the same file system in the guest's memory for all containers of the pod.
+/// An emptyDir of `medium: Memory` or `HugePages`: the same file system in the guest's memory for all containers of the
+/// pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryVolume {
     /// The volume's name in the pod.

@@ -14,7 +14,8 @@ use std::path::{Component, Path, PathBuf};
 pub struct ShareMount {
     /// On the host: a file or a folder.
     pub source: PathBuf,
-    /// In the share: `<container id>/mounts/<n>-<basename>`, or `updated/<volume>` for what all containers of the pod see.
+    /// In the share: `<container id>/mounts/<n>-<basename>`, or `updated/<volume>` for what all containers of the pod
+    /// see.
     pub share_path: PathBuf,
     /// In the container.
     pub destination: PathBuf,
@@ -227,7 +228,8 @@ enum Place<'a> {
     OfPod(String),
 }
 
-/// Takes off a mount the mapping of its IDs, which is the host's work: its own, or the container's if it only says that there is one.
+/// Takes off a mount the mapping of its IDs, which is the host's work: its own, or the container's if it only says that
+/// there is one.
 fn take_maps(mount: &mut Mount, of_container: Option<&IdMaps>) -> Result<Option<IdMaps>, SpecError> {
     let bad = |error: BadMaps| SpecError::IdMaps(format!("the mount at {}: {error}", mount.destination().display()));
     let own = IdMaps::of_mount(mount).map_err(bad)?;
@@ -286,7 +288,8 @@ fn share(mount: &Mount, source: PathBuf, place: Place<'_>, maps: Option<IdMaps>)
     })
 }
 
-/// `path` without `.` and `..`, so that `/dev/../etc` is what it is. Symbolic links are followed by the mount, not here.
+/// `path` without `.` and `..`, so that `/dev/../etc` is what it is. Symbolic links are followed by the mount, not
+/// here.
 fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::from("/");
     for part in path.components() {

@@ -122,7 +122,8 @@ pub fn load_sk_lookup(instructions: &[Instruction]) -> io::Result<OwnedFd> {
         ifindex: 0,
         expected_attach_type: ATTACH_SK_LOOKUP,
     };
-    // SAFETY: the kernel reads the structure, as many instructions as it says, and a string that ends; all outlive the call.
+    // SAFETY: the kernel reads the structure, as many instructions as it says, and a string that ends; all outlive the
+    // call.
     unsafe { new_fd(PROG_LOAD, &load) }
 }
 

@@ -108,7 +108,8 @@ impl Host {
     }
 }
 
-/// A payload with the shim alone: enough for everything but a pod, and quickly copied. Returns its folder and the version that it will have.
+/// A payload with the shim alone: enough for everything but a pod, and quickly copied. Returns its folder and the
+/// version that it will have.
 pub fn payload(folder: &Path, version: &str) -> Result<(PathBuf, String)> {
     let folder = folder.join(format!("payload-{version}"));
     fs::create_dir_all(folder.join("bin")).trying("making a payload")?;

@@ -1,4 +1,5 @@
-//! A double of a kubelet: runs the installer's pods that are pinned to its node, with the node's own folder as the host, and reports as a kubelet does.
+//! A double of a kubelet: runs the installer's pods that are pinned to its node, with the node's own folder as the
+//! host, and reports as a kubelet does.
 
 use std::{
     collections::BTreeSet,
@@ -41,8 +42,9 @@ use super::controller::Said;
 /// The version that the installer's stand-in carries.
 pub const VERSION: &str = "0.1.0-1a2b3c4d";
 
-/// A stand-in for the installer, for stories about the controller alone: it changes one file, says its steps as the real one does, and does what files in the host's
-/// folder tell it: `refuse` holds the text of a problem, `gate` is a FIFO that it waits on, `version` its version, `deaths` the steps at which it kills itself, once.
+/// A stand-in for the installer, for stories about the controller alone: it changes one file, says its steps as the
+/// real one does, and does what files in the host's folder tell it: `refuse` holds the text of a problem, `gate` is a
+/// FIFO that it waits on, `version` its version, `deaths` the steps at which it kills itself, once.
 const STAND_IN: &str = r#"
 verb=$1; shift
 while [ $# -gt 0 ]; do

@@ -32,7 +32,8 @@ pub const STORIES: &[Story] = &[
     ("a_leader_that_has_lost_its_lease_ends", lost_lease),
 ];
 
-/// Starts controllers, and kills each when it is about to take its second step, until the story is at its end. Every step of the way is so the last of one of them.
+/// Starts controllers, and kills each when it is about to take its second step, until the story is at its end. Every
+/// step of the way is so the last of one of them.
 fn kill_on_the_way(rig: &mut Rig<'_>, arrived: impl Fn(&Rig<'_>) -> bool) -> Result<usize> {
     for generation in 0..100 {
         rig.start_controller(&Settings::default())?;

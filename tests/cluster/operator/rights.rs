@@ -40,7 +40,8 @@ const OWN: &[&str] = &[
 
 const DEFAULT: &[&str] = &["events.events.k8s.io [] [] [create]"];
 
-/// What the API server says that the controller may do in a namespace, one kind of thing a line. What everybody may read by address (`/healthz` and the like) is left out.
+/// What the API server says that the controller may do in a namespace, one kind of thing a line. What everybody may
+/// read by address (`/healthz` and the like) is left out.
 fn rights(rig: &Rig<'_>, namespace: &str) -> Result<Vec<String>> {
     let output = rig.as_controller(
         &["auth", "can-i", "--list", "--no-headers", "--namespace", namespace],

@@ -118,8 +118,8 @@ fn rescued(crio: &Crio<'_>) -> Result {
     crio.node.as_before(&before, SOON)
 }
 
-/// A program of the configuration that executes the real one without its death signal, as the kernel does to one that it
-/// executes in an SELinux domain of its own.
+/// A program of the configuration that executes the real one without its death signal, as the kernel does to one that
+/// it executes in an SELinux domain of its own.
 fn without_death_signal(crio: &Crio<'_>, name: &str, program: &Path) -> Result<String> {
     let path = crio.node.folder().join(name);
     let script = format!(
@@ -152,8 +152,8 @@ fn deathless(crio: &Crio<'_>) -> Result {
     shim(&crio)
 }
 
-/// SIGKILL does not reach the first process of a node from within it, so leftovers that name it are there until the story lets
-/// go of them.
+/// SIGKILL does not reach the first process of a node from within it, so leftovers that name it are there until the
+/// story lets go of them.
 fn leftovers(crio: &Crio<'_>) -> Result {
     let started = fs::read_to_string("/proc/1/stat").trying("reading /proc/1/stat")?;
     let started = started

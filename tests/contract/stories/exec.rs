@@ -285,7 +285,8 @@ fn orphan(crio: &Crio<'_>) -> Result {
             "the daemon that the exec left was killed",
         )?;
     } else {
-        // runc's pipes are the process's own: Wait comes, the end of the output does not. CRI-O does not wait for it either.
+        // runc's pipes are the process's own: Wait comes, the end of the output does not. CRI-O does not wait for it
+        // either.
         container.kill(&exec.id, 0)?.answer(ORDINARY)?.ok();
         container.shell("kill $(pidof sleep) 2>/dev/null; true")?;
         same("the exit code", exec.finish(ORDINARY)?.code, 4)?;

@@ -1,7 +1,7 @@
 //! A guest that is an attacker's: `tests/src/bin/hostile-agent.rs` is its agent.
 //!
-//! Whatever it says, the shim lives, answers CRI-O in time, stays small, and touches nothing but what is the sandbox's; and everything is gone
-//! afterwards, which the node looks after.
+//! Whatever it says, the shim lives, answers CRI-O in time, stays small, and touches nothing but what is the sandbox's;
+//! and everything is gone afterwards, which the node looks after.
 
 use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Command, time::Duration};
 
@@ -46,7 +46,8 @@ const SOON: Duration = Duration::from_secs(10);
 const CRIOS_PATIENCE: Duration = Duration::from_secs(120);
 /// How soon an answer must come that no guest has a part in.
 const AT_ONCE: Duration = Duration::from_secs(2);
-/// How long an exit may be held up: by output without end, statistics without answer, and a container that is not removed.
+/// How long an exit may be held up: by output without end, statistics without answer, and a container that is not
+/// removed.
 const HELD_UP: Duration = Duration::from_secs(30);
 
 /// Plays against a hostile guest of this manner; `more` goes to the end of the configuration.

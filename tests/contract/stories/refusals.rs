@@ -139,7 +139,8 @@ fn unused(crio: &Crio<'_>) -> Result {
     crio.node.as_before(&before, SOON)
 }
 
-/// CRI-O's memory of a pod whose shim is gone: the container's `start` has nowhere to go, and must not make a machine of its own.
+/// CRI-O's memory of a pod whose shim is gone: the container's `start` has nowhere to go, and must not make a machine
+/// of its own.
 fn unknown_sandbox(crio: &Crio<'_>) -> Result {
     let place = Place::make(crio, &PodWanted::default())?;
     let failure = place

@@ -5,7 +5,8 @@
 //! clock-offset ask <address:port> <trips>     prints the offset of the answering clock in nanoseconds, and by how much that may be wrong
 //! ```
 //!
-//! Of all round trips the shortest counts: the answering clock was read somewhere on the way, so the offset to the middle is wrong by half of it at most.
+//! Of all round trips the shortest counts: the answering clock was read somewhere on the way, so the offset to the
+//! middle is wrong by half of it at most.
 
 use std::{
     env,
@@ -71,7 +72,8 @@ fn ask(address: &str, trips: &str) -> Result {
     Ok(())
 }
 
-/// When the question was sent, what the other clock said, and when that had come; `None` of a question that is lost, or during which our own clock was set.
+/// When the question was sent, what the other clock said, and when that had come; `None` of a question that is lost, or
+/// during which our own clock was set.
 fn trip(socket: &UdpSocket, number: u32) -> Result<Option<(i64, i64, i64)>> {
     let sent = now()?;
     // The one who answers may not be there yet: the kernel tells of that at the next call.

@@ -1,4 +1,5 @@
-//! `make demo`: containerd runs a pod in a virtual machine, and every claim about it is shown. Ends with 1 if one does not hold.
+//! `make demo`: containerd runs a pod in a virtual machine, and every claim about it is shown. Ends with 1 if one does
+//! not hold.
 
 use std::{
     process::ExitCode,

@@ -1,8 +1,9 @@
 //! The agent of an attacker: PID 1 of a virtual machine whose guest does to the shim what no honest one does.
 //!
-//! It speaks over the virtio-serial port, as the agent does, and has no containers: what is created is a name. How it behaves as a whole is told by
-//! `hostile=` on the kernel's command line, which reaches it as an environment variable, and how to one container by the first word of that
-//! container's command line. What neither of them says is answered honestly.
+//! It speaks over the virtio-serial port, as the agent does, and has no containers: what is created is a name. How it
+//! behaves as a whole is told by `hostile=` on the kernel's command line, which reaches it as an environment variable,
+//! and how to one container by the first word of that container's command line. What neither of them says is answered
+//! honestly.
 
 use std::{
     collections::BTreeMap,

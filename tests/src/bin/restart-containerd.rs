@@ -1,4 +1,5 @@
-//! The `systemctl` of a node of the tests: `restart containerd` is back when containerd serves again, with 1 and a sentence if it does not.
+//! The `systemctl` of a node of the tests: `restart containerd` is back when containerd serves again, with 1 and a
+//! sentence if it does not.
 
 use std::{env, io::Read, os::unix::net::UnixStream, process::ExitCode};
 

@@ -39,7 +39,8 @@ const WATCH: &str = "kubectl describe kataconfig | sed -n /^Status:/,/^Events/p"
 pub const INSTALLING: Duration = Duration::from_secs(120);
 
 impl Cluster {
-    /// Prepares the node for the operator: its images, which no registry serves here, and what an administrator of a node without KVM writes.
+    /// Prepares the node for the operator: its images, which no registry serves here, and what an administrator of a
+    /// node without KVM writes.
     ///
     /// # Errors
     /// When the images have not been made.

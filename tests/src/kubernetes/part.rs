@@ -23,7 +23,8 @@ use crate::{
 /// How much of a log is shown when its program fails.
 const SHOWN: usize = 4000;
 
-/// A program that runs until this value goes; what it says is in a file, and in the message when something does not happen.
+/// A program that runs until this value goes; what it says is in a file, and in the message when something does not
+/// happen.
 #[derive(Debug)]
 pub struct Part {
     name: String,

@@ -37,7 +37,8 @@ impl Machine {
             "log_directory": format!("/var/log/pods/{name}"),
             "linux": {
                 "cgroup_parent": format!("/kubepods.slice/kubepods-besteffort.slice/{slice}"),
-                // The network is the pod's own (POD), processes the container's (CONTAINER), as the kubelet asks by default.
+                // The network is the pod's own (POD), processes the container's (CONTAINER), as the kubelet asks by
+                // default.
                 "security_context": { "namespace_options": { "network": 0, "pid": 1, "ipc": 0 } },
             },
         });

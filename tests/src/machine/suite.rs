@@ -9,7 +9,8 @@ use crate::{failure::Result, images, places, stage, wait};
 const SLOWNESS: u32 = 20;
 
 impl Machine {
-    /// Plays stories of a test program in the node, one after another: those with these names, or with no names those that it plays by default.
+    /// Plays stories of a test program in the node, one after another: those with these names, or with no names those
+    /// that it plays by default.
     ///
     /// # Errors
     /// When the program is missing, a story fails, or all of them take longer than the deadline.

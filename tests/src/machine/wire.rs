@@ -1,7 +1,7 @@
 //! What the harness and the runner inside an emulated node say to each other over one stream of bytes.
 //!
-//! A frame is the number of a command (u32), a [`Kind`] (u8), the length of what follows (u32, big endian as the number), and so many bytes. Commands
-//! run at the same time; each has its own number, which the harness chooses.
+//! A frame is the number of a command (u32), a [`Kind`] (u8), the length of what follows (u32, big endian as the
+//! number), and so many bytes. Commands run at the same time; each has its own number, which the harness chooses.
 
 use std::io::{self, Read, Write};
 
@@ -25,7 +25,8 @@ pub enum Kind {
     Stdout,
     /// To the harness: more of standard error.
     Stderr,
-    /// To the harness: the program has ended and its output too. The bytes are its exit code (i32, big endian), 128+signal when a signal ended it.
+    /// To the harness: the program has ended and its output too. The bytes are its exit code (i32, big endian),
+    /// 128+signal when a signal ended it.
     Exit,
 }
 

@@ -122,7 +122,8 @@ impl Guest {
     }
 }
 
-/// Of a disk at an address, its size in bytes and its first line. The kernel looks for it when it is told to: by itself it spends seconds on all targets.
+/// Of a disk at an address, its size in bytes and its first line. The kernel looks for it when it is told to: by itself
+/// it spends seconds on all targets.
 fn disk(address: &str) -> std::io::Result<String> {
     if let Some(host) = fs::read_dir("/sys/class/scsi_host")?.flatten().next() {
         fs::write(host.path().join("scan"), format!("0 {}", address.replace(':', " ")))?;

@@ -1,7 +1,8 @@
 //! The bare boot: QEMU's exec to PID 1 in the guest, with nothing else going on.
 //!
-//! The machine is described as the shim describes that of a `ctr run` pod, started by the same crate, and its command line is compared with a pod's. The
-//! shim's own waterfall would not do as the reference: its boot shares the processors with everything that the shim does meanwhile.
+//! The machine is described as the shim describes that of a `ctr run` pod, started by the same crate, and its command
+//! line is compared with a pod's. The shim's own waterfall would not do as the reference: its boot shares the
+//! processors with everything that the shim does meanwhile.
 
 use std::{
     fs,
@@ -168,7 +169,8 @@ pub fn same_machine(bare: &[String], pod: &[String]) -> Result {
     same("the machine of a pod", plain(pod), plain(bare))
 }
 
-/// The arguments without the VM's name, the numbers of open files, and the clock's frequency, which is measured anew for each.
+/// The arguments without the VM's name, the numbers of open files, and the clock's frequency, which is measured anew
+/// for each.
 fn plain(line: &[String]) -> Vec<String> {
     let named = |at: usize| at > 0 && line[at - 1] == "-name";
     let words = line.iter().enumerate().filter(|(at, _)| !named(*at));

@@ -1,4 +1,5 @@
-//! `make bench`: pods of Sandpod, in turns with runc's, and the same virtual machine without a pod. Prints tables for the README.
+//! `make bench`: pods of Sandpod, in turns with runc's, and the same virtual machine without a pod. Prints tables for
+//! the README.
 //!
 //! `bench [rounds]`; ten rounds when it is not told.
 
