@@ -84,7 +84,6 @@ fn main() {
         trials_of("pods", pods::STORIES),
         trials_of("cgroups", cgroups::STORIES),
         trials_of("devices", devices::STORIES),
-        trials_of("devices", vfio::STORIES),
         trials_of("clock", clock::STORIES),
         trials_of("kubelet", kubelet::STORIES),
         trials_of_power(power::STORIES),
@@ -93,6 +92,7 @@ fn main() {
         trials_on(selinux, "selinux", selinux::STORIES),
     ];
     let at_length = [
+        trials_of("devices", vfio::AT_LENGTH),
         trials_of("clock", clock::AT_LENGTH),
         trials_of_power(power::AT_LENGTH),
         trials_of("kvm", inside::AT_LENGTH),

