@@ -84,14 +84,14 @@ fn main() {
         trials_of("pods", pods::STORIES),
         trials_of("cgroups", cgroups::STORIES),
         trials_of("devices", devices::STORIES),
-        trials_of("clock", clock::STORIES),
-        trials_of("kubelet", kubelet::STORIES),
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
-        trials_of("kvm", inside::STORIES),
-        trials_on(selinux, "selinux", selinux::STORIES),
     ];
     let at_length = [
+        trials_of("kubelet", kubelet::STORIES),
+        trials_of("clock", clock::STORIES),
+        trials_of("kvm", inside::STORIES),
+        trials_on(selinux, "selinux", selinux::STORIES),
         trials_of("devices", vfio::AT_LENGTH),
         trials_of("clock", clock::AT_LENGTH),
         trials_of_power(power::AT_LENGTH),
