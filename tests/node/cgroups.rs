@@ -145,15 +145,7 @@ fn out_of_memory(node: &Machine) -> Result {
     ))?;
     drop(container.shell("head -c 800000000 /dev/zero | tail"));
     same("the exit code", container.wait_exit()?, 137)?;
-    let reason = "{{.status.reason}}";
-    let told = node.crictl(&[
-        "inspect",
-        "--output",
-        "go-template",
-        "--template",
-        reason,
-        container.id(),
-    ])?;
+    let told = node.inspect("inspect", container.id(), "{{.status.reason}}")?;
     same("the reason", told.as_str(), "OOMKilled")?;
     contains(
         "containerd's journal",

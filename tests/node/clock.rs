@@ -7,6 +7,7 @@ use tests::{
     failure::{Failure, Result, claim},
     machine::{Machine, ORDINARY, Pod},
     places,
+    wait::Bell,
 };
 
 use crate::{
@@ -100,8 +101,7 @@ impl<'m> Clock<'m> {
         pod.container_with("clock", &program, |container| {
             container["mounts"] = json!([{ "container_path": "/clock", "host_path": FOLDER, "readonly": true }]);
         })?;
-        let template = "{{.status.network.ip}}";
-        let address = node.crictl(&["inspectp", "--output", "go-template", "--template", template, pod.id()])?;
+        let address = node.inspect("inspectp", pod.id(), "{{.status.network.ip}}")?;
         let address = format!("{address}:{PORT}");
         Ok(Clock { node, pod, address })
     }
@@ -118,22 +118,15 @@ impl<'m> Clock<'m> {
 
     /// Waits until the clock is shown to be right.
     fn becomes_right(&self, when: &str) -> Result {
-        let began = Instant::now();
-        loop {
-            let offset = self.offset()?;
-            if offset.is_right() {
-                let (us, error) = (offset.nanoseconds / 1000, offset.error / 1000);
-                println!(
-                    "{when} the guest's clock is {us} us off, +-{error} us, {:?} later",
-                    began.elapsed()
-                );
-                return Ok(());
-            }
-            claim(
-                began.elapsed() < AGAIN,
-                format!("{when} the guest's clock is still off: {offset:?}"),
-            )?;
-        }
+        let what = format!("the guest's clock {when}");
+        let offset = Bell::default().until(&what, AGAIN, || match self.offset() {
+            Ok(offset) if offset.is_right() => Ok(offset),
+            Ok(offset) => Err(format!("{offset:?}")),
+            Err(failure) => Err(failure.to_string()),
+        })?;
+        let (us, error) = (offset.nanoseconds / 1000, offset.error / 1000);
+        println!("{when} the guest's clock is {us} us off, +-{error} us");
+        Ok(())
     }
 
     fn remove(self) -> Result {

@@ -28,8 +28,11 @@ fn without_vhost_pods_run_slower(node: &Machine) -> Result {
     node.run("mknod -m 600 /dev/vhost-vsock c 10 241 && mknod -m 600 /dev/vhost-net c 10 238")?;
     told_as_slower(node)?;
     a_pod_does_without(node)?;
-    node.run("rm /etc/modprobe.d/story.conf /dev/vhost-vsock /dev/vhost-net && modprobe -a vhost_vsock vhost_net && test -c /dev/vhost-vsock")
-        .map(drop)
+    node.run(
+        "rm /etc/modprobe.d/story.conf /dev/vhost-vsock /dev/vhost-net && \
+         modprobe -a vhost_vsock vhost_net && test -c /dev/vhost-vsock",
+    )
+    .map(drop)
 }
 
 fn told_as_slower(node: &Machine) -> Result {

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use tests::{
     failure::{Failure, Result, claim, contains, same},
-    machine::{Kubelet, Machine, ORDINARY},
+    machine::{Kubelet, Machine, ORDINARY, OVERHEAD_MIB},
 };
 
 use crate::{
@@ -81,14 +81,8 @@ fn create(kubelet: &Kubelet<'_>) -> Result {
 fn protected(node: &Machine, kubelet: &Kubelet<'_>, name: &str, slice: &str) -> Result {
     kubelet.wait_for("condition=Ready", name)?;
     let sandbox = kubelet.sandbox(name)?;
-    let asked = node.crictl(&[
-        "inspect",
-        "--output",
-        "go-template",
-        "--template",
-        "{{.info.runtimeSpec.process.oomScoreAdj}}",
-        &container(node, &sandbox)?,
-    ])?;
+    let asked = "{{.info.runtimeSpec.process.oomScoreAdj}}";
+    let asked = node.inspect("inspect", &container(node, &sandbox)?, asked)?;
     let scores = scores(node, &sandbox)?;
     same(&format!("the score of {name}'s QEMU and virtiofsd"), scores, asked)?;
     let folder = node.run(&format!("cut -d : -f 3 /proc/{}/cgroup", qemu(node, &sandbox)?))?;
@@ -133,7 +127,7 @@ fn resized(node: &Machine, kubelet: &Kubelet<'_>) -> Result {
     let scope = node.run(&format!("cut -d : -f 3 /proc/{}/cgroup", qemu(node, &sandbox)?))?;
     let outside = node.run(&format!("cat /sys/fs/cgroup{scope}/../memory.max"))?;
     // The container's, and the overhead of the runtime class.
-    same("the pod's limit", outside, ((192_u64 + 350) << 20).to_string())?;
+    same("the pod's limit", outside, ((192 + OVERHEAD_MIB) << 20).to_string())?;
     let restarts = &kubelet.pod(BURSTABLE)?["status"]["containerStatuses"][0]["restartCount"];
     same("restarts", restarts, &json!(0))
 }

@@ -67,14 +67,7 @@ fn pods_of_before_a_reboot_can_be_removed(node: &mut Machine) -> Result {
 fn after_a_boot(node: &Machine, old: &str) -> Result {
     contains(
         "the old pod",
-        &node.crictl(&[
-            "inspectp",
-            "--output",
-            "go-template",
-            "--template",
-            "{{.status.state}}",
-            old,
-        ])?,
+        &node.inspect("inspectp", old, "{{.status.state}}")?,
         "SANDBOX_NOTREADY",
     )?;
     node.crictl(&["rmp", "--force", old])?;

@@ -200,7 +200,8 @@ fn the_disk_is_written(user: &Container<'_>, text: &str) -> Result {
     same("the driver of the guest's disk", user.shell(driver)?.as_str(), "nvme")?;
     user.shell(MAKE_FILE)?;
     user.shell(&format!(
-        "printf '%-{SECTOR_BYTES}s' '{text}' | dd of=/dev/nvme0n1 bs={SECTOR_BYTES} seek={SECTOR} oflag=direct iflag=fullblock"
+        "printf '%-{SECTOR_BYTES}s' '{text}' | \
+         dd of=/dev/nvme0n1 bs={SECTOR_BYTES} seek={SECTOR} oflag=direct iflag=fullblock"
     ))?;
     same("what was written", disk_text(user)?.as_str(), text)
 }

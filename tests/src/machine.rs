@@ -36,7 +36,7 @@ use tempfile::TempDir;
 use self::{channel::Channel, wire::Run};
 pub use self::{
     channel::Running,
-    kubelet::Kubelet,
+    kubelet::{Kubelet, OVERHEAD_MIB},
     pods::{Container, Pod, PodSpec},
 };
 use crate::{
@@ -60,7 +60,8 @@ pub const ORDINARY: Duration = Duration::from_secs(600);
 const SHUTDOWN: Duration = Duration::from_secs(600);
 
 /// The node's kernel line. Its journal and console tell what happened, so nothing is asked at the console.
-const KERNEL_LINE: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true TERM=dumb no_timer_check intel_iommu=on iommu=pt tsc=reliable";
+const KERNEL_LINE: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true \
+                           TERM=dumb no_timer_check intel_iommu=on iommu=pt tsc=reliable";
 
 /// The file of the node's spare disk, in the node's folder.
 const SPARE_DISK: &str = "spare.img";

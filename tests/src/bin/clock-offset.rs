@@ -1,9 +1,12 @@
 //! How far apart two wall clocks are, over UDP.
 //!
 //! ```text
-//! clock-offset answer <address:port>          each datagram's number comes back with the time: nanoseconds since the epoch
-//! clock-offset ask <address:port> <trips>     prints the offset of the answering clock in nanoseconds, and by how much that may be wrong
+//! clock-offset answer <address:port>
+//! clock-offset ask <address:port> <trips>
 //! ```
+//!
+//! `answer` sends each datagram's number back with the time, in nanoseconds since the epoch. `ask` prints the offset of
+//! the answering clock, and by how much that may be wrong, in nanoseconds.
 //!
 //! Of all round trips the shortest counts: the answering clock was read somewhere on the way, so the offset to the
 //! middle is wrong by half of it at most.

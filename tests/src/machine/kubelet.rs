@@ -16,6 +16,9 @@ use crate::{
     wait::Bell,
 };
 
+/// What the runtime class says that a pod's VM takes beside its containers' memory.
+pub const OVERHEAD_MIB: u64 = 350;
+
 /// Where the node's network has the API server.
 const API_SERVER: &str = "10.0.2.100:6443";
 
@@ -87,8 +90,11 @@ impl Kubelet<'_> {
         api.kubectl(["create", "serviceaccount", "default"])?;
         api.create(
             &json!({
-                "apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": { "name": "kata" }, "handler": "kata",
-                "overhead": { "podFixed": { "memory": "350Mi" } },
+                "apiVersion": "node.k8s.io/v1",
+                "kind": "RuntimeClass",
+                "metadata": { "name": "kata" },
+                "handler": "kata",
+                "overhead": { "podFixed": { "memory": format!("{OVERHEAD_MIB}Mi") } },
             })
             .to_string(),
         )?;

@@ -59,6 +59,14 @@ impl Machine {
         Ok(self.crictl_within(arguments, super::ORDINARY)?.text())
     }
 
+    /// What the CRI knows of a container (`inspect`) or a sandbox (`inspectp`), by a Go template.
+    ///
+    /// # Errors
+    /// What the CRI answers.
+    pub fn inspect(&self, verb: &str, id: &str, template: &str) -> Result<String> {
+        self.crictl(&[verb, "--output", "go-template", "--template", template, id])
+    }
+
     fn crictl_within(&self, arguments: &[&str], deadline: Duration) -> Result<Output> {
         let timeout = format!("{}s", deadline.as_secs());
         let words = [&["crictl", "--timeout", &timeout], arguments].concat();
