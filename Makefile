@@ -58,7 +58,7 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) images-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
+	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
 
 TARGET := demo
 fresh: ## `make demo`, or TARGET, in a Debian 12 that has next to nothing installed: whether deploy/deps.sh names all that it needs
