@@ -57,8 +57,8 @@ test: deps-test ## every test and every lint (half an hour on two cores, some mi
 	$(MAKE) payload-files
 	$(MAKE) images-files
 	$(MAKE) units
-	echo 'tests: the suites with real peers, two at a time, usually 10 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
+	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
+	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
 
 TARGET := demo
 fresh: ## `make demo`, or TARGET, in a Debian 12 that has next to nothing installed: whether deploy/deps.sh names all that it needs
@@ -137,9 +137,9 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	echo 'units: usually a minute'
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
-# Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
+# Two suites run at once, so each has half of the processors; a story's virtual machine takes one. FLAGS are libtest's.
 suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node: suite-%:
-	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2))
+	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2)) $(FLAGS)
 
 # The quick form of `make fresh`, for both of the quick start's targets.
 suite-fresh:

@@ -31,6 +31,9 @@ pub const HANDLER: &str = "kata";
 /// Our client on a node where Sandpod is installed.
 pub const KATA_CTL: &str = "/opt/sandpod/current/bin/kata-ctl";
 
+/// The administrator's own folder, which an install neither makes nor removes.
+pub const SETTINGS: &str = "/etc/sandpod";
+
 /// Where the node remembers what it had before anything was installed.
 const BEFORE: &str = "/root/before";
 

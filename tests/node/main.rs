@@ -62,6 +62,10 @@ fn main() {
         security: Security::SeLinux,
         ..usual
     };
+    let with_devices = MachineSpec {
+        spare_devices: true,
+        ..usual
+    };
     let trials_on = |spec: MachineSpec, kind: &str, stories: &[Story]| -> Vec<Trial> {
         let trial = |(name, story): &Story| {
             let (shared, story) = (Arc::clone(&shared), *story);
@@ -92,7 +96,7 @@ fn main() {
         trials_of("clock", clock::STORIES),
         trials_of("kvm", inside::STORIES),
         trials_on(selinux, "selinux", selinux::STORIES),
-        trials_of("devices", vfio::AT_LENGTH),
+        trials_on(with_devices, "devices", vfio::AT_LENGTH),
         trials_of("clock", clock::AT_LENGTH),
         trials_of_power(power::AT_LENGTH),
         trials_of("kvm", inside::AT_LENGTH),

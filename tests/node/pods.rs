@@ -8,7 +8,7 @@ use tests::{
 
 use crate::{
     Story,
-    install::{HANDLER, ensure, pods_are_gone},
+    install::{HANDLER, SETTINGS, ensure, pods_are_gone},
 };
 
 pub const STORIES: &[Story] = &[
@@ -28,7 +28,6 @@ pub const STORIES: &[Story] = &[
 
 /// A guest whose kernel knows one processor, and what chooses it.
 const ONE: &str = "/var/lib/one-processor";
-const ONE_SETTINGS: &str = "/etc/sandpod/config.d/50-one-processor.toml";
 
 /// What the guest's kernel may keep of memory that came and went (a block of virtio-mem, and pages that describe it),
 /// in KiB.
@@ -93,7 +92,7 @@ fn more_processors_than_there_are_is_said_once(node: &Machine) -> Result {
          ln -s $PWD/vmlinux {ONE}; sed 's/\"cpus\": [0-9]*/\"cpus\": 1/' manifest.json >{ONE}/manifest.json"
     ))?;
     node.put(
-        ONE_SETTINGS,
+        &format!("{SETTINGS}/config.d/50-one-processor.toml"),
         format!("[hypervisor.qemu]\nkernel = \"{ONE}/vmlinux\"\n").as_bytes(),
     )?;
     let pod = node.pod(HANDLER, "one").run()?;
@@ -106,7 +105,7 @@ fn more_processors_than_there_are_is_said_once(node: &Machine) -> Result {
     are_said_once(node, &pod, 1)?;
     pod.remove()?;
     pods_are_gone(node)?;
-    node.run(&format!("rm -r {ONE} {ONE_SETTINGS}")).map(drop)
+    node.run(&format!("rm -r {ONE} {SETTINGS}")).map(drop)
 }
 
 /// One line of a pod's says how many processors it has instead of what its limits ask for.

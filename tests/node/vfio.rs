@@ -9,7 +9,7 @@ use tests::{
 
 use crate::{
     Story,
-    install::{HANDLER, ensure, pods_are_gone},
+    install::{HANDLER, SETTINGS, ensure, pods_are_gone},
 };
 
 /// Not by default: about one in ten guests with one of these devices died here before it had a console, or waited for
@@ -20,7 +20,7 @@ pub const AT_LENGTH: &[Story] = &[(
 )];
 
 /// The administrator's settings for this.
-const SETTINGS: &str = "/etc/sandpod/config.d/50-devices.toml";
+const DEVICE_SETTINGS: &str = "config.d/50-devices.toml";
 
 /// What the node's devices are called, by vendor and class, in [`CDI_FILE`].
 const CDI_KIND: &str = "example.com/spare";
@@ -49,7 +49,7 @@ fn a_pod_drives_the_nodes_disk_and_card_and_gives_them_back(node: &Machine) -> R
     let card = device(node, "e1000e")?;
     // VFIO pins all of the memory.
     node.put(
-        SETTINGS,
+        &format!("{SETTINGS}/{DEVICE_SETTINGS}"),
         b"[hypervisor.qemu]\ncold_plug_vfio = \"root-port\"\ndefault_memory = 512\n",
     )?;
     node.put(CDI_FILE, specification(&disk, &card).to_string().as_bytes())?;

@@ -17,7 +17,7 @@ use std::{
     ffi::OsString,
     fs,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::{
         atomic::{AtomicU32, Ordering},
@@ -59,9 +59,10 @@ pub const ORDINARY: Duration = Duration::from_secs(600);
 /// How long a node may take to shut down.
 const SHUTDOWN: Duration = Duration::from_secs(600);
 
-/// The node's kernel line. Its journal and console tell what happened, so nothing is asked at the console.
+/// The node's kernel line. Its journal and console tell what happened, so nothing is asked at the console. Its kernel
+/// trusts the processors' clock, else its KVM gives guests no clock to follow.
 const KERNEL_LINE: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 fsck.mode=skip systemd.show_status=true \
-                           TERM=dumb no_timer_check intel_iommu=on iommu=pt tsc=reliable";
+                           TERM=dumb no_timer_check tsc=reliable";
 
 /// The file of the node's spare disk, in the node's folder.
 const SPARE_DISK: &str = "spare.img";
@@ -76,6 +77,8 @@ pub struct MachineSpec {
     pub memory_mib: u32,
     /// What its kernel asks before it lets a program do something.
     pub security: Security,
+    /// Whether it has devices to give away: an NVMe disk and a network card, behind an IOMMU.
+    pub spare_devices: bool,
 }
 
 impl Default for MachineSpec {
@@ -83,6 +86,7 @@ impl Default for MachineSpec {
         MachineSpec {
             memory_mib: 5120,
             security: Security::AppArmor,
+            spare_devices: false,
         }
     }
 }
@@ -164,7 +168,7 @@ impl Machine {
     /// # Errors
     /// When it does not come up; with the end of its console.
     pub fn power_on(&mut self) -> Result {
-        let power = Power::on(&self.qemu()?)?;
+        let power = Power::on(&self.image, &self.qemu()?)?;
         // From here on it is ended with the node.
         let power = self.power.insert(power);
         match power.channel.greeting(BOOT) {
@@ -179,15 +183,12 @@ impl Machine {
         let folder = self.folder.path().display();
         // This machine keeps its power: what the node has synced outlives QEMU in this machine's memory.
         let mut words: Vec<OsString> = format!(
-            "-nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi,tb-size=512 -cpu max,+svm -machine q35 -smp 2 -m {memory} \
-             -device intel-iommu,intremap=on,device-iotlb=on \
-             -device pcie-root-port,id=port1,chassis=1,slot=1,addr=10.0,multifunction=on -device pcie-root-port,id=port2,chassis=2,slot=2,addr=10.1 \
-             -blockdev raw,node-name=spare,file.driver=file,file.filename={folder}/{SPARE_DISK} -device nvme,bus=port1,serial=spare,drive=spare \
-             -netdev user,id=spare,restrict=on -device e1000e,bus=port2,netdev=spare,mac={SPARE_MAC} \
+            "-nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi,tb-size=512 -cpu max,+svm -machine q35 -smp 2 -m {memory} {devices} \
              -drive file={folder}/disk.qcow2,if=virtio,format=qcow2,cache=unsafe -device virtio-rng-pci \
              -chardev file,id=console,path={folder}/console.log,append=on -serial chardev:console -device virtio-serial-pci \
              -chardev socket,id=commands,fd=0 -device virtserialport,chardev=commands,name=sandpod",
             memory = self.spec.memory_mib,
+            devices = self.spare_devices(),
         )
         .split_whitespace()
         .map(OsString::from)
@@ -195,7 +196,11 @@ impl Machine {
         for (option, file) in [("-kernel", "vmlinuz"), ("-initrd", "initrd.img")] {
             words.extend([option.into(), self.image.join(file).into_os_string()]);
         }
-        let line = format!("{KERNEL_LINE}{}", self.spec.security.kernel_line());
+        let iommu = match self.spec.spare_devices {
+            true => " intel_iommu=on iommu=pt",
+            false => "",
+        };
+        let line = format!("{KERNEL_LINE}{}{iommu}", self.spec.security.kernel_line());
         words.extend(["-append".into(), line.into()]);
         words.extend(kubelet::network(self.folder.path())?.map(OsString::from));
         for (tag, path) in [("bin", &places::binaries()?)]
@@ -207,6 +212,23 @@ impl Machine {
             words.extend(["-virtfs".into(), share.into()]);
         }
         Ok(words)
+    }
+
+    /// What of QEMU's command line makes the devices to give away.
+    fn spare_devices(&self) -> String {
+        if !self.spec.spare_devices {
+            return String::new();
+        }
+        let disk = self.spare_disk();
+        format!(
+            "-device intel-iommu,intremap=on,device-iotlb=on \
+             -device pcie-root-port,id=port1,chassis=1,slot=1,addr=10.0,multifunction=on \
+             -device pcie-root-port,id=port2,chassis=2,slot=2,addr=10.1 \
+             -blockdev raw,node-name=spare,file.driver=file,file.filename={disk} \
+             -device nvme,bus=port1,serial=spare,drive=spare \
+             -netdev user,id=spare,restrict=on -device e1000e,bus=port2,netdev=spare,mac={SPARE_MAC}",
+            disk = disk.display()
+        )
     }
 
     /// What every boot needs: this machine's folders under their own paths.
@@ -336,7 +358,7 @@ impl Machine {
             .map(drop)
     }
 
-    /// The file of this machine that the node has as its spare disk.
+    /// The file of this machine that is the node's spare disk.
     #[must_use]
     pub fn spare_disk(&self) -> PathBuf {
         self.folder.path().join(SPARE_DISK)
@@ -396,13 +418,15 @@ impl Machine {
 }
 
 impl Power {
-    fn on(arguments: &[OsString]) -> Result<Power> {
+    fn on(image: &Path, arguments: &[OsString]) -> Result<Power> {
         let (ours, theirs) = UnixStream::pair().trying("making the node's port")?;
         let mut command = Command::new("setpriv");
         command
-            .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+            .args(["--pdeathsig", "KILL"])
+            .args(emulator(image))
             .args(arguments);
         command
+            .env("QEMU_MODULE_DIR", image.join("qemu/usr/lib/x86_64-linux-gnu/qemu"))
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit());
@@ -455,6 +479,21 @@ impl Drop for Power {
             eprintln!("a node was not ended: {failure}");
         }
     }
+}
+
+/// The QEMU that comes with the node's image, with the libraries and the firmware that came with it.
+fn emulator(image: &Path) -> Vec<OsString> {
+    let root = image.join("qemu");
+    let mut words = vec![
+        root.join("lib64/ld-linux-x86-64.so.2").into(),
+        "--library-path".into(),
+        root.join("usr/lib/x86_64-linux-gnu").into(),
+        root.join("usr/bin/qemu-system-x86_64").into(),
+    ];
+    for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+        words.extend(["-L".into(), root.join(firmware).into_os_string()]);
+    }
+    words
 }
 
 /// The folders of this machine that the node has under the same paths, and their tags.
