@@ -11,7 +11,7 @@ kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)
 images=(buildah binutils)
-test=(attr busybox-static curl e2fsprogs etcd-server openssl qemu-utils)
+test=(attr busybox-static curl e2fsprogs etcd-server openssl procps qemu-utils)
 fresh=(mmdebstrap)
 
 only_list=''

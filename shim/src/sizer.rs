@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use agent::{client::Client, protocol::agent::OnlineCPUMemRequest};
 use tokio::sync::{mpsc, oneshot};
-use vmm::Vm;
+use vmm::{QmpError, Vm, VmError};
 
 use crate::{
     error::{Error, Result},
@@ -103,8 +103,12 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
         }
         clamped = wanted.clamped;
         let result = resize(&vm, &agent, &mut vcpus, wanted).await;
-        if let Err(error) = &result {
-            tracing::warn!(%error, memory_mib = wanted.memory_mib, vcpus = wanted.vcpus, "the VM did not take its new size");
+        match &result {
+            // The VM has ended, and its containers are taken back.
+            Ok(()) | Err(Error::Vm(VmError::Qmp(QmpError::Closed))) => (),
+            Err(error) => {
+                tracing::warn!(%error, memory_mib = wanted.memory_mib, vcpus = wanted.vcpus, "the VM did not take its new size");
+            }
         }
         // Nobody waits for a removal.
         drop(change.done.send(result.map(|()| before)));

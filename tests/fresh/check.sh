@@ -4,6 +4,8 @@
 # machine has besides cannot help.
 #   tests/fresh/check.sh "<groups of make demo>" "<groups of make test>"
 set -euo pipefail
+# The tokens of make's jobs do not go along.
+unset MAKEFLAGS
 here=$(cd "$(dirname "$0")" && pwd)
 top=${here%/tests/fresh}
 [ $# = 2 ] || { sed -n '5s/^# *//p' "$0" >&2; exit 2; }
@@ -41,11 +43,18 @@ named_in_tests() {
   grep -rnoP '(Command::new|\.command)\("\K[^"/ ]+' tests agent/tests vmm/tests --include='*.rs' |
     sed -E 's/^([^:]+:[0-9]+):/\1 /'
 }
+# What the tests build themselves is no package's.
+named_in_the_page() {
+  awk '/^[$#] [a-z]/ {
+    count = split(substr($0, 3), commands, / *\| */)
+    for (i = 1; i <= count; i++) { split(commands[i], words, " "); print FILENAME ":" FNR, words[1] }
+  }' docs/operator.md | grep -E ' [a-z][a-z0-9.-]*$' | grep -vE ' (crictl|helm|kubectl)$'
+}
 
 # First what takes seconds: programs by their names, and whether the eyes are open.
 mapfile -t packages < <(deploy/deps.sh --list $2)
-named=$({ named_in_scripts; named_in_tests; })
-for name in curl ip readelf zstd; do
+named=$({ named_in_scripts; named_in_tests; named_in_the_page; })
+for name in curl ip pgrep readelf zstd; do
   grep -q " $name\$" <<<"$named" || { echo "fresh: $0 does not see any more that something runs $name" >&2; exit 1; }
 done
 missing=$(missing_from "$("$here/root.sh" "${packages[@]}")")

@@ -61,8 +61,16 @@ fn processors_and_memory_come_and_go_with_a_container(node: &Machine) -> Result 
         before.1 + KEPT
     );
     node.until("the machine as small as before", &shrunk, ORDINARY)?;
+    let id = pod.id().to_owned();
     pod.remove()?;
-    pods_are_gone(node)
+    pods_are_gone(node)?;
+    // A size that its end takes back is no trouble.
+    let warned = said_of(node, &id, " WARN ")?;
+    let warnings: Vec<_> = warned
+        .lines()
+        .filter(|line| !line.contains("more than the VM may have"))
+        .collect();
+    claim(warnings.is_empty(), format!("the pod's warnings: {warnings:?}"))
 }
 
 /// Processors and KiB of memory that a container sees.
@@ -75,9 +83,9 @@ fn size(container: &Container<'_>) -> Result<(u64, u64)> {
     }
 }
 
-/// What a pod has said in the node's journal about something.
-fn said_of(node: &Machine, pod: &Pod<'_>, text: &str) -> Result<String> {
-    let short = pod.id().get(..13).unwrap_or_default();
+/// What the pod of an identifier has said in the node's journal about something.
+fn said_of(node: &Machine, pod: &str, text: &str) -> Result<String> {
+    let short = pod.get(..13).unwrap_or_default();
     node.run(&format!(
         "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep -F '{text}' || true"
     ))
@@ -110,7 +118,7 @@ fn more_processors_than_there_are_is_said_once(node: &Machine) -> Result {
 
 /// One line of a pod's says how many processors it has instead of what its limits ask for.
 fn are_said_once(node: &Machine, pod: &Pod<'_>, processors: u64) -> Result {
-    let said = said_of(node, pod, "the limits ask for more than the VM may have")?;
+    let said = said_of(node, pod.id(), "the limits ask for more than the VM may have")?;
     let lines: Vec<_> = said.lines().collect();
     claim(
         matches!(lines[..], [line] if line.contains(&format!("vcpus={processors}"))),
@@ -130,7 +138,7 @@ fn name_and_lack(node: &Machine) -> Result {
     let short = pod.id().get(..13).unwrap_or_default();
     same("the name", container.shell("uname -n")?.as_str(), short)?;
     pod.container("two", &["sleep", "infinity"])?;
-    let said = said_of(node, &pod, "AppArmor")?;
+    let said = said_of(node, pod.id(), "AppArmor")?;
     let lines: Vec<_> = said.lines().collect();
     claim(
         matches!(lines[..], [line] if line.contains(" INFO ") && !line.contains("WARN")),
