@@ -84,7 +84,7 @@ fn size(container: &Container<'_>) -> Result<(u64, u64)> {
 }
 
 /// What the pod of an identifier has said in the node's journal about something.
-fn said_of(node: &Machine, pod: &str, text: &str) -> Result<String> {
+pub fn said_of(node: &Machine, pod: &str, text: &str) -> Result<String> {
     let short = pod.get(..13).unwrap_or_default();
     node.run(&format!(
         "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep -F '{text}' || true"

@@ -463,10 +463,15 @@ impl Power {
             return Ok(());
         };
         // Its number is its own until the keeper has waited for it.
-        if !keeper.is_finished() {
+        let by_itself = keeper.is_finished();
+        if !by_itself {
             let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         }
         match keeper.join() {
+            // A reboot ends it, and a panic of the node's kernel, with exit code 0.
+            Ok(Ok(status)) if by_itself && !status.success() => {
+                Err(Failure::Claim(format!("the node's QEMU ended by itself: {status}")))
+            }
             Ok(waited) => waited.map(drop).trying("waiting for the node's QEMU"),
             Err(_) => Err(Failure::Claim("the thread of the node's QEMU panicked".into())),
         }
