@@ -43,12 +43,16 @@ named_in_tests() {
   grep -rnoP '(Command::new|\.command)\("\K[^"/ ]+' tests agent/tests vmm/tests --include='*.rs' |
     sed -E 's/^([^:]+:[0-9]+):/\1 /'
 }
-# What the tests build themselves is no package's.
+# What the tests build themselves is of no package.
 named_in_the_page() {
   awk '/^[$#] [a-z]/ {
     count = split(substr($0, 3), commands, / *\| */)
-    for (i = 1; i <= count; i++) { split(commands[i], words, " "); print FILENAME ":" FNR, words[1] }
-  }' docs/operator.md | grep -E ' [a-z][a-z0-9.-]*$' | grep -vE ' (crictl|helm|kubectl)$'
+    for (i = 1; i <= count; i++) {
+      split(commands[i], words, " ")
+      if (words[1] ~ /^[a-z][a-z0-9.-]*$/ && !index(" crictl helm kubectl ", " " words[1] " "))
+        print FILENAME ":" FNR, words[1]
+    }
+  }' docs/operator.md
 }
 
 # First what takes seconds: programs by their names, and whether the eyes are open.
