@@ -51,7 +51,7 @@ node: deps-test ## an emulated node with systemd and KVM, to try things in: each
 	$(MAKE) payload-files
 	$(RELEASE)/emulated-node
 
-test: deps-test ## every test and every lint (half an hour on two cores, some minutes more with empty caches)
+test: deps-test ## every test and every lint (half an hour on two cores, an hour with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers node-image debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) payload-files
