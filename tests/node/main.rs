@@ -92,6 +92,7 @@ fn main() {
         trials_of("install", install::LAST),
     ];
     let at_length = [
+        trials_of("cgroups", cgroups::AT_LENGTH),
         trials_of("kubelet", kubelet::STORIES),
         trials_of("clock", clock::STORIES),
         trials_of("kvm", inside::STORIES),
