@@ -137,7 +137,9 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 	echo 'units: usually a minute'
 	cargo test --release --quiet --workspace --lib --bins $(patsubst %,--test %,description refusals vm engine_in_guest agent_in_guest)
 
-# Two suites run at once, so each has half of the processors; a story's virtual machine takes one. FLAGS are libtest's.
+# Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
+# FLAGS are for the test program, `--include-ignored` for what takes long too.
+FLAGS :=
 suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2)) $(FLAGS)
 

@@ -107,7 +107,8 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
             // The VM has ended, and its containers are taken back.
             Ok(()) | Err(Error::Vm(VmError::Qmp(QmpError::Closed))) => (),
             Err(error) => {
-                tracing::warn!(%error, memory_mib = wanted.memory_mib, vcpus = wanted.vcpus, "the VM did not take its new size");
+                let Target { memory_mib, vcpus, .. } = wanted;
+                tracing::warn!(%error, memory_mib, vcpus, "the VM did not take its new size");
             }
         }
         // Nobody waits for a removal.

@@ -15,7 +15,7 @@ pub const STORIES: &[Story] = &[(
     systemd_acts,
 )];
 
-/// Not by default: the emulated machine ended one of three guests that took so much memory at once.
+/// Not by default: one of three guests that took so much memory at once ended without being told as out of memory.
 pub const AT_LENGTH: &[Story] = &[(
     "a_pod_whose_slice_is_out_of_memory_is_told_as_out_of_memory",
     out_of_memory,

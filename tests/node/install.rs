@@ -77,6 +77,12 @@ pub fn ensure(node: &Machine) -> Result {
     script(node, "").map(drop)
 }
 
+/// Lays an administrator's settings of QEMU over the configuration, until [`SETTINGS`] is removed.
+pub fn configure(node: &Machine, settings: &str) -> Result {
+    let text = format!("[hypervisor.qemu]\n{settings}\n");
+    node.put(&format!("{SETTINGS}/config.d/50-story.toml"), text.as_bytes())
+}
+
 /// Everything where an installer or a pod may leave something: kind, mode, owner, path, target of a link.
 fn tree(node: &Machine) -> Result<BTreeSet<String>> {
     const FOLDERS: &str = "/etc /opt /run/lock /run/netns /var/lib/sandpod";

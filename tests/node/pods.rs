@@ -8,7 +8,7 @@ use tests::{
 
 use crate::{
     Story,
-    install::{HANDLER, SETTINGS, ensure, pods_are_gone},
+    install::{HANDLER, SETTINGS, configure, ensure, pods_are_gone},
 };
 
 pub const STORIES: &[Story] = &[
@@ -83,9 +83,15 @@ fn size(container: &Container<'_>) -> Result<(u64, u64)> {
     }
 }
 
+/// The part of a pod's identifier by which its shim's log and a pod without a name call it.
+fn short(pod: &str) -> Result<&str> {
+    pod.get(..13)
+        .ok_or_else(|| Failure::Claim(format!("{pod:?} is no pod's identifier")))
+}
+
 /// What the pod of an identifier has said in the node's journal about something.
 pub fn said_of(node: &Machine, pod: &str, text: &str) -> Result<String> {
-    let short = pod.get(..13).unwrap_or_default();
+    let short = short(pod)?;
     node.run(&format!(
         "journalctl --no-pager --output cat --unit containerd | grep -F 'kata[{short}]' | grep -F '{text}' || true"
     ))
@@ -99,10 +105,7 @@ fn more_processors_than_there_are_is_said_once(node: &Machine) -> Result {
         "set -e; mkdir {ONE}; cd /opt/sandpod/current
          ln -s $PWD/vmlinux {ONE}; sed 's/\"cpus\": [0-9]*/\"cpus\": 1/' manifest.json >{ONE}/manifest.json"
     ))?;
-    node.put(
-        &format!("{SETTINGS}/config.d/50-one-processor.toml"),
-        format!("[hypervisor.qemu]\nkernel = \"{ONE}/vmlinux\"\n").as_bytes(),
-    )?;
+    configure(node, &format!("kernel = \"{ONE}/vmlinux\""))?;
     let pod = node.pod(HANDLER, "one").run()?;
     for name in ["one", "two"] {
         let container = pod.container_with(name, &["sleep", "infinity"], |container| {
@@ -135,7 +138,7 @@ fn name_and_lack(node: &Machine) -> Result {
     };
     let pod = node.pod(HANDLER, "nameless").with(nameless).run()?;
     let container = pod.container("one", &["sleep", "infinity"])?;
-    let short = pod.id().get(..13).unwrap_or_default();
+    let short = short(pod.id())?;
     same("the name", container.shell("uname -n")?.as_str(), short)?;
     pod.container("two", &["sleep", "infinity"])?;
     let said = said_of(node, pod.id(), "AppArmor")?;

@@ -9,18 +9,16 @@ use tests::{
 
 use crate::{
     Story,
-    install::{HANDLER, SETTINGS, ensure, pods_are_gone},
+    install::{HANDLER, SETTINGS, configure, ensure, pods_are_gone},
 };
 
 /// Not by default: about one in ten guests with one of these devices died here before it had a console, or waited for
-/// the disk for ever. Whether the emulated IOMMU, KVM in an emulated machine or Sandpod does that is not known.
+/// the disk for ever, when QEMU 7.2 emulated the node. Whether the emulated IOMMU, KVM in an emulated machine or
+/// Sandpod does that is not known.
 pub const AT_LENGTH: &[Story] = &[(
     "a_pod_drives_the_nodes_disk_and_card_and_gives_them_back",
     a_pod_drives_the_nodes_disk_and_card_and_gives_them_back,
 )];
-
-/// The administrator's settings for this.
-const DEVICE_SETTINGS: &str = "config.d/50-devices.toml";
 
 /// What the node's devices are called, by vendor and class, in [`CDI_FILE`].
 const CDI_KIND: &str = "example.com/spare";
@@ -48,10 +46,7 @@ fn a_pod_drives_the_nodes_disk_and_card_and_gives_them_back(node: &Machine) -> R
     let disk = device(node, "nvme")?;
     let card = device(node, "e1000e")?;
     // VFIO pins all of the memory.
-    node.put(
-        &format!("{SETTINGS}/{DEVICE_SETTINGS}"),
-        b"[hypervisor.qemu]\ncold_plug_vfio = \"root-port\"\ndefault_memory = 512\n",
-    )?;
+    configure(node, "cold_plug_vfio = \"root-port\"\ndefault_memory = 512")?;
     node.put(CDI_FILE, specification(&disk, &card).to_string().as_bytes())?;
     let bound = format!("{} has nvme, and needs to be bound to vfio-pci", disk.address);
     refused(asking(node, "early", &["disk"]), &bound)?;

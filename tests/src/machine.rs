@@ -168,7 +168,9 @@ impl Machine {
     /// # Errors
     /// When it does not come up; with the end of its console.
     pub fn power_on(&mut self) -> Result {
-        let power = Power::on(&self.image, &self.qemu()?)?;
+        let mut command = emulator(&self.image);
+        command.args(self.qemu()?);
+        let power = Power::on(command)?;
         // From here on it is ended with the node.
         let power = self.power.insert(power);
         match power.channel.greeting(BOOT) {
@@ -183,9 +185,11 @@ impl Machine {
         let folder = self.folder.path().display();
         // This machine keeps its power: what the node has synced outlives QEMU in this machine's memory.
         let mut words: Vec<OsString> = format!(
-            "-nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi,tb-size=512 -cpu max,+svm -machine q35 -smp 2 -m {memory} {devices} \
+            "-nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi,tb-size=512 \
+             -cpu max,+svm -machine q35 -smp 2 -m {memory} {devices} \
              -drive file={folder}/disk.qcow2,if=virtio,format=qcow2,cache=unsafe -device virtio-rng-pci \
-             -chardev file,id=console,path={folder}/console.log,append=on -serial chardev:console -device virtio-serial-pci \
+             -chardev file,id=console,path={folder}/console.log,append=on -serial chardev:console \
+             -device virtio-serial-pci \
              -chardev socket,id=commands,fd=0 -device virtserialport,chardev=commands,name=sandpod",
             memory = self.spec.memory_mib,
             devices = self.spare_devices(),
@@ -418,15 +422,9 @@ impl Machine {
 }
 
 impl Power {
-    fn on(image: &Path, arguments: &[OsString]) -> Result<Power> {
+    fn on(mut command: Command) -> Result<Power> {
         let (ours, theirs) = UnixStream::pair().trying("making the node's port")?;
-        let mut command = Command::new("setpriv");
         command
-            .args(["--pdeathsig", "KILL"])
-            .args(emulator(image))
-            .args(arguments);
-        command
-            .env("QEMU_MODULE_DIR", image.join("qemu/usr/lib/x86_64-linux-gnu/qemu"))
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit());
@@ -486,19 +484,23 @@ impl Drop for Power {
     }
 }
 
-/// The QEMU that comes with the node's image, with the libraries and the firmware that came with it.
-fn emulator(image: &Path) -> Vec<OsString> {
+/// The QEMU that comes with the node's image, with the libraries and the firmware that came with it. It ends with the
+/// thread that starts it.
+fn emulator(image: &Path) -> Command {
     let root = image.join("qemu");
-    let mut words = vec![
-        root.join("lib64/ld-linux-x86-64.so.2").into(),
-        "--library-path".into(),
-        root.join("usr/lib/x86_64-linux-gnu").into(),
-        root.join("usr/bin/qemu-system-x86_64").into(),
-    ];
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL"])
+        .arg(root.join("lib64/ld-linux-x86-64.so.2"))
+        .arg("--library-path")
+        .arg(&libraries)
+        .arg(root.join("usr/bin/qemu-system-x86_64"))
+        .env("QEMU_MODULE_DIR", libraries.join("qemu"));
     for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
-        words.extend(["-L".into(), root.join(firmware).into_os_string()]);
+        command.arg("-L").arg(root.join(firmware));
     }
-    words
+    command
 }
 
 /// The folders of this machine that the node has under the same paths, and their tags.
