@@ -21,14 +21,14 @@ packages=(
   qemu-system-x86 busybox-static attr e2fsprogs secilc policycoreutils
 )
 # The QEMU of Debian 12 (7.2) emulates AMD's virtualization with faults: one guest in twenty dies, or a processor of the
-# node misses an interrupt for ever. Debian's backports have a later one.
+# node misses an interrupt for ever. The backports of Debian 13 have a later one.
 qemu() {
-  # mmdebstrap has written the line of Debian 12 by then.
-  local backports="sed -n 's/ bookworm main/ bookworm-backports main/p;T;q' \"\$1/etc/apt/sources.list\""
+  # mmdebstrap has written the line of Debian 13 by then.
+  local backports="sed -n 's/ trixie main/ trixie-backports main/p;T;q' \"\$1/etc/apt/sources.list\""
   mmdebstrap --quiet --mode=root --variant=extract --include=qemu-system-x86 \
-    --aptopt='APT::Sandbox::User "root"' --aptopt='APT::Default-Release "bookworm-backports"' \
+    --aptopt='APT::Sandbox::User "root"' --aptopt='APT::Default-Release "trixie-backports"' \
     --setup-hook="$backports >\"\$1/etc/apt/sources.list.d/backports.list\"" \
-    bookworm "$1"
+    trixie "$1"
   rm -rf "$1"/usr/share/{doc,man,locale} "$1"/var
 }
 

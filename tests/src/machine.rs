@@ -492,12 +492,12 @@ fn emulator(image: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL"])
-        .arg(root.join("lib64/ld-linux-x86-64.so.2"))
+        .arg(root.join("usr/lib64/ld-linux-x86-64.so.2"))
         .arg("--library-path")
         .arg(&libraries)
         .arg(root.join("usr/bin/qemu-system-x86_64"))
         .env("QEMU_MODULE_DIR", libraries.join("qemu"));
-    for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+    for firmware in ["usr/share/qemu", "usr/share/seabios"] {
         command.arg("-L").arg(root.join(firmware));
     }
     command
