@@ -19,10 +19,7 @@ use agent::{
     idmap::IdMaps,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
-use tokio::{
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::{sync::watch, time::timeout};
 use vmm::{
     Child, ExitReason, Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmError, VmFds,
     pcie::Passthrough,
@@ -52,6 +49,7 @@ use crate::{
     undo::{ProcessId, State, Undo, dir_of},
     user::User,
     vfio::{self, Devices},
+    vm_end::{HANG_UP, VmEnd, vm_end},
 };
 
 /// KVM's device file.
@@ -61,9 +59,6 @@ const SHARE_TAG: &str = "kataShared";
 
 /// How long an agent may take for all that comes before the first container, together.
 const CONFIGURE: Duration = Duration::from_secs(60);
-
-/// How long a VM whose agent has hung up may take to be known as ended: the connection closes first.
-const HANG_UP: Duration = Duration::from_secs(1);
 
 /// How long the processes of a failed start may take to end.
 const END: Duration = Duration::from_secs(5);
@@ -247,18 +242,15 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     let mut given_up = plan.given_up.clone();
     let ready = tokio::select! {
         ready = prepare(&vm, &plan, network.as_ref(), trace) => ready,
-        reason = vm.child().exited() => Err(Error::VmGone(format!("ended before its agent was ready: QEMU {reason}"))),
-        error = lost(&virtiofsd) => Err(error),
+        end = vm_end(&vm, &virtiofsd) => Err(unready(&end)),
         // The sandbox, which tells, is there: it waits for this.
         Ok(reason) = given_up.wait_for(Option::is_some) => Err(Error::VmGone(reason.clone().unwrap_or_default())),
     };
     let (agent, about) = match ready {
         Ok(ready) => ready,
         Err(Error::Agent(ClientError::Gone)) => {
-            let gone = timeout(HANG_UP, vm.child().exited()).await.map_or_else(
-                |_| ClientError::Gone.into(),
-                |reason| Error::VmGone(format!("ended before its agent was ready: QEMU {reason}")),
-            );
+            let end = timeout(HANG_UP, vm_end(&vm, &virtiofsd)).await;
+            let gone = end.map_or_else(|_| ClientError::Gone.into(), |end| unready(&end));
             return Err(explained(gone, &vm, &virtiofsd).await);
         }
         Err(error) => return Err(explained(error, &vm, &virtiofsd).await),
@@ -315,14 +307,8 @@ async fn start_vm(
     Err(error)
 }
 
-/// Waits until virtiofsd has ended. It ends well when QEMU has, and then QEMU's end is the one to be told: its waiter
-/// has a moment to hear of it.
-async fn lost(virtiofsd: &Virtiofsd) -> Error {
-    let reason = virtiofsd.child().exited().await;
-    if reason == ExitReason::Code(0) {
-        sleep(HANG_UP).await;
-    }
-    Error::VmGone(format!("could not start: virtiofsd {reason}"))
+fn unready(end: &VmEnd) -> Error {
+    Error::VmGone(format!("ended before its agent was ready: {end}"))
 }
 
 /// The devices that the VM is to have; none unless the node's administrator says so.

@@ -18,6 +18,7 @@ use crate::{
     process::{Exit, Process},
     sandbox::Sandbox,
     service::timestamp,
+    vm_end::{HANG_UP, vm_end},
 };
 
 /// Where CRI-O learns of exits after its own restart, when nobody calls Wait any more (`container_exits_dir`).
@@ -32,8 +33,6 @@ const UNKNOWN: u32 = 255;
 const LAST_LOOK: Duration = Duration::from_secs(5);
 /// The same for its removal from the guest, where its last processes may still be dying.
 const REMOVAL: Duration = Duration::from_secs(10);
-/// QEMU hangs up a moment before it has ended.
-const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
 pub fn process(
@@ -190,22 +189,19 @@ fn tell_crio(container: &str, exit: Exit) {
     }
 }
 
-/// Watches a new guest: its OOM kills, and the end of QEMU or virtiofsd, whichever comes first.
+/// Watches a new guest: its OOM kills, and the end of its VM.
 pub fn watch_guest(sandbox: Arc<Sandbox>) {
     tokio::spawn(watch_oom(sandbox.clone()));
     tokio::spawn(async move {
         let Ok(guest) = sandbox.guest() else { return };
-        let reason = tokio::select! {
-            exit = guest.vm.child().exited() => format!("ended: QEMU {exit}"),
-            // A guest without its file server hangs on the next access: better it ends.
-            exit = guest.virtiofsd.child().exited() => format!("was ended: virtiofsd {exit}"),
-        };
-        end(&sandbox, reason).await;
+        // A guest without its file server hangs on the next access: better it ends.
+        let end = vm_end(&guest.vm, &guest.virtiofsd).await;
+        bring_down(&sandbox, format!("ended: {end}")).await;
     });
 }
 
 /// Ends a sandbox whose VM has ended, or has to, though nobody asked for it.
-async fn end(sandbox: &Arc<Sandbox>, mut reason: String) {
+async fn bring_down(sandbox: &Arc<Sandbox>, mut reason: String) {
     if sandbox.out_of_memory() {
         reason += ": the host is out of memory, or the pod's cgroup has reached its limit (those of the containers, and the RuntimeClass's overhead)";
     }
@@ -225,8 +221,9 @@ async fn watch_oom(sandbox: Arc<Sandbox>) {
             // This call is open as long as the agent is there. The agent hangs up with its VM, or has broken the
             // protocol: nobody can speak to that guest again.
             Err(error @ ClientError::Gone) => {
-                drop(tokio::time::timeout(LAST_BREATH, guest.vm.child().exited()).await);
-                return end(&sandbox, format!("was ended: {error}")).await;
+                let end = tokio::time::timeout(HANG_UP, vm_end(&guest.vm, &guest.virtiofsd)).await;
+                let reason = end.map_or_else(|_| format!("was ended: {error}"), |end| format!("ended: {end}"));
+                return bring_down(&sandbox, reason).await;
             }
             Err(error) => {
                 tracing::debug!(%error, "no more OOM events");

@@ -50,3 +50,4 @@ pub mod undo;
 pub mod user;
 pub mod version;
 pub mod vfio;
+pub mod vm_end;
