@@ -53,6 +53,9 @@ pub struct Record {
     /// In each hierarchy, the sandbox's folder and the one that the shim came from.
     leaves: Vec<Leaf>,
     v2: bool,
+    /// Whether the sandbox's folder is a scope, which systemd makes and removes.
+    #[serde(default)]
+    scope: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +156,7 @@ impl SandboxCgroup {
                 made,
                 leaves,
                 v2: is_v2(),
+                scope: scope.is_some(),
             },
             scope,
         })
@@ -209,7 +213,7 @@ impl SandboxCgroup {
 impl Record {
     /// Kills whoever is still in the sandbox's cgroup, but for this process, which goes back to where it came from;
     /// waits for their end and removes the folders that the sandbox made. Succeeds on what is already gone. Blocks for
-    /// up to 5 s.
+    /// up to 10 s.
     ///
     /// # Errors
     /// Something that was killed does not end; the kernel refuses.
@@ -219,6 +223,10 @@ impl Record {
         }
         for leaf in self.leaves.iter().filter(|leaf| self.made.contains(&leaf.folder)) {
             self.empty(&leaf.folder)?;
+            // On v1 the kernel itself tells systemd of an empty cgroup.
+            if self.v2 && self.scope {
+                systemd::wait_for_removal(&leaf.folder, END).map_err(|source| file("watch", &leaf.folder, source))?;
+            }
         }
         for folder in self.made.iter().rev() {
             let is_leaf = self.leaves.iter().any(|leaf| leaf.folder == *folder);

@@ -97,10 +97,12 @@ pub fn qemu(node: &Machine) -> Result<String> {
     node.run("pid=$(pidof qemu-system-x86_64) && tr '\\0' ' ' </proc/$pid/cmdline && readlink /proc/$pid/exe")
 }
 
-/// Waits until no pod of ours holds anything of the node. The list of users outlives pods.
+/// Waits until no pod of ours holds anything of the node, and systemd has forgotten their scopes. The list of users
+/// outlives pods.
 pub fn pods_are_gone(node: &Machine) -> Result {
     let nothing = "! pidof containerd-shim-kata-v2 qemu-system-x86_64 virtiofsd && \
-                   [ -z \"$(find /run/kata -mindepth 1 ! -name uids)\" ]";
+                   [ -z \"$(find /run/kata -mindepth 1 ! -name uids)\" ] && \
+                   ! systemctl list-units --all --no-legend 'cri-containerd-*.scope' | grep 'Sandpod virtual machine'";
     node.until("a node without pods", nothing, ORDINARY).map(drop)
 }
 

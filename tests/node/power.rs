@@ -60,6 +60,14 @@ fn pods_of_before_a_reboot_can_be_removed(node: &mut Machine) -> Result {
     let boot = node.boot_id().to_owned();
     node.reboot()?;
     claim(node.boot_id() != boot, "the node did not reboot")?;
+    let scope = node.run(&format!(
+        "journalctl --boot -1 --unit cri-containerd-{id}.scope --output cat"
+    ))?;
+    contains(
+        "what systemd said of the pod's scope",
+        &scope,
+        "Deactivated successfully",
+    )?;
     after_a_boot(node, &id)
 }
 

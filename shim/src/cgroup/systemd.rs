@@ -3,8 +3,12 @@
 
 use super::bus::{Bus, BusError, Object, Value};
 use super::{CgroupError, CpuList, Scope};
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// systemd answers in milliseconds, and in seconds when a node starts all its pods at once.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -37,6 +41,31 @@ pub(super) fn bind(scope: &Scope, cpus: &CpuList) -> Result<(), CgroupError> {
             .map(drop)
     };
     bind().map_err(failed("bind the processors of", scope))
+}
+
+/// Waits until systemd has removed the folder of an empty scope, or the time is over.
+///
+/// systemd reads in the folder that nobody is in it. If somebody else has removed it by then, the scope never ends for
+/// systemd, and a node that shuts down waits for it as long as for a process that does not end.
+pub(super) fn wait_for_removal(folder: &Path, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    match inotify.add_watch(folder.parent().unwrap_or(folder), AddWatchFlags::IN_DELETE) {
+        Err(nix::Error::ENOENT) => return Ok(()),
+        watched => watched?,
+    };
+    while folder.exists() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            tracing::warn!(folder = %folder.display(), "systemd has not removed the scope's cgroup: the shim does");
+            break;
+        }
+        let mut removals = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut removals, u16::try_from(left.as_millis()).unwrap_or(u16::MAX))? > 0 {
+            inotify.read_events()?;
+        }
+    }
+    Ok(())
 }
 
 fn failed(action: &'static str, scope: &Scope) -> impl FnOnce(BusError) -> CgroupError {

@@ -246,3 +246,19 @@ fn a_scope_is_systemds_where_systemd_is() {
         assert!(stopped.unwrap().success() && !active());
     }
 }
+
+#[test]
+fn a_scopes_folder_is_left_to_systemd_for_a_while() {
+    let folder = tempfile::tempdir().unwrap();
+    let scope = folder.path().join("cri-1.scope");
+    std::fs::create_dir(&scope).unwrap();
+    systemd::wait_for_removal(&scope, Duration::ZERO).unwrap();
+    assert!(scope.exists());
+    std::thread::scope(|threads| {
+        threads.spawn(|| std::fs::remove_dir(&scope).unwrap());
+        // The deadline is the test's.
+        systemd::wait_for_removal(&scope, Duration::from_secs(600)).unwrap();
+        assert!(!scope.exists());
+    });
+    systemd::wait_for_removal(&folder.path().join("gone.slice/gone.scope"), END).unwrap();
+}
