@@ -8,6 +8,8 @@
 
 use std::path::Path;
 
+use memchr::memmem;
+
 use super::error::{InstallError, Result};
 
 /// What the placeholder of the interpreter begins with.
@@ -26,10 +28,7 @@ pub fn set_path(program: &mut [u8], placeholder: &str, path: &Path) -> Result<bo
     if !program.starts_with(b"\x7fELF") {
         return Ok(false);
     }
-    let found = program
-        .windows(placeholder.len())
-        .position(|bytes| bytes == placeholder);
-    let Some(place) = found.and_then(|start| program.get_mut(start..)) else {
+    let Some(place) = memmem::find(program, placeholder).and_then(|start| program.get_mut(start..)) else {
         return Ok(false);
     };
     let room = place.iter().position(|byte| *byte == 0).unwrap_or_default();
