@@ -275,13 +275,19 @@ fn pods_do_not_reach_each_other(node: &Machine) -> Result {
 fn a_shim_takes_all_domains_with_it(node: &Machine) -> Result {
     enforcing(node)?;
     let pod: Pod<'_> = node.pod(HANDLER, "murdered").run()?;
-    pod.container("sleeper", &["sleep", "infinity"])?;
+    let container = pod.container("sleeper", &["sleep", "infinity"])?;
     for program in PROGRAMS.split(' ') {
         processes(node, program)?;
     }
     node.run("kill -KILL $(pidof containerd-shim-kata-v2)")?;
     let gone = format!("for program in {PROGRAMS}; do ! pidof $program && ! pgrep -x $program || exit 1; done");
     node.until("the end of the shim, its VM and what keeps it", &gone, ORDINARY)?;
+    // containerd asks the dead shim once more, after a while, before it takes the container for ended.
+    let ended = format!(
+        "crictl ps --all --quiet --state exited --id {} | grep .",
+        container.id()
+    );
+    node.until("the container's end in the CRI", &ended, ORDINARY)?;
     pod.remove()?;
     pods_are_gone(node)
 }
