@@ -10,16 +10,16 @@ use crate::{
     install::{ensure, pods_are_gone},
 };
 
-pub const STORIES: &[Story] = &[(
-    "a_pods_cgroup_stays_as_it_is_whatever_systemd_does_to_other_units",
-    systemd_acts,
-)];
-
-/// Not by default: one of three guests that took so much memory at once ended without being told as out of memory.
-pub const AT_LENGTH: &[Story] = &[(
-    "a_pod_whose_slice_is_out_of_memory_is_told_as_out_of_memory",
-    out_of_memory,
-)];
+pub const STORIES: &[Story] = &[
+    (
+        "a_pods_cgroup_stays_as_it_is_whatever_systemd_does_to_other_units",
+        systemd_acts,
+    ),
+    (
+        "a_pod_whose_slice_is_out_of_memory_is_told_as_out_of_memory",
+        out_of_memory,
+    ),
+];
 
 /// The scope of a pod's virtual machine: its name and its folder.
 fn scope_of(pod: &Pod<'_>) -> (String, String) {
