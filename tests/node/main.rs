@@ -31,8 +31,8 @@ type Story = (&'static str, fn(&Machine) -> Result);
 /// A story of a node that is shut down or cut off, and its name.
 type PowerStory = (&'static str, fn(&mut Machine) -> Result);
 
-/// So many stories of a run may fail and be played once more: the emulator itself ends a guest now and then, or lets it
-/// wait for ever. What Sandpod does wrong, it does wrong again.
+/// So many stories of a run may fail and be played once more: a guest on an emulated node ends now and then, or waits
+/// for ever, and how often depends on the emulator.
 const REPLAYS: u32 = 2;
 
 /// The place of the node.
