@@ -22,6 +22,15 @@ root=$("$here/root.sh" "${packages[@]}")
 
 # Where each cgroup hierarchy is mounted.
 hierarchies=$(findmnt -rn -t cgroup,cgroup2 -o TARGET | sort -u)
+# In cgroup v1 a frozen process does not even end of SIGKILL.
+thaw() {
+  local hierarchy frozen
+  for hierarchy in $hierarchies; do
+    for frozen in $(find "$hierarchy/${folder##*/}" -name freezer.state 2>/dev/null); do
+      echo THAWED >"$frozen" || :
+    done
+  done
+}
 remove() {
   local hierarchy
   for hierarchy in $hierarchies; do
@@ -43,6 +52,10 @@ end() {
     # When the first process of a pid namespace ends, the kernel ends all others before; the mounts go with them.
     first=$(cat "/proc/$run/task/$run/children" 2>/dev/null || :)
     kill -KILL ${first:-$run} 2>/dev/null || :
+    while kill -0 "$run" 2>/dev/null; do
+      thaw
+      sleep 0.1
+    done
     wait "$run" 2>/dev/null || :
   fi
   if [ "${FRESH_KEEP:-}" = yes ]; then
