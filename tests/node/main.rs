@@ -112,12 +112,12 @@ fn main() {
         trials_of("devices", devices::STORIES),
         trials_of("clock", clock::STORIES),
         trials_of("kubelet", kubelet::STORIES),
+        trials_of("kvm", inside::STORIES),
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
+        trials_on(selinux, "selinux", selinux::STORIES),
     ];
     let at_length = [
-        trials_of("kvm", inside::STORIES),
-        trials_on(selinux, "selinux", selinux::STORIES),
         trials_on(with_devices, "devices", vfio::AT_LENGTH),
         trials_of("clock", clock::AT_LENGTH),
         trials_of_power(power::AT_LENGTH),
