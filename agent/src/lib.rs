@@ -21,6 +21,10 @@ pub const PID_TARGET: &str = "io.sandpod.pid-target";
 /// Where the guest finds what the host shares; upstream's agent knows no other place.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared/containers";
 
+/// The folder in the share whose parts several containers of the pod use; each part is one file system in the guest
+/// as long as one of them does.
+pub const GUEST_VOLUMES: &str = "volumes";
+
 /// Where the guest has the pod's volumes of its own memory; upstream's agent and shims use the same place.
 pub const GUEST_MEMORY: &str = "/run/kata-containers/sandbox/ephemeral";
 

@@ -45,6 +45,7 @@ use wire::{Answer, Request, Stage};
 #[derive(Debug)]
 pub struct Engine {
     zygote: OwnedFd,
+    pid: i32,
     root: PathBuf,
     containers: Mutex<HashMap<String, Entry>>,
     sequence: AtomicU64,
@@ -170,16 +171,23 @@ impl Engine {
             .create(root)
             .map_err(io("making its folder"))?;
         let (ours, theirs) = wire::pair().map_err(|e| EngineError::Io("making a socket", e.into()))?;
-        if sys::fork().map_err(|e| EngineError::Io("forking", e.into()))?.is_none() {
+        let Some(pid) = sys::fork().map_err(|e| EngineError::Io("forking", e.into()))? else {
             drop(ours);
             sys::exit_now(zygote::serve(&theirs));
-        }
+        };
         Ok(Engine {
             zygote: ours,
+            pid: pid.as_raw(),
             root: root.to_owned(),
             containers: Mutex::default(),
             sequence: AtomicU64::new(0),
         })
+    }
+
+    /// The zygote, a child of this process. Without it nothing can be made any more.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// Makes a container and its init process, which waits for [`Engine::start`]. A container that cannot be

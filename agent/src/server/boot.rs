@@ -62,13 +62,32 @@ pub(super) fn begin() -> Result<modules::Boot> {
     Ok(boot)
 }
 
+/// What a node has, and a kernel by itself has not. The limits are of what one user may take; Linux derives some of them
+/// from the memory at boot, and a pod's grows.
+const SYSCTLS: &[(&str, &str)] = &[
+    // So that a pid is not soon another's.
+    ("kernel/pid_max", "4194304"),
+    // systemd's `50-default.conf`, and Debian's kernel.
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_symlinks", "1"),
+    ("fs/protected_fifos", "1"),
+    ("fs/protected_regular", "1"),
+    ("kernel/dmesg_restrict", "1"),
+    // Debian 13, Ubuntu 24.04, Fedora.
+    ("vm/max_map_count", "1048576"),
+    // What Linux allows a machine of 64 GiB, and what watching a large tree takes.
+    ("fs/inotify/max_user_watches", "524288"),
+    ("fs/inotify/max_user_instances", "1024"),
+];
+
 /// Makes what containers need besides. Terminals, shared memory and links in `/dev` are each container's own, and
 /// `/run` is in memory like the rest of the root.
 pub(super) fn finish() -> Result<()> {
     attach("cgroup2", Path::new(CGROUPS), "cgroup2", STRICT, Some("nsdelegate"))?;
     enable_controllers()?;
-    // As many processes as a node has, so that a pid is not soon another's.
-    write("/proc/sys/kernel/pid_max", "4194304")?;
+    for (name, value) in SYSCTLS {
+        write(format!("/proc/sys/{name}"), value)?;
+    }
     limit_reserve()?;
     disk::scan_on_demand()?;
     sys::loopback_up().doing(|| "bring the loopback interface up".into())

@@ -15,6 +15,7 @@ use std::{
     path::Path,
     pin::{Pin, pin},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use futures::{FutureExt, Stream, StreamExt, stream};
@@ -179,6 +180,9 @@ async fn vsock(connections: Connections, ready_port: Option<u32>, mut ready: wat
     accept(incoming, &connections).await
 }
 
+/// How long to wait after a connection that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Hands on the connections that the host has made. Others are closed: where the kernel has the loopback transport,
 /// every process of a container could connect to the guest's own CID, and who speaks to the agent is the guest's root.
 async fn accept<S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static>(
@@ -188,7 +192,15 @@ async fn accept<S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static>(
     let mut incoming = pin!(incoming);
     let mut told = false;
     while let Some(accepted) = incoming.next().await {
-        let (stream, peer) = accepted?;
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            // Its client has gone already, or there are too many open files for now: no reason not to take others.
+            Err(error) => {
+                eprintln!("kata-agent: a connection cannot be accepted: {error}");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
         if peer.cid() == VMADDR_CID_HOST {
             connections.send(Socket::new(stream)).await.map_err(io::Error::other)?;
         } else if !told {
@@ -227,7 +239,8 @@ mod tests {
         // The guest's own CID, and the one that means "this machine", are what the loopback transport answers to.
         let own = 1234;
         let others = [own, VMADDR_CID_LOCAL, VMADDR_CID_HYPERVISOR, VMADDR_CID_ANY];
-        let (mut incoming, mut clients) = (Vec::new(), Vec::new());
+        let failed = io::Error::from_raw_os_error(libc::ECONNABORTED);
+        let (mut incoming, mut clients) = (vec![Err(failed)], Vec::new());
         for cid in others.into_iter().chain([VMADDR_CID_HOST]) {
             let (client, server) = duplex(64);
             clients.push(client);

@@ -1,7 +1,7 @@
 //! A container in the guest: what the host asked for, adapted to the pod's namespaces, and its processes.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -33,18 +33,27 @@ pub(super) struct Container {
     pub(super) storages: Vec<String>,
     /// The huge pages that are there for it.
     pub(super) huge_pages: u64,
+    /// What of the share it may have in common with other containers.
+    pub(super) volumes: HashSet<PathBuf>,
     /// Its further processes by exec_id; `None` while one is being made.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
 }
 
 impl Container {
     /// A container with nothing but its init.
-    pub(super) fn new(id: String, init: Arc<Process>, storages: Vec<String>, huge_pages: u64) -> Container {
+    pub(super) fn new(
+        id: String,
+        init: Arc<Process>,
+        storages: Vec<String>,
+        huge_pages: u64,
+        volumes: HashSet<PathBuf>,
+    ) -> Container {
         Container {
             id,
             init,
             storages,
             huge_pages,
+            volumes,
             execs: Mutex::default(),
         }
     }

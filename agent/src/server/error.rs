@@ -47,6 +47,9 @@ pub enum Error {
     /// A defect of the agent.
     #[error("the agent panicked: {0}")]
     Panic(String),
+    /// Somebody has killed the engine's helper process, or it has a defect: its exit code, or 128 and a signal.
+    #[error("the container engine's helper process has ended with {0}, and so does the guest")]
+    Helper(i32),
 }
 
 /// The result of a call.
@@ -60,7 +63,7 @@ impl Error {
             Error::NoContainer(_) | Error::Engine(EngineError::NotFound(_)) => Code::INVALID_ARGUMENT,
             Error::Invalid(_) | Error::Oci(_) => Code::INVALID_ARGUMENT,
             Error::Unimplemented(_) | Error::NoProgram(_) => Code::UNIMPLEMENTED,
-            Error::Io(..) | Error::Engine(_) | Error::Panic(_) => Code::INTERNAL,
+            Error::Io(..) | Error::Engine(_) | Error::Panic(_) | Error::Helper(_) => Code::INTERNAL,
             Error::Late(_) => Code::DEADLINE_EXCEEDED,
         }
     }

@@ -5,7 +5,10 @@ use std::{fs, io, path::Path};
 use oci_spec::runtime::Spec;
 use tokio::sync::Mutex;
 
-use super::error::{Doing, Error, Result};
+use super::{
+    error::{Doing, Error, Result},
+    sandbox::blocking,
+};
 
 /// What a cgroup calls the pages of 2 MiB, and where the kernel counts them (hugetlbpage.rst of Linux).
 const SIZE: &str = "2MB";
@@ -24,9 +27,9 @@ impl HugePages {
         }
         let mut all = self.0.lock().await;
         let wanted = *all + pages;
-        let there = set(wanted)?;
+        let there = set(wanted).await?;
         if there < wanted {
-            set(*all)?;
+            set(*all).await?;
             let text = format!("the guest has memory for {there} huge pages of {SIZE}, not for {wanted}");
             return Err(Error::Io("take huge pages".into(), io::Error::other(text)));
         }
@@ -41,7 +44,7 @@ impl HugePages {
         }
         let mut all = self.0.lock().await;
         *all = all.saturating_sub(pages);
-        set(*all).map(drop)
+        set(*all).await.map(drop)
     }
 }
 
@@ -59,12 +62,12 @@ pub(super) fn wanted(spec: &Spec) -> u64 {
     bytes.sum::<u64>() / BYTES
 }
 
-/// Asks for so many; how many there are then.
-fn set(pages: u64) -> Result<u64> {
-    let path = Path::new(COUNT);
-    let set = || {
+/// Asks for so many; how many there are then. The kernel may move gigabytes about for them.
+async fn set(pages: u64) -> Result<u64> {
+    let set = move || -> io::Result<u64> {
+        let path = Path::new(COUNT);
         fs::write(path, pages.to_string())?;
         fs::read_to_string(path)?.trim().parse().map_err(io::Error::other)
     };
-    set().doing(|| format!("have {pages} huge pages of {SIZE}"))
+    blocking(move || set().doing(|| format!("have {pages} huge pages of {SIZE}"))).await
 }

@@ -30,6 +30,7 @@ mod route;
 mod rpc;
 mod sandbox;
 mod signal;
+mod sources;
 mod stats;
 mod stdio;
 mod storage;
@@ -94,6 +95,7 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
     let reaper = Arc::new(Reaper::default());
     let oom = Oom::new().doing(|| "watch for OOM kills".into())?;
     let (done, ready) = watch::channel(false);
+    let zygote = reaper.expect().claim(engine.pid());
     let service = Arc::new(Service {
         sandbox: Sandbox::new(engine, Arc::clone(&reaper), oom),
         network: Network::default(),
@@ -121,8 +123,15 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
     }
     done.send_replace(true);
     tokio::spawn(clock::keep());
-    reaper.run().await.doing(|| "wait for processes".into())?;
-    future::pending().await
+    let reaped = async {
+        reaper.run().await.doing(|| "wait for processes".into())?;
+        future::pending().await
+    };
+    tokio::select! {
+        ended = reaped => ended,
+        // A pod without it would look healthy, and refuse every probe and every new container.
+        exited = zygote.wait() => Err(Error::Helper(exited.status)),
+    }
 }
 
 /// The host's port that is to be told when vsock is served: `sandpod.ready_port=` on the kernel's command line.

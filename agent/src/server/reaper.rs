@@ -9,10 +9,8 @@ use std::{
     time::Instant,
 };
 
-use nix::{
-    errno::Errno,
-    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
-};
+use nix::errno::Errno;
+use rustix::process::{WaitOptions, wait};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -74,12 +72,15 @@ impl Reaper {
         // Locked around waitpid: a pid that is reaped may be another process's from then on (see `signal`).
         let mut table = self.table();
         loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(_) => return,
+            // The signal may be a real-time one, which nix has no name for.
+            let (pid, status) = match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => (pid.as_raw_nonzero().get(), status),
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(None) | Err(_) => return,
+            };
+            let killed = status.terminating_signal().map(|signal| 128 + signal);
+            let Some(status) = status.exit_status().or(killed) else {
+                continue;
             };
             let exited = Exited {
                 status,

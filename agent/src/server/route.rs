@@ -1,12 +1,16 @@
 //! The guest's routes.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use rtnetlink::{
-    RouteMessageBuilder,
+    Handle, RouteMessageBuilder,
+    packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
-        AddressFamily,
+        AddressFamily, RouteNetlinkMessage,
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
         },
@@ -24,15 +28,23 @@ use crate::protocol::{
 
 impl Network {
     /// Adds routes, those to links before those over gateways, which the first make reachable; what is there stays.
+    /// Of several to one destination with one metric the first is the one that is taken, as where they come from.
     /// Idempotent.
     pub(super) async fn update_routes(&self, mut routes: Routes) -> Result<Routes> {
         routes.Routes.sort_by_key(|route| !route.gateway.is_empty());
         let parsed = routes.Routes.iter().map(parse).collect::<Result<Vec<_>>>()?;
+        let mut seen = HashSet::new();
         for (route, message) in routes.Routes.iter().zip(parsed) {
-            if message.header.address_family == AddressFamily::Inet6 && !has_ipv6() {
+            let family = message.header.address_family;
+            if family == AddressFamily::Inet6 && !has_ipv6() {
                 continue;
             }
-            let added = self.handle().await?.route().add(message).replace().execute().await;
+            let handle = self.handle().await?;
+            let is_first = seen.insert((u8::from(family), &route.dest, route.priority));
+            let added = match is_first {
+                true => handle.route().add(message).replace().execute().await,
+                false => append(handle.clone(), message).await,
+            };
             match added {
                 Err(rtnetlink::Error::NetlinkError(refusal)) if refusal.raw_code() == -libc::EEXIST => {}
                 other => other.doing(|| show(route))?,
@@ -62,6 +74,21 @@ impl Network {
         }
         Ok(list)
     }
+}
+
+/// Adds a route behind those to the same destination.
+async fn append(mut handle: Handle, message: RouteMessage) -> std::result::Result<(), rtnetlink::Error> {
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRoute(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
+    let mut answers = handle.request(request)?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::Error(refusal) = answer.payload
+            && refusal.code.is_some()
+        {
+            return Err(rtnetlink::Error::NetlinkError(refusal));
+        }
+    }
+    Ok(())
 }
 
 fn show(route: &Route) -> String {
@@ -105,6 +132,9 @@ fn parse(route: &Route) -> Result<RouteMessage> {
     attributes.extend(gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
     attributes.extend(source.map(|ip| RouteAttribute::PrefSource(ip.into())));
     attributes.push(RouteAttribute::Oif(device(&route.device)?));
+    if route.priority > 0 {
+        attributes.push(RouteAttribute::Priority(route.priority));
+    }
     if route.mtu > 0 {
         attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
     }
@@ -153,6 +183,7 @@ fn describe(message: &RouteMessage) -> Route {
             RouteAttribute::Gateway(via) => route.gateway = text(via),
             RouteAttribute::PrefSource(from) => route.source = text(from),
             RouteAttribute::Oif(index) => route.device = name_of(*index),
+            RouteAttribute::Priority(metric) => route.priority = *metric,
             RouteAttribute::Metrics(metrics) => {
                 let mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),

@@ -8,7 +8,7 @@
 //! never held across an await; calls that mount take the lock of the storages, and so come one after the other.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
@@ -29,8 +29,9 @@ use super::{
     oom::Oom,
     process::{Process, UNREAD},
     reaper::{Exit, Reaper},
+    sources::{Pinned, Volumes},
     stdio::Prepared,
-    storage::{self, Storages},
+    storage::Storages,
 };
 use crate::{
     GUEST_SHARE,
@@ -58,6 +59,7 @@ pub(super) struct Sandbox {
     hooks: OnceLock<Hooks>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     storages: Arc<AsyncMutex<Storages>>,
+    volumes: AsyncMutex<Volumes>,
     huge_pages: HugePages,
     /// PID 1 of the PID namespace that containers share on demand.
     shared: AsyncMutex<Option<Exit>>,
@@ -74,6 +76,7 @@ impl Sandbox {
             hooks: OnceLock::new(),
             containers: Mutex::default(),
             storages: Arc::default(),
+            volumes: AsyncMutex::default(),
             huge_pages: HugePages::default(),
             shared: AsyncMutex::default(),
         }
@@ -152,31 +155,40 @@ impl Sandbox {
         let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
         let storages = self.add_storages(request.storages).await?;
         let huge_pages = huge::wanted(&spec);
-        let mounts = spec.mounts().clone().unwrap_or_default();
-        let create = Create {
-            id: id.clone(),
-            spec,
-            stdio,
-        };
+        let volumes = Volumes::of(&spec);
+        self.volumes.lock().await.take(&volumes);
         let made = async {
-            blocking(move || storage::make_parts(&mounts)).await?;
+            let name = id.clone();
+            let (pinned, spec) = blocking(move || Ok((Pinned::new(&name, &mut spec)?, spec))).await?;
             self.huge_pages.add(huge_pages).await?;
+            let create = Create {
+                id: id.clone(),
+                spec,
+                stdio,
+            };
             let made = self.make(create, prepared, is_sandbox).await;
             if made.is_err() {
                 // As below.
                 let _ = self.huge_pages.remove(huge_pages).await;
             }
+            // The container has mounts of its own by now.
+            blocking(move || {
+                drop(pinned);
+                Ok(())
+            })
+            .await?;
             made
         };
         let init = match made.await {
             Ok(init) => init,
             Err(error) => {
                 // The first error is the one to tell.
+                let _ = self.leave_volumes(&volumes).await;
                 let _ = self.remove_storages(storages).await;
                 return Err(error);
             }
         };
-        let container = Container::new(id.clone(), init, storages, huge_pages);
+        let container = Container::new(id.clone(), init, storages, huge_pages, volumes);
         self.containers().insert(id, Arc::new(container));
         Ok(())
     }
@@ -262,6 +274,7 @@ impl Sandbox {
         self.containers().remove(&container.id);
         let id = container.id.clone();
         blocking(move || detach(|below| is_of(&id, below))).await?;
+        self.leave_volumes(&container.volumes).await?;
         // Nobody waits for this.
         tokio::task::spawn_blocking(forget_files);
         self.remove_storages(container.storages.clone()).await?;
@@ -324,6 +337,17 @@ impl Sandbox {
         }
         let mut all = Arc::clone(&self.storages).lock_owned().await;
         blocking(move || all.remove(&points)).await
+    }
+
+    /// Lets go of the volumes that a container was the last to use. Nobody takes one meanwhile: the next container would
+    /// have the guest's old file system for it, and the one after that another.
+    async fn leave_volumes(&self, used: &HashSet<PathBuf>) -> Result<()> {
+        let mut volumes = self.volumes.lock().await;
+        let unused = volumes.leave(used);
+        if unused.is_empty() {
+            return Ok(());
+        }
+        blocking(move || detach(|below| unused.iter().any(|volume| below.starts_with(volume)))).await
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {

@@ -176,12 +176,17 @@ fn io_stats(text: &str) -> BlkioStats {
     stats
 }
 
+/// The most interfaces that are told; a pod that runs containers of its own has one for each of them. The shim takes
+/// 16 KiB.
+const MOST_INTERFACES: usize = 64;
+
 /// From the text of `/proc/net/dev` (proc_pid_net(5)); the pod's, as its containers share one network.
 fn network(text: &str) -> Vec<NetworkStats> {
     let interfaces = text.lines().filter_map(|line| line.split_once(':'));
     let interfaces = interfaces
         .map(|(name, counts)| (name.trim(), counts))
-        .filter(|(name, _)| *name != "lo");
+        .filter(|(name, _)| *name != "lo")
+        .take(MOST_INTERFACES);
     let stats = interfaces.map(|(name, counts)| {
         let counts: Vec<u64> = counts
             .split_whitespace()
@@ -224,6 +229,8 @@ mod tests {
         let text = "Inter-|   Receive\n face |bytes\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  eth0: 10 2 3 4 0 0 0 0 50 6 7 8 0 0 0 0\n";
         let stats = network(text);
         assert_eq!(stats.len(), 1);
+        let many: String = (0..300).map(|number| format!("veth{number}: 1\n")).collect();
+        assert_eq!(network(&many).len(), MOST_INTERFACES);
         assert_eq!(
             (
                 stats[0].rx_bytes,

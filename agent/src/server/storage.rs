@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
-    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    fs,
+    os::unix::fs::{PermissionsExt, chown},
     path::Path,
 };
 
@@ -12,15 +12,13 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
 };
 
-use oci_spec::runtime::Mount;
-
 use super::{
-    beneath::{self, BASE, is_plain},
+    beneath::{self, BASE},
     disk,
     error::{Doing, Error, Result},
     watchable::Watches,
 };
-use crate::{GUEST_MEMORY, protocol::agent::Storage};
+use crate::protocol::agent::Storage;
 
 /// The drivers that there are.
 pub(super) const DRIVERS: [&str; 6] = ["blk", "ephemeral", "local", "scsi", "virtio-fs", "watchable-bind"];
@@ -159,27 +157,6 @@ impl Storages {
         }
         Ok(())
     }
-}
-
-/// Makes the folders that binds ask for in a volume of the guest's memory (`subPath`), as the kubelet does on the host:
-/// with the owners and permissions of the folder above. Blocks.
-pub(super) fn make_parts(mounts: &[Mount]) -> Result<()> {
-    let parts = mounts.iter().filter_map(|mount| mount.source().as_deref());
-    let parts = parts.filter(|part| part.starts_with(GUEST_MEMORY) && is_plain(part));
-    parts
-        .filter(|part| !part.exists())
-        .try_for_each(|part| make_part(part).doing(|| format!("make {}", part.display())))
-}
-
-fn make_part(part: &Path) -> io::Result<()> {
-    let above = part.parent().unwrap_or(Path::new(GUEST_MEMORY));
-    if !above.exists() {
-        make_part(above)?;
-    }
-    fs::create_dir(part)?;
-    let above = fs::metadata(above)?;
-    chown(part, Some(above.uid()), Some(above.gid()))?;
-    fs::set_permissions(part, above.permissions())
 }
 
 fn check(storage: &Storage, point: &Path) -> Result<()> {

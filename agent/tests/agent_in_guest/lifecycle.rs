@@ -12,13 +12,15 @@ super::cases![
     a_container_runs_to_its_exit_code,
     the_guest_tells_what_it_is,
     a_container_finds_its_pod,
+    a_guest_has_the_limits_of_a_node,
     unknown_containers_and_processes_have_their_statuses,
     what_is_not_there_yet_is_unimplemented_by_name,
     a_container_that_cannot_be_made_leaves_nothing,
     a_container_exists_once,
     a_program_that_is_missing_fails_the_start,
     a_process_is_signalled_by_its_exec_id,
-    a_stop_signal_ends_an_init_without_a_handler,
+    a_process_dies_by_any_signal,
+    a_stop_signal_is_nothing_to_an_init_without_a_handler,
     a_stop_signal_reaches_a_handler,
     a_created_container_can_be_killed,
     killing_all_ends_every_process,
@@ -30,6 +32,7 @@ super::cases![
     a_pod_has_many_containers,
     orphans_are_reaped,
     the_host_gets_a_removed_containers_files_back,
+    the_guest_ends_with_its_engine,
 ];
 
 /// The status of an answer.
@@ -46,6 +49,25 @@ async fn a_container_runs_to_its_exit_code(pod: Arc<Pod>) {
     assert_eq!(pod.output("c", "c").await, b"hello\n");
     assert_eq!(pod.wait("c", "").await, 7);
     pod.remove("c").await;
+}
+
+async fn a_process_dies_by_any_signal(pod: Arc<Pod>) {
+    // Those whose default is not the end: SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH.
+    const HARMLESS: [i32; 8] = [17, 18, 19, 20, 21, 22, 23, 28];
+    pod.run("c", "sleep 600").await;
+    for signal in (1..=64).filter(|signal| !HARMLESS.contains(signal)) {
+        let (code, _) = pod.exec("c", &format!("kill -{signal} $$")).await;
+        assert_eq!(code, 128 + signal);
+    }
+    // An init that leads no PID namespace of its own.
+    let mut request = create("shared", base("kill -40 $$; sleep 600"));
+    request.sandbox_pidns = true;
+    pod.try_create(request).await.unwrap();
+    pod.start("shared").await;
+    assert_eq!(pod.wait("shared", "").await, 168);
+    for container in ["shared", "c"] {
+        pod.remove(container).await;
+    }
 }
 
 async fn the_guest_tells_what_it_is(pod: Arc<Pod>) {
@@ -69,6 +91,30 @@ async fn the_guest_tells_what_it_is(pod: Arc<Pod>) {
         pod.answered
     );
     assert!(began < answered);
+}
+
+/// A pod whose containers nobody can make or look into any more is none.
+async fn the_guest_ends_with_its_engine(_: Arc<Pod>) {
+    let pod = Pod::boot("").await.unwrap();
+    let find = "for process in /proc/[0-9]*; do grep -q ^container-engin $process/comm && echo ${process#/proc/}; done";
+    let mut spec = base(&format!("kill -9 $({find})"));
+    spec["annotations"] = json!({ agent::GUEST_PIDS: "true" });
+    pod.try_create(create("c", spec)).await.unwrap();
+    pod.start("c").await;
+    pod.await_console("the container engine's helper process has ended with 137")
+        .await;
+    pod.end();
+}
+
+async fn a_guest_has_the_limits_of_a_node(pod: Arc<Pod>) {
+    let script = "cd /proc/sys && cat fs/protected_hardlinks fs/protected_symlinks fs/protected_fifos \
+                  fs/protected_regular kernel/dmesg_restrict vm/max_map_count fs/inotify/max_user_watches \
+                  fs/inotify/max_user_instances";
+    pod.run("c", script).await;
+    let text = String::from_utf8(pod.output("c", "").await).unwrap();
+    let values: Vec<u64> = text.lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(values, [1, 1, 1, 1, 1, 1_048_576, 524_288, 1024]);
+    pod.remove("c").await;
 }
 
 async fn a_container_finds_its_pod(pod: Arc<Pod>) {
@@ -232,13 +278,13 @@ async fn a_process_is_signalled_by_its_exec_id(pod: Arc<Pod>) {
     pod.remove("c").await;
 }
 
-async fn a_stop_signal_ends_an_init_without_a_handler(pod: Arc<Pod>) {
-    let mut spec = base("");
-    spec["process"]["args"] = json!(["sleep", "600"]);
-    pod.try_create(create("c", spec)).await.unwrap();
-    pod.start("c").await;
+async fn a_stop_signal_is_nothing_to_an_init_without_a_handler(pod: Arc<Pod>) {
+    pod.run("c", "while [ ! -e /tmp/over ]; do sleep 0.1; done; exit 4")
+        .await;
     pod.signal("c", "c", 15).await.unwrap();
-    assert_eq!(pod.wait("c", "c").await, 137);
+    // As long as its grace period lasts it goes on, and may end by itself.
+    assert_eq!(pod.exec("c", "touch /tmp/over").await.0, 0);
+    assert_eq!(pod.wait("c", "c").await, 4);
     pod.remove("c").await;
 }
 

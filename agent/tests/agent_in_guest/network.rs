@@ -85,11 +85,15 @@ async fn routes_go_over_it(pod: Arc<Pod>) {
         route
     };
     let mut request = UpdateRoutesRequest::new();
+    let mut spare = route("", "10.1.2.1", 0);
+    spare.priority = 100;
     // The gateway is reachable by a route that comes after it.
     let all = vec![
+        spare,
         route("", "10.200.0.1", 0),
         route("10.200.0.1/32", "", 253),
         route("fd01::/64", "fd00::1", 0),
+        route("", "10.1.2.9", 0),
     ];
     request.routes = Some(Routes {
         Routes: all,
@@ -103,6 +107,11 @@ async fn routes_go_over_it(pod: Arc<Pod>) {
     let find = |dest: &str| routes.iter().find(|route| route.dest == dest && route.device == "pod0");
     let default = find("").unwrap();
     assert_eq!((default.gateway.as_str(), default.mtu), ("10.200.0.1", 1300));
+    let defaults = routes
+        .iter()
+        .filter(|route| route.dest.is_empty() && route.device == "pod0");
+    let defaults: Vec<_> = defaults.map(|route| (route.gateway.as_str(), route.priority)).collect();
+    assert_eq!(defaults, [("10.200.0.1", 0), ("10.1.2.9", 0), ("10.1.2.1", 100)]);
     assert_eq!(find("10.200.0.1/32").unwrap().scope, 253);
     assert_eq!(find("fd01::/64").unwrap().gateway, "fd00::1");
 }

@@ -130,6 +130,37 @@ async fn a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod(pod: A
     let script = "cat /cache/note; touch /part/new; stat -c '%g %a %n' /cache/sub/part /cache/sub/part/new";
     let seen = pod.exec("d", script).await.1;
     assert_eq!(seen, "kept\n1234 2775 /cache/sub/part\n1234 644 /cache/sub/part/new\n");
+
+    // A link that a container puts in the way of a part leads nobody elsewhere: neither to the guest's own files, nor
+    // to those of another container.
+    pod.exec(
+        "d",
+        "ln -s / /cache/evil; ln -s ../../../shared/containers /cache/close; touch /cache/file",
+    )
+    .await;
+    for (part, refused) in [
+        ("evil", true),
+        ("evil/run/kata-agent", true),
+        ("close", true),
+        ("new/folder", false),
+        ("file", false),
+    ] {
+        let mut spec = base("sleep 600");
+        spec["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": "/part", "type": "bind", "source": format!("{point}/{part}"), "options": ["rbind"]
+        }));
+        let made = pod.try_create(create("e", spec)).await;
+        match refused {
+            true => {
+                let error = made.unwrap_err().to_string();
+                assert!(error.contains("leads over a symbolic link"), "{part}: {error}");
+            }
+            false => {
+                made.unwrap();
+                pod.remove("e").await;
+            }
+        }
+    }
     pod.remove("d").await;
 }
 
