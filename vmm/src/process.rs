@@ -19,10 +19,8 @@ use std::{
     thread,
 };
 
-use nix::sys::{
-    signal::Signal,
-    wait::{Id, WaitPidFlag, WaitStatus, waitid},
-};
+use nix::sys::signal::Signal;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use tokio::{io::unix::AsyncFd, sync::watch};
 
 use crate::{
@@ -219,17 +217,19 @@ impl Drop for Child {
 }
 
 fn reap(pidfd: &AsyncFd<Arc<OwnedFd>>) -> ExitReason {
-    match waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED) {
-        Ok(WaitStatus::Exited(_, code)) => ExitReason::Code(code),
-        Ok(WaitStatus::Signaled(_, signal, _)) => ExitReason::Signal(signal as i32),
-        other => {
-            tracing::error!(
-                ?other,
-                "a child's exit status is lost: something else in this process waited for it"
-            );
-            ExitReason::Code(255)
-        }
-    }
+    // The signal may be a real-time one, which nix has no name for.
+    let waited = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    let reason = waited.as_ref().ok().and_then(Option::as_ref).and_then(|status| {
+        let code = status.exit_status().map(ExitReason::Code);
+        code.or_else(|| status.terminating_signal().map(ExitReason::Signal))
+    });
+    reason.unwrap_or_else(|| {
+        tracing::error!(
+            ?waited,
+            "a child's exit status is lost: something else in this process waited for it"
+        );
+        ExitReason::Code(255)
+    })
 }
 
 /// How a process ended.

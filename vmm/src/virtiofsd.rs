@@ -39,7 +39,7 @@ pub struct VirtiofsdSpec {
     pub shared_dir: PathBuf,
     /// `auto`, `always`, `never` or `metadata`.
     pub cache: String,
-    /// Further arguments; they come last and so win.
+    /// Further arguments, before ours.
     pub extra_args: Vec<String>,
     /// SELinux label to run with; that which the host's policy gives without one.
     pub label: Option<String>,
@@ -65,13 +65,18 @@ impl Virtiofsd {
         let (log, writer) = Tail::pipe().map_err(VmError::system("make a pipe for virtiofsd's log"))?;
         let mut command = Command::new(&spec.program);
         command
+            .args(&spec.extra_args)
             .arg(format!("--fd={}", listener.as_raw_fd()))
             .arg("--shared-dir")
             .arg(&spec.shared_dir);
         // Each mount below the shared folder is a mount of its own in the guest. Without that two files of two
         // overlays can have one device and inode number there, which tar, cp and rm take for one file.
         command.args(["--sandbox=namespace", "--announce-submounts"]);
-        command.arg(format!("--cache={}", spec.cache)).args(&spec.extra_args);
+        // Programs have capabilities by their extended attributes. The option may be given but once.
+        if !spec.extra_args.iter().any(|argument| argument == "--xattr") {
+            command.arg("--xattr");
+        }
+        command.arg(format!("--cache={}", spec.cache));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);
         let setup = ChildSetup {
             label: spec.label.clone(),
