@@ -218,6 +218,7 @@ async fn start(mut plan: Plan<'_>, spawner: &Spawner, state: &mut State, trace: 
     };
     let serve = async { start_virtiofsd(&plan, spawner, &share) };
     let (mut network, (virtiofsd, fs)) = tokio::try_join!(attach, serve)?;
+    share.served_by(virtiofsd.child().pid());
     state.virtiofsd = ProcessId::of(virtiofsd.child().pid());
     record(state, state.virtiofsd)?;
 
@@ -569,7 +570,6 @@ fn share_storage() -> Storage {
     storage.driver = "virtio-fs".into();
     storage.source = SHARE_TAG.into();
     storage.fstype = "virtiofs".into();
-    storage.options = vec!["nodev".into()];
     storage.mount_point = format!("{GUEST_SHARE}/");
     storage
 }

@@ -8,6 +8,7 @@
 mod annotations;
 mod file;
 mod keys;
+mod virtiofsd_args;
 
 use file::File;
 use keys::Treatment;

@@ -13,12 +13,14 @@ use containerd_shim_protos::{
     shim_async::{Client, EventsClient},
     ttrpc::{self, context},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use crate::service::timestamp;
 
 /// Events kept while containerd is away; beyond it the oldest are dropped.
 const BACKLOG: usize = 1024;
+/// How long to wait before containerd is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 /// An event that containerd does not take in this time is tried again on a new connection.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -73,7 +75,9 @@ impl Events {
 async fn publish(address: String, mut queue: mpsc::UnboundedReceiver<Envelope>) {
     let mut waiting = VecDeque::new();
     let mut client: Option<EventsClient> = None;
-    let mut retry = tokio::time::interval(Duration::from_secs(1));
+    let mut retry = tokio::time::interval(RETRY);
+    // Else the ticks of all the time without events would come at once.
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         // While something waits, the tick tries it again; otherwise only a new event wakes this task.
         tokio::select! {
@@ -83,9 +87,10 @@ async fn publish(address: String, mut queue: mpsc::UnboundedReceiver<Envelope>) 
             },
             _ = retry.tick(), if !waiting.is_empty() => {}
         }
-        if waiting.len() > BACKLOG {
-            waiting.pop_front();
+        while let Ok(event) = queue.try_recv() {
+            waiting.push_back(event);
         }
+        waiting.drain(..waiting.len().saturating_sub(BACKLOG));
         while let Some(event) = waiting.front() {
             if !forward(&address, &mut client, event).await {
                 client = None;

@@ -16,7 +16,7 @@ use tokio::{
 };
 use vmm::Vm;
 
-use crate::net::Loopback;
+use crate::{accept, net::Loopback};
 
 /// Bytes per request.
 const CHUNK: usize = 64 << 10;
@@ -40,7 +40,7 @@ async fn accept(listener: std::net::TcpListener, agent: Client) -> io::Result<()
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
         let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
-        let (mut stream, _) = listener.accept().await?;
+        let (mut stream, _) = accept::next(|| listener.accept()).await;
         let agent = agent.clone();
         tokio::spawn(async move {
             let _place = place;

@@ -13,6 +13,7 @@ use std::{fs::File, io, os::fd::OwnedFd, path::Path, sync::OnceLock, thread};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
+    unistd::chdir,
 };
 
 use crate::{
@@ -61,14 +62,38 @@ pub fn there<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
         // This process has never left it.
         return Ok(work());
     };
+    within(namespace, work)
+}
+
+/// Does some work in a mount namespace.
+///
+/// # Errors
+/// The kernel does not let a thread into it.
+pub fn within<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> Result<T> {
+    aside(
+        || setns(namespace, CloneFlags::CLONE_NEWNS).action("enter a mount namespace"),
+        work,
+    )
+}
+
+/// Does some work with `folder` as the working folder.
+///
+/// # Errors
+/// There is no such folder.
+pub fn in_folder<T: Send>(folder: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
+    aside(|| chdir(folder).at("enter", folder), work)
+}
+
+/// Does some work in a thread that shares its root and working folder with no other: only such a one can change its
+/// mount namespace (setns(2)).
+fn aside<T: Send>(prepare: impl FnOnce() -> Result<()> + Send, work: impl FnOnce() -> T + Send) -> Result<T> {
     let work = || -> Result<T> {
-        // A thread that shares its root and working folder with others cannot change its mount namespace (setns(2)).
         unshare(CloneFlags::CLONE_FS).action("leave the other threads' root")?;
-        setns(namespace, CloneFlags::CLONE_NEWNS).action("enter the host's mount namespace")?;
+        prepare()?;
         Ok(work())
     };
     thread::scope(|scope| {
-        let thread = thread::Builder::new().name("host".into()).spawn_scoped(scope, work);
+        let thread = thread::Builder::new().name("mounts".into()).spawn_scoped(scope, work);
         let done = thread.action("start a thread")?.join();
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })

@@ -69,6 +69,8 @@ enum Input {
 enum Output {
     Fifo(Sender),
     File(tokio::fs::File),
+    /// Nobody wants it; a process whose output is not read would stand still.
+    Nowhere,
 }
 
 impl Stdio {
@@ -84,19 +86,19 @@ impl Stdio {
                     .at("open stdin", path)?,
             ),
         };
-        let stderr = if self.terminal { "" } else { self.stderr.as_str() };
         Ok(Streams {
             stdin,
-            stdout: Output::open(&self.stdout)?,
-            stderr: Output::open(stderr)?,
+            stdout: Some(Output::open(&self.stdout)?),
+            // A terminal has none of its own.
+            stderr: (!self.terminal).then(|| Output::open(&self.stderr)).transpose()?,
         })
     }
 }
 
 impl Output {
-    fn open(path: &str) -> Result<Option<Output>> {
+    fn open(path: &str) -> Result<Output> {
         if path.is_empty() {
-            return Ok(None);
+            return Ok(Output::Nowhere);
         }
         if let Some((scheme, rest)) = path.split_once("://") {
             if scheme != "file" {
@@ -109,14 +111,13 @@ impl Output {
                 .append(true)
                 .open(rest)
                 .at("open", rest)?;
-            return Ok(Some(Output::File(file.into())));
+            return Ok(Output::File(file.into()));
         }
         if !Path::new(path).exists() {
             return Err(Error::Invalid(format!("output fifo '{path}' does not exist")));
         }
-        Ok(Some(Output::Fifo(
-            OpenOptions::new().read_write(true).open_sender(path).at("open", path)?,
-        )))
+        let fifo = OpenOptions::new().read_write(true).open_sender(path).at("open", path)?;
+        Ok(Output::Fifo(fifo))
     }
 
     /// A further descriptor, of a fifo only.
@@ -124,7 +125,7 @@ impl Output {
         match self {
             // Without one, output that nobody reads before the end is lost, and nothing else.
             Output::Fifo(fifo) => fifo.as_fd().try_clone_to_owned().ok(),
-            Output::File(_) => None,
+            Output::File(_) | Output::Nowhere => None,
         }
     }
 
@@ -135,6 +136,7 @@ impl Output {
                 file.write_all(data).await?;
                 file.flush().await
             }
+            Output::Nowhere => Ok(()),
         }
     }
 

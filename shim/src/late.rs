@@ -18,14 +18,26 @@ use vmm::Vm;
 use crate::{
     boot::{in_thread, open_vhost_net},
     error::{Context, Result},
-    forward, net,
+    forward,
+    net::{self, Network},
 };
 
 /// A namespace that had no interface when the VM was started.
 #[derive(Debug)]
 pub struct Late {
     namespace: OwnedFd,
-    connected: Mutex<bool>,
+    progress: Mutex<Progress>,
+}
+
+/// How far the network has come: what fails is tried again with the pod's next container, from there on.
+#[derive(Debug)]
+enum Progress {
+    /// There was none yet.
+    Waiting,
+    /// It ends in taps, of which the VM has so many.
+    Attached(Box<Network>, usize),
+    /// The guest has it.
+    Connected,
 }
 
 impl Late {
@@ -33,7 +45,7 @@ impl Late {
     pub fn new(namespace: OwnedFd) -> Late {
         Late {
             namespace,
-            connected: Mutex::new(false),
+            progress: Mutex::new(Progress::Waiting),
         }
     }
 
@@ -43,37 +55,40 @@ impl Late {
     /// # Errors
     /// As for a network that is there at the start, and more than one interface.
     pub async fn connect(&self, vm: &Arc<Vm>, agent: &Client, vhost_net: bool) -> Result<()> {
-        let mut connected = self.connected.lock().await;
-        if *connected {
-            return Ok(());
-        }
-        let path = PathBuf::from(format!("/proc/self/fd/{}", self.namespace.as_raw_fd()));
-        let found = in_thread("look at the pod's network", move || {
-            let snapshot = net::snapshot(&path)?;
-            match snapshot.is_empty() {
-                true => Ok(None),
-                false => snapshot.attach().map(Some),
+        let mut progress = self.progress.lock().await;
+        if matches!(*progress, Progress::Waiting) {
+            let path = PathBuf::from(format!("/proc/self/fd/{}", self.namespace.as_raw_fd()));
+            let found = in_thread("look at the pod's network", move || {
+                let snapshot = net::snapshot(&path)?;
+                match snapshot.is_empty() {
+                    true => Ok(None),
+                    false => snapshot.attach().map(Some),
+                }
+            });
+            if let Some(network) = found.await? {
+                *progress = Progress::Attached(Box::new(network), 0);
             }
-        });
-        let Some(mut network) = found.await? else {
+        }
+        let Progress::Attached(network, plugged) = &mut *progress else {
             return Ok(());
         };
         let cards = network.nics();
         let taps = network.taps().action("pass the taps to QEMU")?;
         let mut vhost_net = if vhost_net {
-            open_vhost_net(cards.len())?
+            open_vhost_net(cards.len() - *plugged)?
         } else {
             Vec::new()
         }
         .into_iter();
-        for (card, tap) in cards.iter().zip(taps) {
+        for (card, tap) in cards.iter().zip(taps).skip(*plugged) {
             vm.add_nic(card, tap, vhost_net.next()).await?;
+            *plugged += 1;
         }
         network.set_up(agent).await?;
         if let Some(loopback) = network.take_loopback() {
             forward::serve(loopback, agent.clone(), vm.clone());
         }
-        *connected = true;
+        *progress = Progress::Connected;
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! containerd-shim-kata-v2: one pod, one virtual machine.
 
+pub mod accept;
 pub mod annotations;
 pub mod boot;
 pub mod cdi;
@@ -51,3 +52,4 @@ pub mod user;
 pub mod version;
 pub mod vfio;
 pub mod vm_end;
+pub mod volumes;

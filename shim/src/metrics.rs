@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use crate::{
+    accept,
     boot::Guest,
     console,
     container::Kind,
@@ -64,10 +65,7 @@ pub fn serve(listener: UnixListener, sandbox: Arc<Sandbox>) -> Result<()> {
     let listener = tokio::net::UnixListener::from_std(listener).action("serve metrics")?;
     tokio::spawn(async move {
         loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => return tracing::warn!(%error, "metrics are not served any more"),
-            };
+            let (stream, _) = accept::next(|| listener.accept()).await;
             let sandbox = sandbox.clone();
             tokio::spawn(async move {
                 if let Err(error) = converse(stream, &sandbox).await {

@@ -14,12 +14,13 @@
 use std::{
     collections::HashSet,
     ffi::OsString,
-    fs, io,
+    fs, future, io,
     os::unix::{
         ffi::OsStrExt,
         fs::{MetadataExt, PermissionsExt, lchown, symlink},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use agent::{
@@ -29,7 +30,12 @@ use agent::{
     protocol::agent::CopyFileRequest,
 };
 use futures::StreamExt;
-use inotify::{EventStream, Inotify, WatchMask};
+use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+use nix::libc;
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
+    time::{MissedTickBehavior, interval},
+};
 
 use crate::{
     error::{Context, Error, Result},
@@ -45,6 +51,8 @@ const PART: usize = 128 << 10;
 const NOBODY: u32 = 65534;
 /// Room for the events of one swap; when it does not suffice, the next read gets the rest.
 const EVENTS: usize = 4096;
+/// How often to look at a volume that cannot be watched, or whose update did not reach the guest.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The mirrored volumes of a pod: all containers of the pod see the same copy.
 #[derive(Debug, Default)]
@@ -56,6 +64,7 @@ struct Made {
     volumes: HashSet<PathBuf>,
     /// Copies that were begun: each is made at a place that no guest has seen.
     copies: u32,
+    follower: Option<Follower>,
 }
 
 impl Mirrors {
@@ -68,10 +77,11 @@ impl Mirrors {
         }
         made.copies += 1;
         let place = share.place_of_copy(made.copies);
+        let follower = made.follower.get_or_insert_with(Follower::start);
+        let (watches, followed) = (follower.watches.clone(), follower.followed.clone());
         let (volume_, share_) = (volume.clone(), share.clone());
-        let published = tokio::task::spawn_blocking(move || publish(&volume_, place, &share_));
+        let published = tokio::task::spawn_blocking(move || publish(&volume_, place, &share_, watches));
         let (watch, seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
-        let changes = watch.into_event_stream([0; EVENTS]).at("watch", &volume.source)?;
         made.volumes.insert(volume.share_path.clone());
         let guest = Path::new(GUEST_SHARE).join(&volume.share_path);
         let mirror = Mirror {
@@ -81,23 +91,139 @@ impl Mirrors {
             agent: agent.clone(),
             seen,
         };
-        tokio::spawn(mirror.follow(changes));
+        let behind = watch.is_none();
+        // It has ended only if the guest has.
+        let _ = followed.send(Followed { watch, mirror, behind });
         // Changes nothing, but the agent looks: the guest mounts a part of the share where somebody first looks at it,
         // and only who looks at the agent's own mount hears of what the agent does.
         Ok(folder.send(&guest, agent).await?)
     }
+
+    /// Follows no volume any more: the guest has ended.
+    pub fn stop(&self) {
+        // Whoever holds it is about to hear that, too.
+        if let Ok(mut made) = self.0.try_lock() {
+            made.follower = None;
+        }
+    }
+}
+
+/// The task that keeps the copies as their volumes are. One inotify instance is enough for all of them; a user has but
+/// a few (`fs.inotify.max_user_instances`, 128 by default), which the kubelet, systemd and all shims share.
+#[derive(Debug)]
+struct Follower {
+    /// None when there was no instance left.
+    watches: Option<Watches>,
+    followed: UnboundedSender<Followed>,
+}
+
+/// A mirror, and how its changes are noticed.
+struct Followed {
+    watch: Option<WatchDescriptor>,
+    mirror: Mirror,
+    /// Nobody will tell of what it lacks: it is to be looked at from time to time.
+    behind: bool,
+}
+
+impl Follower {
+    fn start() -> Follower {
+        let (followed, added) = mpsc::unbounded_channel();
+        let watching = Inotify::init().and_then(|inotify| {
+            let watches = inotify.watches();
+            Ok((watches, inotify.into_event_stream([0; EVENTS])?))
+        });
+        let (watches, changes) = match watching {
+            Ok((watches, changes)) => (Some(watches), Some(changes)),
+            Err(error) => {
+                tracing::warn!(%error, "the kubelet's volumes are looked at every {LOOK:?}, as they cannot be watched");
+                (None, None)
+            }
+        };
+        tokio::spawn(follow(changes, added));
+        Follower { watches, followed }
+    }
+}
+
+/// Which volumes are to be looked at.
+enum Due {
+    Of(WatchDescriptor),
+    Behind,
+    All,
+}
+
+async fn follow(mut changes: Option<EventStream<[u8; EVENTS]>>, mut added: UnboundedReceiver<Followed>) {
+    let mut all: Vec<Followed> = Vec::new();
+    // Changes of volumes that are about to be added.
+    let mut early = HashSet::new();
+    let mut look = interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let change = async {
+            match &mut changes {
+                Some(changes) => changes.next().await,
+                None => future::pending().await,
+            }
+        };
+        let due = tokio::select! {
+            new = added.recv() => {
+                let Some(new) = new else { return };
+                let missed = new.watch.clone().filter(|watch| early.remove(watch));
+                all.push(new);
+                match missed {
+                    Some(watch) => Due::Of(watch),
+                    None => continue,
+                }
+            }
+            Some(change) = change => match change {
+                Ok(Event { wd, mask, .. }) if !mask.contains(EventMask::Q_OVERFLOW) => Due::Of(wd),
+                // Nobody knows what was not told.
+                _ => Due::All,
+            },
+            _ = look.tick(), if all.iter().any(|one| one.behind) => Due::Behind,
+        };
+        if let Due::Of(watch) = &due
+            && all.iter().all(|one| one.watch.as_ref() != Some(watch))
+        {
+            early.insert(watch.clone());
+        }
+        for one in &mut all {
+            let is_due = match &due {
+                Due::Of(watch) => one.watch.as_ref() == Some(watch),
+                Due::Behind => one.behind,
+                Due::All => true,
+            };
+            if !is_due {
+                continue;
+            }
+            match one.mirror.update().await {
+                Ok(()) => one.behind = one.watch.is_none(),
+                // With the guest ends what can be told to it.
+                Err(Error::Agent(ClientError::Gone)) => return,
+                Err(error) => {
+                    let volume = one.mirror.source.display();
+                    tracing::warn!(%error, %volume, "an update did not reach the guest, and is tried again");
+                    one.behind = true;
+                }
+            }
+        }
+    }
 }
 
 /// Copies a volume and puts the copy into the share. Blocks.
-fn publish(volume: &ShareMount, place: PathBuf, share: &Share) -> Result<(Inotify, Seen, Item)> {
+fn publish(
+    volume: &ShareMount,
+    place: PathBuf,
+    share: &Share,
+    watches: Option<Watches>,
+) -> Result<(Option<WatchDescriptor>, Seen, Item)> {
     let source = &volume.source;
     // First the watch, then the look: what changes in between is an event.
     let looked = host::there(|| -> Result<_> {
-        let changes = watch(source).at("watch", source)?;
+        let watch = watch(source, watches).at("watch", source)?;
         let (seen, items) = look(source, volume.maps.as_ref()).at("copy", source)?;
-        Ok((changes, seen, items))
+        Ok((watch, seen, items))
     })?;
-    let (changes, seen, items) = looked?;
+    let (watch, seen, items) = looked?;
     fs::create_dir_all(&place).at("create", &place)?;
     make(&items, &place).at("copy", source)?;
     let folder = Item::of(&place, Path::new(&seen.data), None).at("look at the copy of", source)?;
@@ -109,14 +235,20 @@ fn publish(volume: &ShareMount, place: PathBuf, share: &Share) -> Result<(Inotif
         maps: None, // the files of the copy have the IDs of the guest
         ..volume.clone()
     })?;
-    Ok((changes, seen, folder))
+    Ok((watch, seen, folder))
 }
 
-fn watch(volume: &Path) -> io::Result<Inotify> {
-    let inotify = Inotify::init()?;
+/// `None` when it cannot be watched, for want of what watching takes.
+fn watch(volume: &Path, watches: Option<Watches>) -> io::Result<Option<WatchDescriptor>> {
     let what = WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::ONLYDIR;
-    inotify.watches().add(volume, what)?;
-    Ok(inotify)
+    match watches.map(|mut watches| watches.add(volume, what)) {
+        // `fs.inotify.max_user_watches`
+        Some(Err(error)) if error.raw_os_error() == Some(libc::ENOSPC) => {
+            tracing::warn!(%error, volume = %volume.display(), "a volume is looked at every {LOOK:?} instead of watched");
+            Ok(None)
+        }
+        watched => watched.transpose(),
+    }
 }
 
 /// What a volume's folder holds beside the files themselves.
@@ -284,23 +416,6 @@ struct Mirror {
 }
 
 impl Mirror {
-    async fn follow(mut self, mut changes: EventStream<[u8; EVENTS]>) {
-        while let Some(change) = changes.next().await {
-            let updated = match change {
-                Ok(_) => self.update().await,
-                Err(error) => Err(error).at("watch", &self.source),
-            };
-            match updated {
-                Ok(()) => {}
-                // With the guest ends what can be told to it.
-                Err(Error::Agent(ClientError::Gone)) => return,
-                Err(error) => {
-                    tracing::warn!(%error, volume = %self.source.display(), "an update did not reach the guest")
-                }
-            }
-        }
-    }
-
     async fn update(&mut self) -> Result<()> {
         let source = &self.source;
         let (now, items) = host::there(|| -> Result<_> {

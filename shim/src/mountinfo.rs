@@ -12,12 +12,16 @@ use nix::sys::statvfs::statvfs;
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// Its number, as in `/proc/<pid>/fdinfo/<fd>`.
+    pub id: u64,
     /// `major:minor` of its file system.
     pub device: String,
     /// What of the file system is mounted.
     pub root: PathBuf,
     /// Where.
     pub point: PathBuf,
+    /// The options of the mount.
+    pub options: Vec<String>,
     /// Mounted and unmounted below it is what its original gets and loses (`master` in mount_namespaces(7)).
     pub follows: bool,
     /// The file system's type.
@@ -31,7 +35,19 @@ pub struct Mount {
 /// # Errors
 /// The table cannot be read.
 pub fn mounts() -> io::Result<Vec<Mount>> {
-    let table = fs::read("/proc/self/mountinfo")?;
+    read("/proc/self/mountinfo")
+}
+
+/// The same of the calling thread, which may be in another mount namespace than the process.
+///
+/// # Errors
+/// As above.
+pub fn mounts_of_thread() -> io::Result<Vec<Mount>> {
+    read("/proc/thread-self/mountinfo")
+}
+
+fn read(table: &str) -> io::Result<Vec<Mount>> {
+    let table = fs::read(table)?;
     Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 
@@ -51,14 +67,17 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let fields = |part: &'_ [u8]| -> Vec<Vec<u8>> { part.split(|byte| *byte == b' ').map(<[u8]>::to_vec).collect() };
     let (before, after) = (fields(&line[..middle]), fields(&line[middle + SEPARATOR.len()..]));
     let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
+    let words = |field: &[u8]| text(field).split(',').map(str::to_owned).collect();
     Some(Mount {
+        id: text(before.first()?).parse().ok()?,
         device: text(before.get(2)?),
         root: unescape(before.get(3)?),
         point: unescape(before.get(4)?),
+        options: words(before.get(5)?),
         // Behind the options of the mount.
         follows: before.iter().skip(6).any(|field| field.starts_with(b"master:")),
         kind: text(after.first()?),
-        super_options: text(after.get(2)?).split(',').map(str::to_owned).collect(),
+        super_options: words(after.get(2)?),
     })
 }
 
@@ -93,9 +112,11 @@ mod tests {
     fn a_line_has_its_optional_fields_in_the_middle() {
         let line = b"36 35 98:0 /mnt\\0401 /a\\134b rw,noatime master:1 shared:7 - cgroup cgroup rw,cpu,cpuacct";
         let mount = Mount {
+            id: 36,
             device: "98:0".into(),
             root: "/mnt 1".into(),
             point: "/a\\b".into(),
+            options: ["rw", "noatime"].map(str::to_owned).to_vec(),
             follows: true,
             kind: "cgroup".into(),
             super_options: ["rw", "cpu", "cpuacct"].map(str::to_owned).to_vec(),

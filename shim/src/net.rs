@@ -65,6 +65,8 @@ pub struct Route {
     pub flags: u32,
     /// MTU of the route; zero when it has none.
     pub mtu: u32,
+    /// Its metric: of two routes to one destination the one with the lower is taken.
+    pub metric: u32,
     /// The route is one of IPv6.
     pub ipv6: bool,
 }
@@ -237,6 +239,9 @@ async fn connect(handle: &rtnetlink::Handle, interface: &Interface, number: usiz
     links::prepare_tap(handle, index, interface.mtu)
         .await
         .map_err(|source| netlink(format!("set up {name}"), source))?;
+    links::hear_all_groups(handle, interface.index)
+        .await
+        .map_err(|source| netlink(format!("have {} hear all multicast groups", interface.name), source))?;
     for (from, to) in [(interface.index, index), (index, interface.index)] {
         links::redirect(handle, from, to)
             .await

@@ -11,25 +11,32 @@
 //! namespace holds, everything in it vanishes with the shim, and nothing on the host is ever removed through it.
 
 use std::{
-    fs,
+    fs::{self, File},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use agent::idmap::IdMaps;
 use containerd_shim_protos::api::Mount;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::statvfs::{FsFlags, statvfs},
+};
 
 use crate::{
     error::{Context, Error, Result},
-    host::Tree,
+    host::{self, Tree},
     mountinfo, selinux,
     spec::{Propagation, ShareMount},
     sys,
     undo::dir_of,
+    volumes::{Access, Origin, Place, Placed, Places},
 };
 
 const NONE: Option<&str> = None;
+/// mount(2) takes one page of options; of a longer list the kernel would cut off the end, layers' names included.
+const PAGE: usize = 4096;
 /// What fails where IDs cannot be mapped.
 const MAPPING: &str = "map the IDs (`hostUsers: false` needs a file system that can) of";
 
@@ -39,6 +46,9 @@ pub struct Share {
     root: PathBuf,
     export: PathBuf,
     staging: PathBuf,
+    places: Arc<Mutex<Places>>,
+    /// virtiofsd.
+    server: Arc<OnceLock<u32>>,
 }
 
 impl Share {
@@ -65,6 +75,8 @@ impl Share {
             root: Self::path_of(sandbox),
             export: Self::export_of(sandbox),
             staging: Self::staging_of(sandbox),
+            places: Arc::default(),
+            server: Arc::default(),
         };
         for (path, propagation) in [(&share.root, MsFlags::MS_SHARED), (&share.staging, MsFlags::MS_PRIVATE)] {
             fs::create_dir_all(path).at("create", path)?;
@@ -105,31 +117,112 @@ impl Share {
         mounts.iter().try_for_each(|m| mount_as_asked(m, &target, &layers))
     }
 
-    /// Mounts a volume of the host at its place in the share. Returns the parts below it, relative to it, that may be
-    /// written to though it is read-only: a guest's kernel mounts them by itself, and takes them for read-only as well.
-    pub fn add_volume(&self, volume: &ShareMount) -> Result<Vec<PathBuf>> {
-        let tree = Tree::of_host("use the volume", &volume.source, volume.recursive)?;
-        self.publish(&tree, volume)
+    /// virtiofsd serves it, with mounts of its own.
+    pub fn served_by(&self, virtiofsd: u32) {
+        self.server.get_or_init(|| virtiofsd);
+    }
+
+    /// Mounts a volume of the host in the share for a container, unless it is there. A container finds its volume as a
+    /// part of another's only if `in_parts`: the guest's agent must not follow what a container puts in the way.
+    pub fn add_volume(&self, container: &str, volume: &ShareMount, in_parts: bool) -> Result<Placed> {
+        let find = |path: &Path| -> Result<(Tree, Origin)> {
+            // First the tree: it mounts what is mounted on demand.
+            let tree = Tree::of_host("use the volume", path, volume.recursive)?;
+            let origin = host::there(|| Origin::of(path, volume.recursive))?;
+            Ok((tree, origin.at("look at the volume", path)?))
+        };
+        let (mut tree, origin) = find(&volume.source)?;
+        let (mut shown, mut access) = (origin.clone(), volume.access());
+        if let Some(whole) = volume
+            .whole
+            .as_ref()
+            .filter(|whole| in_parts || **whole == volume.source)
+        {
+            let (whole, of_whole) = find(whole)?;
+            if origin.part_of(&of_whole).is_some() {
+                (tree, shown, access) = (whole, of_whole, Access::All);
+            }
+        }
+        if let Some(placed) = self.join(container, volume, &origin, access, in_parts)? {
+            return Ok(placed);
+        }
+        let path = self.places().new_path();
+        let fixed = self.publish(&tree, volume, &path, access)?;
+        self.places().push(Place::new(path, shown, volume, access, fixed));
+        let placed = self.join(container, volume, &origin, access, in_parts)?;
+        // Another container may have been quicker; what nobody uses goes with the first to leave.
+        placed.ok_or_else(|| Error::Precondition(format!("{} changes while it is mounted", volume.source.display())))
+    }
+
+    /// Gives a container the place where its volume shows already.
+    fn join(
+        &self,
+        container: &str,
+        volume: &ShareMount,
+        origin: &Origin,
+        access: Access,
+        in_parts: bool,
+    ) -> Result<Option<Placed>> {
+        let mut places = self.places();
+        let Some((place, mut placed)) = places.find(origin, volume, in_parts) else {
+            return Ok(None);
+        };
+        let points: Vec<_> = place.to_open(access).map(|point| place.path.join(point)).collect();
+        if !points.is_empty() {
+            self.open(&points)?;
+        }
+        place.take(container, access);
+        if volume.access() == Access::Below {
+            let there = self.root.join(&placed.path);
+            let points = mounts_below(&there)?;
+            let below = points.iter().filter_map(|point| point.strip_prefix(&there).ok());
+            placed.writable = below
+                .filter(|point| *point != Path::new(""))
+                .map(Path::to_owned)
+                .collect();
+        }
+        Ok(Some(placed))
+    }
+
+    /// Makes writable what was read-only: virtiofsd's mounts, which do not hear of a change of ours.
+    fn open(&self, points: &[PathBuf]) -> Result<()> {
+        let server = self.server.get().copied().unwrap_or_default();
+        let children = PathBuf::from(format!("/proc/{server}/task/{server}/children"));
+        // Its child serves.
+        let children = fs::read_to_string(&children).at("read", &children)?;
+        let serving = children.split_whitespace().next().unwrap_or_default();
+        let namespace = PathBuf::from(format!("/proc/{serving}/ns/mnt"));
+        let namespace = File::open(&namespace).at("open", &namespace)?;
+        host::within(&namespace, || {
+            points.iter().try_for_each(|point| {
+                let point = Path::new("/").join(point);
+                remount(&point, MsFlags::empty()).at("make writable", &point)
+            })
+        })?
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Mounts a copy of a volume, made at [`Share::place_of_copy`], at the volume's place in the share.
     pub fn add_copy(&self, volume: &ShareMount) -> Result<()> {
         let tree = Tree::of_own("use the copy of a volume", &volume.source, volume.recursive)?;
-        self.publish(&tree, volume).map(drop)
+        self.publish(&tree, volume, &volume.share_path, Access::All).map(drop)
     }
 
     /// It is made ready elsewhere and moved to its place: virtiofsd gets it as it is then, and hears of no change of
-    /// its flags.
-    fn publish(&self, tree: &Tree, volume: &ShareMount) -> Result<Vec<PathBuf>> {
-        let target = self.root.join(&volume.share_path);
-        let staged = self.staging.join(&volume.share_path);
+    /// its flags. Returns what was made read-only, relative to the place.
+    fn publish(&self, tree: &Tree, volume: &ShareMount, place: &Path, access: Access) -> Result<Vec<PathBuf>> {
+        let target = self.root.join(place);
+        let staged = self.staging.join(place);
         for path in [&staged, &target] {
             let parent = path.parent().unwrap_or(&self.root);
             fs::create_dir_all(parent).at("create", parent)?;
             if tree.is_dir {
                 fs::create_dir_all(path).at("create", path)?;
             } else {
-                fs::File::create(path).at("create", path)?;
+                File::create(path).at("create", path)?;
             }
         }
         if let Some(maps) = &volume.maps {
@@ -137,38 +230,61 @@ impl Share {
             sys::map_ids(&tree.mount, volume.recursive, &users).at(MAPPING, &volume.source)?;
         }
         attach(tree, &staged, volume.propagation)?;
-        let points = mounts_below(&staged)?;
-        let mut writable = Vec::new();
-        for point in points {
-            let is_below = point != staged;
-            if volume.readonly && (volume.readonly_below || !is_below) {
-                let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-                mount(NONE, &point, NONE, flags, NONE).at("make read-only the bind of", &volume.source)?;
-            } else if volume.readonly
-                && let Ok(below) = point.strip_prefix(&staged)
-            {
-                writable.push(below.to_owned());
+        let mut fixed = Vec::new();
+        for point in mounts_below(&staged)? {
+            let Ok(below) = point.strip_prefix(&staged) else {
+                continue;
+            };
+            if access == Access::None || (access == Access::Below && below == Path::new("")) {
+                remount(&point, MsFlags::MS_RDONLY).at("make read-only the bind of", &volume.source)?;
+                fixed.push(below.to_owned());
             }
         }
         move_to_its_place(tree, &staged, &target)?;
-        Ok(writable)
+        Ok(fixed)
     }
 
     /// Lets go of everything of a container, so that its owner can unmount and remove it.
     pub fn remove(&self, container: &str) -> Result<()> {
-        let dir = self.root.join(container);
-        for mounted in mounts_below(&dir)?.into_iter().rev() {
-            detach(&mounted)?;
-        }
-        if let Some(kept) = mounts_below(&dir)?.first() {
-            return Err(Error::Precondition(format!("{} is still mounted", kept.display())));
-        }
-        if dir.exists() {
-            fs::remove_dir_all(&dir).at("remove", &dir)
-        } else {
-            Ok(())
-        }
+        let unused = self.places().leave(container);
+        let removed = unused.iter().map(PathBuf::as_path).chain([Path::new(container)]);
+        let removed: Vec<_> = removed.map(|path| clear(&self.root.join(path))).collect();
+        removed.into_iter().collect()
     }
+}
+
+/// Unmounts what is mounted at or below a path, and removes it.
+fn clear(path: &Path) -> Result<()> {
+    for mounted in mounts_below(path)?.into_iter().rev() {
+        detach(&mounted)?;
+    }
+    if let Some(kept) = mounts_below(path)?.first() {
+        return Err(Error::Precondition(format!("{} is still mounted", kept.display())));
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path).at("remove", path),
+        Ok(_) => fs::remove_file(path).at("remove", path),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Makes a mount read-only, or writable; its other flags stay.
+fn remount(point: &Path, readonly: MsFlags) -> nix::Result<()> {
+    const KEPT: &[(FsFlags, MsFlags)] = &[
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+    ];
+    let has = statvfs(point)?.flags();
+    let kept = KEPT
+        .iter()
+        .filter(|(flag, _)| has.contains(*flag))
+        .map(|(_, flag)| *flag);
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | readonly | kept.collect();
+    mount(NONE, point, NONE, flags, NONE)
 }
 
 /// Detaches a mount; fine when there is none.
@@ -217,8 +333,11 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
         Some(users) => map_layers(&data, users, layers)?,
         None => data,
     };
-    // mount(2) takes one page of options; a longer list would be cut off by the kernel, layer names included.
-    if data.len() >= 4096 {
+    let (folder, data) = match data.len() {
+        PAGE.. => from_their_folder(&data),
+        _ => (PathBuf::from("/"), data),
+    };
+    if data.len() >= PAGE {
         return Err(Error::Invalid(format!(
             "rootfs options of {} bytes do not fit mount(2); squash the image to fewer layers",
             data.len()
@@ -229,8 +348,10 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
     } else {
         Some(asked.type_.as_str())
     };
-    mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str()))
-        .at("mount the root file system on", target)?;
+    host::in_folder(&folder, || {
+        mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str()))
+            .at("mount the root file system on", target)
+    })??;
     if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
     }
@@ -245,6 +366,26 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
         sys::mount_copy(&mapped, target).at("mount the root file system on", target)?;
     }
     Ok(())
+}
+
+/// An overlay's options with its layers by their names in the folder that they have in common, and that folder: so an
+/// image may have as many layers as the kernel takes, as with containerd (`core/mount/mount_linux.go`).
+fn from_their_folder(data: &str) -> (PathBuf, String) {
+    let layers = data.split(',').find_map(|option| option.strip_prefix("lowerdir="));
+    let layers: Vec<_> = layers.unwrap_or_default().split(':').map(Path::new).collect();
+    let first = layers.first().copied().unwrap_or(Path::new("/"));
+    let has_all = |folder: &&Path| layers.iter().all(|layer| layer.starts_with(folder) && layer != folder);
+    let folder = first.ancestors().find(has_all).unwrap_or(Path::new("/"));
+    let short = |option: &str| match option.strip_prefix("lowerdir=") {
+        Some(_) => {
+            let names = layers.iter().map(|layer| layer.strip_prefix(folder).unwrap_or(layer));
+            let names: Vec<_> = names.map(|name| name.display().to_string()).collect();
+            format!("lowerdir={}", names.join(":"))
+        }
+        None => option.to_owned(),
+    };
+    let options: Vec<_> = data.split(',').map(short).collect();
+    (folder.to_owned(), options.join(","))
 }
 
 /// The mapping that containerd's snapshotter asks for, by the options `uidmap` and `gidmap`
@@ -328,6 +469,15 @@ mod tests {
         let (flags, data) = parse_options(&options);
         assert_eq!(flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
         assert_eq!(data, "workdir=/w,lowerdir=/a:/b");
+    }
+
+    #[test]
+    fn many_layers_have_short_names() {
+        let data = "index=off,workdir=/s/9/work,lowerdir=/s/12/fs:/s/3/fs:/s/4/fs";
+        let short = "index=off,workdir=/s/9/work,lowerdir=12/fs:3/fs:4/fs";
+        assert_eq!(from_their_folder(data), (PathBuf::from("/s"), short.to_owned()));
+        let apart = "lowerdir=/a/fs:/b/fs";
+        assert_eq!(from_their_folder(apart), ("/".into(), "lowerdir=a/fs:b/fs".to_owned()));
     }
 
     #[test]

@@ -23,6 +23,9 @@ use std::path::{Path, PathBuf};
 /// The pod's `/dev/shm` in the guest.
 pub const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 
+/// What the annotations begin with by which the shim tells its own agent what the protocol has no field for.
+const OUR_ANNOTATIONS: &str = "io.sandpod.";
+
 /// The beginnings of the profiles that containerd and CRI-O give every container of a node that has AppArmor.
 const DEFAULT_APPARMOR: &[&str] = &["cri-containerd.apparmor.d", "crio-default"];
 
@@ -223,6 +226,8 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
         .set_zos(None);
 
     let annotations = guest.annotations_mut().get_or_insert_default();
+    // These are ours to say.
+    annotations.retain(|key, _| !key.starts_with(OUR_ANNOTATIONS));
     let kind = match context.role {
         Role::Sandbox => "pod_sandbox",
         Role::Container { .. } => "pod_container",

@@ -5,7 +5,13 @@ use std::{
     collections::HashMap,
     fs,
     io::{Read, Write},
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt},
+            net::UnixListener,
+        },
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::SystemTime,
@@ -188,7 +194,9 @@ fn socket_path(cli: &Cli, sandbox: &str) -> PathBuf {
 /// Binds the socket, hands it to a new shim as its standard input, and waits until that shim serves. The shim
 /// reports on its standard output, which is ours alone: it must not inherit the caller's, which is read to its end.
 fn spawn(cli: &Cli, bundle: &Path, socket: &Path, events: Option<String>) -> Result<()> {
-    fs::create_dir_all(SOCKET_DIR).at("create", SOCKET_DIR)?;
+    // As containerd's own library makes it.
+    let folder = fs::DirBuilder::new().recursive(true).mode(0o711).create(SOCKET_DIR);
+    folder.at("create", SOCKET_DIR)?;
     if socket.exists() {
         if std::os::unix::net::UnixStream::connect(socket).is_ok() {
             return Err(Error::AlreadyExists(format!("a shim of sandbox {}", cli.id)));
@@ -196,6 +204,8 @@ fn spawn(cli: &Cli, bundle: &Path, socket: &Path, events: Option<String>) -> Res
         fs::remove_file(socket).at("remove the dead socket", socket)?;
     }
     let listener = UnixListener::bind(socket).at("bind", socket)?;
+    // Whoever may write to it commands the pod; by itself it has what the caller's umask leaves.
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).at("set the mode of", socket)?;
     let mut command = command(cli, "serve")?;
     command
         .current_dir(bundle)

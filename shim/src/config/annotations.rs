@@ -3,11 +3,15 @@
 //! Source: `docs/how-to/how-to-set-sandbox-config-kata.md` and `kata-types/src/annotations` of kata-containers.
 
 use super::keys::{self, Kind};
+use super::virtiofsd_args::{self, Whose};
 use super::{ConfigError, Hypervisor};
 use std::collections::{BTreeMap, HashMap};
 use toml::{Table, Value};
 
 const PREFIX: &str = "io.katacontainers.config";
+
+/// What parameters of the kernel begin with that the agent reads.
+const OURS: &str = "sandpod.";
 
 /// Annotations whose last part is not the key of the file.
 const RENAMED: &[(&str, &str)] = &[
@@ -36,14 +40,24 @@ pub(super) fn tables(annotations: &HashMap<String, String>, node: &Hypervisor) -
                 enabled(annotation, key, value, node)?;
                 let key = RENAMED.iter().find(|(from, _)| *from == key).map_or(key, |(_, to)| to);
                 let mut value = typed(annotation, &format!("hypervisor.qemu.{key}"), value)?;
-                if key == "kernel_params" {
-                    // The pod adds to the node's parameters, it does not replace them.
-                    let all = format!(
-                        "{} {}",
-                        node.kernel_params.join(" "),
-                        value.as_str().unwrap_or_default()
-                    );
-                    value = Value::String(all);
+                // The pod adds to what the node has of these, it does not replace it.
+                match (key, &mut value) {
+                    ("kernel_params", Value::String(text)) => {
+                        if let Some(word) = text.split_whitespace().find(|word| word.starts_with(OURS)) {
+                            let why = format!("`{word}` is the shim's word to its own agent");
+                            return Err(refused(annotation, &why));
+                        }
+                        *text = format!("{} {text}", node.kernel_params.join(" "));
+                    }
+                    ("virtio_fs_extra_args", Value::Array(list)) => {
+                        let added: Vec<_> = list.iter().filter_map(|arg| arg.as_str().map(str::to_owned)).collect();
+                        if let Some(arg) = virtiofsd_args::first_refused(&added, Whose::Pod) {
+                            return Err(refused(annotation, &format!("`{arg}` is not for a pod to decide")));
+                        }
+                        let nodes = node.virtio_fs_extra_args.iter().map(|arg| Value::String(arg.clone()));
+                        list.splice(0..0, nodes);
+                    }
+                    _ => {}
                 }
                 qemu.insert(key.to_owned(), value);
             }

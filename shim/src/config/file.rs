@@ -1,5 +1,6 @@
 //! The honoured keys as they stand in the file, and their way into the public types.
 
+use super::virtiofsd_args::{self, Whose};
 use super::{Accelerator, Agent, Cache, ConfigError, Hypervisor, KernelModule, NetworkModel, Runtime};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -10,8 +11,6 @@ use toml::Table;
 const LEAST_MEMORY_MIB: u64 = 128;
 /// virtiofsd's own limit.
 const MOST_QUEUE_SIZE: u16 = 1024;
-/// What the shim itself tells virtiofsd.
-const OWNED_VIRTIOFSD_ARGS: &[&str] = &["--fd", "--socket-path", "--shared-dir", "--sandbox", "--cache"];
 
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
@@ -88,16 +87,9 @@ impl Default for Qemu {
             cold_plug_vfio: "no-port".into(),
             disable_selinux: false,
             enable_debug: false,
-            // What kata's runtime-rs enables.
-            enable_annotations: [
-                "enable_iommu",
-                "kernel_params",
-                "kernel_verity_params",
-                "default_vcpus",
-                "default_memory",
-            ]
-            .map(String::from)
-            .to_vec(),
+            // Of those that kata's runtime-rs enables, the ones that only say how large a VM is: who writes the
+            // parameters of a kernel is root in its guest.
+            enable_annotations: ["default_vcpus", "default_memory"].map(String::from).to_vec(),
         }
     }
 }
@@ -192,12 +184,9 @@ impl Qemu {
             );
             return Err(invalid("hypervisor.qemu.virtio_fs_queue_size", problem));
         }
-        let owned = |arg: &&String| OWNED_VIRTIOFSD_ARGS.contains(&arg.split('=').next().unwrap_or_default());
-        if let Some(arg) = self.virtio_fs_extra_args.iter().find(owned) {
-            return Err(invalid(
-                "hypervisor.qemu.virtio_fs_extra_args",
-                format!("holds `{arg}`, which the shim decides"),
-            ));
+        if let Some(arg) = virtiofsd_args::first_refused(&self.virtio_fs_extra_args, Whose::Node) {
+            let problem = format!("holds `{arg}`, which is none of the arguments that may be added");
+            return Err(invalid("hypervisor.qemu.virtio_fs_extra_args", problem));
         }
         Ok(Hypervisor {
             path: absolute("hypervisor.qemu.path", self.path)?,

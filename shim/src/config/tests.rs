@@ -189,7 +189,7 @@ fn a_file_we_cannot_honour_is_refused_by_the_name_of_the_key() {
         ),
         (
             "[hypervisor.qemu]\nvirtio_fs_extra_args = ['--sandbox=none']",
-            "holds `--sandbox=none`, which the shim decides",
+            "holds `--sandbox=none`, which is none of the arguments that may be added",
         ),
         ("[hypervisor.qemu]\nenable_annotations = ['a|b']", "holds `a|b`"),
         (
@@ -252,13 +252,16 @@ fn a_named_file_must_exist() {
 
 #[test]
 fn a_pod_may_set_what_the_node_enables() {
-    let config = Config::parse("[hypervisor.qemu]\nkernel_params = 'a=1'", &[]).unwrap();
+    let text = "[hypervisor.qemu]\nkernel_params = 'a=1'\nvirtio_fs_extra_args = ['--modcaps=+sys_admin']\n\
+                enable_annotations = ['kernel_params', 'default_.*', 'virtio_fs_extra_args']";
+    let config = Config::parse(text, &[]).unwrap();
     let pod = annotated(
         &config,
         &[
             ("hypervisor.default_memory", "512"),
             ("hypervisor.default_vcpus", "2.5"),
             ("hypervisor.kernel_params", "b=2"),
+            ("hypervisor.virtio_fs_extra_args", "--xattr"),
             ("agent.kernel_modules", "tun; loop max_loop=4"),
         ],
     )
@@ -266,6 +269,7 @@ fn a_pod_may_set_what_the_node_enables() {
     assert_eq!(pod.hypervisor.default_memory_mib, 512);
     assert_eq!(pod.hypervisor.default_milli_vcpus, Some(2500));
     assert_eq!(pod.hypervisor.kernel_params, ["a=1", "b=2"]);
+    assert_eq!(pod.hypervisor.virtio_fs_extra_args, ["--modcaps=+sys_admin", "--xattr"]);
     assert_eq!(pod.agent.kernel_modules[1].name, "loop");
     assert_eq!(annotated(&config, &[]).unwrap(), config);
 }
@@ -284,6 +288,30 @@ fn a_pod_is_told_which_annotation_is_refused_and_why() {
             "hypervisor.path",
             "/bin/sh",
             "`enable_annotations` of [hypervisor.qemu] does not list `path`",
+        ),
+        (
+            &closed,
+            "hypervisor.kernel_params",
+            "init=/bin/sh",
+            "`enable_annotations` of [hypervisor.qemu] does not list `kernel_params`",
+        ),
+        (
+            &open,
+            "hypervisor.kernel_params",
+            "quiet sandpod.uid_map=0:0:1",
+            "`sandpod.uid_map=0:0:1` is the shim's word to its own agent",
+        ),
+        (
+            &open,
+            "hypervisor.virtio_fs_extra_args",
+            "-o source=/",
+            "`source=/` is not for a pod to decide",
+        ),
+        (
+            &open,
+            "hypervisor.virtio_fs_extra_args",
+            "--xattr,--modcaps=+sys_admin",
+            "`--modcaps=+sys_admin` is not for a pod to decide",
         ),
         (
             &open,

@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 
 use super::sandboxes;
 use crate::{
+    accept,
     error::{Context, Result},
     families::Families,
     http::{self, Answer},
@@ -44,7 +45,7 @@ pub async fn serve(address: SocketAddr) -> Result<()> {
     println!("metrics of this node's sandboxes are at http://{address}/metrics");
     let work: &'static Mutex<Work> = Box::leak(Box::default());
     loop {
-        let (stream, _) = listener.accept().await.action("accept a connection")?;
+        let (stream, _) = accept::next(|| listener.accept()).await;
         tokio::spawn(async move {
             // A client that hangs up is its own business.
             let _ended_early = http::serve(stream, |target| async move { respond(work, &target).await }).await;

@@ -56,7 +56,10 @@ pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
                 )
             })
             .collect();
-        if all.is_empty() {
+        // Without an address it may be there for what is below IP. What the kernel makes in each namespace (tunl0, sit0
+        // and the like) is down, or no Ethernet.
+        let flags = link.header.flags;
+        if all.is_empty() && !(flags.contains(LinkFlags::Up) && link.header.link_layer_type == LinkLayerType::Ether) {
             continue;
         }
         let kept = all.into_iter().filter_map(|(scope, address, length)| {
@@ -163,8 +166,8 @@ fn is_the_pods(message: &RouteMessage) -> bool {
 
 /// `None` for a route over an interface that the guest does not get.
 fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Result<Option<Route>, NetError> {
-    let (mut destination, mut gateway, mut device, mut source, mut mtu, mut multipath) =
-        (None, None, None, None, 0, false);
+    let (mut destination, mut gateway, mut device, mut source, mut mtu, mut metric, mut multipath) =
+        (None, None, None, None, 0, 0, false);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = ip(address),
@@ -172,6 +175,7 @@ fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Resul
             RouteAttribute::PrefSource(address) => source = ip(address),
             RouteAttribute::Oif(index) => device = name(*index),
             RouteAttribute::MultiPath(_) => multipath = true,
+            RouteAttribute::Priority(found) => metric = *found,
             RouteAttribute::Metrics(metrics) => {
                 mtu = metrics
                     .iter()
@@ -203,6 +207,7 @@ fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Resul
         // The others are states (dead, link down, offloaded), not wishes.
         flags: (message.header.flags & RouteFlags::Onlink).bits(),
         mtu,
+        metric,
         ipv6: message.header.address_family == AddressFamily::Inet6,
     }))
 }
@@ -253,6 +258,13 @@ pub(super) async fn prepare_tap(handle: &Handle, tap: u32, mtu: u32) -> Result<(
     }
     let up = LinkUnspec::new_with_index(tap).up().build();
     handle.link().set(up).execute().await
+}
+
+/// Which multicast groups are joined is known to the guest's kernel only; a macvlan passes on no frame of others than
+/// its own host has joined.
+pub(super) async fn hear_all_groups(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    let message = LinkUnspec::new_with_index(index).allmulticast(true).build();
+    handle.link().set(message).execute().await
 }
 
 /// Whatever comes in on `from` goes out on `to`, before the host's stack sees it.

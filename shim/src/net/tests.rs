@@ -1,9 +1,10 @@
 //! Real namespaces, real links, real frames: these tests need root.
 
 use super::*;
+use futures::TryStreamExt;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, setns};
-use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::packet_route::link::{LinkFlags, LinkMessage};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -103,7 +104,7 @@ fn cluster() -> Cluster {
             .execute()
             .await
             .unwrap();
-        // A link without an address is nothing the guest needs.
+        // A link that is down is nothing the guest needs.
         handle
             .link()
             .add(LinkVeth::new("spare", "spare-end").build())
@@ -239,6 +240,12 @@ fn the_snapshot_holds_what_the_cni_set_up() {
             .iter()
             .all(|route| route.device == "eth0" && route.flags == 0)
     );
+    let metrics: Vec<_> = snapshot.routes.iter().map(|route| route.metric).collect();
+    assert_eq!(
+        metrics,
+        [0, 0, 1024],
+        "what the kernel gives IPv6 by default is told as any other"
+    );
     let [neighbor] = snapshot.neighbors.as_slice() else {
         panic!("{:?}", snapshot.neighbors)
     };
@@ -249,9 +256,41 @@ fn the_snapshot_holds_what_the_cni_set_up() {
 }
 
 #[test]
+fn an_interface_that_is_up_needs_no_address() {
+    let pod = namespace();
+    inside(&pod, async |handle| {
+        let pair = LinkVeth::new("net1", "end1").build();
+        handle.link().add(pair).execute().await.unwrap();
+        // It would have an address of its own otherwise.
+        std::fs::write("/proc/sys/net/ipv6/conf/net1/disable_ipv6", "1").unwrap();
+        apply(&handle, by_index(if_nametoindex("net1").unwrap()).up().build()).await;
+        Ok(())
+    });
+    let snapshot = snapshot(&path_of(&pod)).unwrap();
+    let found: Vec<_> = snapshot
+        .interfaces
+        .iter()
+        .map(|found| (found.name.as_str(), found.addresses.len()))
+        .collect();
+    assert_eq!(found, [("net1", 0)]);
+}
+
+#[test]
 fn frames_pass_between_the_guests_card_and_the_node_in_both_families() {
     let cluster = cluster();
     let network = snapshot(&path_of(&cluster.pod)).unwrap().attach().unwrap();
+    inside(&cluster.pod, async |handle| {
+        let eth0 = handle
+            .link()
+            .get()
+            .match_index(if_nametoindex("eth0").unwrap())
+            .execute()
+            .try_next()
+            .await
+            .unwrap();
+        assert!(eth0.unwrap().header.flags.contains(LinkFlags::Allmulti));
+        Ok(())
+    });
     let mut card = Card::of(&network, 0);
     card.send(&arp_request());
     let reply = card

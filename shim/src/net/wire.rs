@@ -101,6 +101,7 @@ fn route(from: &Route) -> types::Route {
     .into();
     route.flags = from.flags;
     route.mtu = from.mtu;
+    route.priority = from.metric;
     route
 }
 

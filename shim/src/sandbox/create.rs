@@ -155,6 +155,7 @@ impl Sandbox {
                 rootfs: request.rootfs.clone(),
                 mounted,
                 volumes: shares,
+                in_parts: guest.about.own,
             };
             // The memory is there before the container: it may use its limit from its first instruction on.
             let limits = Limits::of(spec);
@@ -167,8 +168,8 @@ impl Sandbox {
                 guest.sizer.set(&container.id, limits),
                 guest.connect_late_network(),
             );
-            for (volume, parts) in mount? {
-                volume.keep_writable(&parts, &mut guest_spec.spec);
+            for (volume, placed) in mount? {
+                volume.is_at(&placed, &mut guest_spec.spec);
             }
             resize?;
             network?;

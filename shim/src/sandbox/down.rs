@@ -61,6 +61,7 @@ impl Sandbox {
                 "QEMU or virtiofsd has not ended within {DEATH:?} of being killed: the next start tries again"
             );
         }
+        guest.mirrors.stop();
         for container in self.all() {
             self.tell_end(guest, &container, status, gone);
         }

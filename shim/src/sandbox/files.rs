@@ -19,6 +19,7 @@ use crate::{
     error::{Context, Error, Result},
     rootfs::Share,
     spec::ShareMount,
+    volumes::Placed,
 };
 
 /// What a container is to have in the share.
@@ -31,10 +32,12 @@ pub(super) struct Files {
     pub mounted: PathBuf,
     /// Its volumes.
     pub volumes: Vec<ShareMount>,
+    /// The guest's agent takes a part of a volume for what it is ([`Share::add_volume`]).
+    pub in_parts: bool,
 }
 
-/// Volumes with the parts of them that may be written to, though they are read-only.
-type Mounted = Vec<(ShareMount, Vec<PathBuf>)>;
+/// Volumes, and where they are.
+type Mounted = Vec<(ShareMount, Placed)>;
 
 /// The paths of the host that somebody still waits for, though nobody waits for him any more.
 #[derive(Debug, Default)]
@@ -113,7 +116,8 @@ impl Files {
                 break;
             }
             at.send_replace(volume.source.clone());
-            mounted.push((volume.clone(), share.add_volume(volume)?));
+            let placed = share.add_volume(&self.container, volume, self.in_parts)?;
+            mounted.push((volume.clone(), placed));
         }
         Ok(mounted)
     }

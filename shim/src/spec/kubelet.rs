@@ -122,6 +122,17 @@ pub(super) fn volume(source: &Path) -> io::Result<Option<Volume>> {
     }
 }
 
+/// The emptyDir that a bind's source is, or may be a part of: it is the pod's alone, and all of its containers may write
+/// to it.
+pub(super) fn of_the_pod_alone(source: &Path) -> Option<PathBuf> {
+    let Place { root, name, plugin } = Place::of(source)?;
+    match plugin {
+        Some("kubernetes.io~empty-dir") => Some(source.to_owned()),
+        Some(_) => None,
+        None => Some(root.join("volumes/kubernetes.io~empty-dir").join(name)).filter(|volume| volume.is_dir()),
+    }
+}
+
 /// Whether a bind's source is a volume of the kubelet's, of whatever kind.
 pub(super) fn is_volume(source: &Path) -> bool {
     Place::of(source).is_some()
@@ -205,9 +216,11 @@ mod tests {
 
     fn mounted(device: &str, root: &str, point: &str, kind: &str) -> Mount {
         Mount {
+            id: 0,
             device: device.into(),
             root: root.into(),
             point: format!("{POD}/{point}").into(),
+            options: Vec::new(),
             follows: false,
             kind: kind.into(),
             super_options: Vec::new(),

@@ -5,17 +5,21 @@ use super::{
     kubelet::{self, MemoryVolume, Volume},
     unsupported,
 };
+use crate::volumes::{Access, Placed};
 use agent::idmap::{BadMaps, IdMaps};
 use oci_spec::runtime::{Mount, Spec};
 use std::path::{Component, Path, PathBuf};
 
-/// A file or folder of the host that a container sees: the shim binds `source` to `share_path` below the shared folder.
+/// A file or folder of the host that a container sees in the share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShareMount {
     /// On the host: a file or a folder.
     pub source: PathBuf,
-    /// In the share: `<container id>/mounts/<n>-<basename>`, or `updated/<volume>` for what all containers of the pod
-    /// see.
+    /// The emptyDir that it is, or may be a part of. Of such a volume all is in the share, and may be written to,
+    /// whatever the first container sees of it: another one may see more.
+    pub whole: Option<PathBuf>,
+    /// In the share: `updated/<volume>` for what the kubelet updates; else `<container id>/mounts/<n>`, until
+    /// [`ShareMount::is_at`] says where it is.
     pub share_path: PathBuf,
     /// In the container.
     pub destination: PathBuf,
@@ -39,27 +43,51 @@ impl ShareMount {
         Path::new(GUEST_SHARE).join(&self.share_path)
     }
 
-    /// Gives the container `parts` of this read-only volume, which are mounts of the host, as mounts of their own, so
-    /// that it may write to them: below a read-only mount a guest's kernel mounts them read-only.
-    pub fn keep_writable(&self, parts: &[PathBuf], spec: &mut Spec) {
+    /// What the container may write to.
+    pub fn access(&self) -> Access {
+        match (self.readonly, self.readonly_below) {
+            (false, _) => Access::All,
+            (true, false) => Access::Below,
+            (true, true) => Access::None,
+        }
+    }
+
+    /// Makes the container's mount one of the volume's place. What is mounted below a read-only volume and may be
+    /// written to becomes a mount of its own: below a read-only mount a guest's kernel mounts it read-only.
+    pub fn is_at(&self, placed: &Placed, spec: &mut Spec) {
         let own = |mount: &Mount| {
             mount.destination() == &self.destination && mount.source().as_ref() == Some(&self.in_guest())
         };
         let mut mounts = spec.mounts_mut().take().unwrap_or_default();
+        let Some(index) = mounts.iter().position(own) else {
+            spec.set_mounts(Some(mounts));
+            return;
+        };
+        let source = Path::new(GUEST_SHARE).join(&placed.path);
+        let options = options(&mounts[index]).map(str::to_owned);
+        let options: Vec<_> = options
+            .chain(placed.options.iter().map(|option| (*option).to_owned()))
+            .collect();
+        mounts[index]
+            .set_source(Some(source.clone()))
+            .set_options(Some(options));
         // What is mounted below a part comes with it.
-        let is_below = |part: &&PathBuf| parts.iter().any(|other| *part != other && part.starts_with(other));
-        let parts = parts.iter().filter(|part| !is_below(part)).map(|part| {
+        let is_below = |part: &&PathBuf| {
+            placed
+                .writable
+                .iter()
+                .any(|other| *part != other && part.starts_with(other))
+        };
+        let parts = placed.writable.iter().filter(|part| !is_below(part)).map(|part| {
             let mut mount = Mount::default();
             mount
                 .set_destination(self.destination.join(part))
-                .set_source(Some(self.in_guest().join(part)))
+                .set_source(Some(source.join(part)))
                 .set_typ(Some("bind".into()))
                 .set_options(Some(["rbind", "rprivate", "rw"].map(str::to_owned).to_vec()));
             mount
         });
-        if let Some(index) = mounts.iter().position(own) {
-            mounts.splice(index + 1..index + 1, parts);
-        }
+        mounts.splice(index + 1..index + 1, parts);
         spec.set_mounts(Some(mounts));
     }
 }
@@ -260,9 +288,6 @@ fn share(mount: &Mount, source: PathBuf, place: Place<'_>, maps: Option<IdMaps>)
         let what = format!("mount propagation `Bidirectional` at {}", mount.destination().display());
         return Err(unsupported(what, "a mount made in the guest cannot appear on the host"));
     }
-    let name = source
-        .file_name()
-        .map_or_else(|| "root".into(), |name| name.to_string_lossy().into_owned());
     // The last of two contradicting options holds, as for mount(8).
     let readonly = options(mount)
         .filter(|option| matches!(*option, "ro" | "rro" | "rw"))
@@ -270,9 +295,10 @@ fn share(mount: &Mount, source: PathBuf, place: Place<'_>, maps: Option<IdMaps>)
     let slave = options(mount).any(|option| option == "rslave" || option == "slave");
     Ok(ShareMount {
         updates: matches!(place, Place::OfPod(_)),
+        whole: kubelet::of_the_pod_alone(&source),
         share_path: match place {
             Place::OfPod(volume) => Path::new("updated").join(volume),
-            Place::OfContainer(id, index) => PathBuf::from(format!("{id}/mounts/{index}-{name}")),
+            Place::OfContainer(id, index) => PathBuf::from(format!("{id}/mounts/{index}")),
         },
         destination: mount.destination().clone(),
         readonly: matches!(readonly, Some("ro" | "rro")),

@@ -5,6 +5,9 @@ use oci_spec::runtime::LinuxResources;
 /// The huge pages of every x86-64 guest, as a cgroup spells their size.
 pub(super) const HUGE_PAGE: &str = "2MB";
 
+/// What the files of a container's cgroup in the guest begin with that somebody may write to.
+const GUEST_FILES: &[&str] = &["memory.", "cpu.", "pids.", "hugetlb.2MB."];
+
 /// Keeps what a cgroup of the guest can hold: memory, CPU time, pids, huge pages and device rules.
 pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>) -> LinuxResources {
     let mut lost = |what: &str, why: &str| warnings.push(format!("`{what}` is left out: {why}."));
@@ -31,10 +34,6 @@ pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>
             lost("cpu.realtimeRuntime", "cgroup v2 has no such limit");
         }
         cpu.set_realtime_runtime(None).set_realtime_period(None);
-        if cpu.idle().is_some_and(|idle| idle != 0) || cpu.burst().is_some_and(|burst| burst != 0) {
-            lost("cpu.idle and cpu.burst", "the agent's protocol does not carry them");
-        }
-        cpu.set_idle(None).set_burst(None);
     }
     // A limit of nothing for pages that a guest's processor may not know; others are refused.
     if let Some(limits) = resources.hugepage_limits_mut() {
@@ -49,13 +48,21 @@ pub fn guest_resources(mut resources: LinuxResources, warnings: &mut Vec<String>
     if resources.rdma().is_some() {
         lost("rdma", "the guest has no such device");
     }
-    if resources.unified().as_ref().is_some_and(|unified| !unified.is_empty()) {
-        lost("unified", "the agent's protocol does not carry it");
+    let is_guests = |key: &str| GUEST_FILES.iter().any(|files| key.starts_with(files));
+    let mut unified = resources.unified_mut().take().unwrap_or_default();
+    let mut others: Vec<_> = unified.keys().filter(|key| !is_guests(key)).cloned().collect();
+    others.sort();
+    for key in others {
+        unified.remove(&key);
+        lost(
+            &format!("unified.{key}"),
+            "the guest has no such controller for a container",
+        );
     }
     resources
         .set_block_io(None)
         .set_network(None)
         .set_rdma(None)
-        .set_unified(None);
+        .set_unified((!unified.is_empty()).then_some(unified));
     resources
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::volumes::Placed;
 use serde_json::{Value, json};
 
 const CRIO_SANDBOX: &str = include_str!("samples/crio-sandbox.json");
@@ -79,10 +80,10 @@ fn a_crio_container_finds_its_files_in_the_share() {
     assert_eq!(
         shares,
         [
-            ("/etc/resolv.conf", "c0ffee/mounts/7-resolv.conf", true),
-            ("/run/.containerenv", "c0ffee/mounts/8-.containerenv", false),
-            ("/etc/nginx", "c0ffee/mounts/9-nginx", true),
-            ("/srv", "c0ffee/mounts/10-mount", false),
+            ("/etc/resolv.conf", "c0ffee/mounts/7", true),
+            ("/run/.containerenv", "c0ffee/mounts/8", false),
+            ("/etc/nginx", "c0ffee/mounts/9", true),
+            ("/srv", "c0ffee/mounts/10", false),
         ]
     );
     assert!(guest.shares[2].recursive && !guest.shares[0].recursive);
@@ -94,7 +95,7 @@ fn a_crio_container_finds_its_files_in_the_share() {
     );
 
     let srv = mount(&guest, "/srv");
-    let source = Path::new("/run/kata-containers/shared/containers/c0ffee/mounts/10-mount");
+    let source = Path::new("/run/kata-containers/shared/containers/c0ffee/mounts/10");
     assert_eq!(srv.source().as_deref(), Some(source));
     let shm = mount(&guest, "/dev/shm");
     assert_eq!(shm.source().as_deref(), Some(Path::new(GUEST_SHM)));
@@ -105,16 +106,40 @@ fn a_crio_container_finds_its_files_in_the_share() {
 #[test]
 fn what_is_mounted_below_a_read_only_volume_is_a_mount_of_its_own() {
     let mut guest = in_guest(&spec(CRIO_CONTAINER), "c0ffee").unwrap();
-    let parts = ["cache", "cache/hot", "logs"].map(PathBuf::from);
-    guest.shares[2].keep_writable(&parts, &mut guest.spec);
+    let placed = Placed {
+        path: "volumes/2/conf".into(),
+        options: vec!["noexec"],
+        writable: ["cache", "cache/hot", "logs"].map(PathBuf::from).to_vec(),
+    };
+    guest.shares[2].is_at(&placed, &mut guest.spec);
     let mounts = guest.spec.mounts().as_ref().unwrap();
     let destinations = mounts.iter().map(|mount| mount.destination().to_str().unwrap());
     let found: Vec<_> = destinations.filter(|path| path.starts_with("/etc/nginx")).collect();
     assert_eq!(found, ["/etc/nginx", "/etc/nginx/cache", "/etc/nginx/logs"]);
     let cache = mount(&guest, "/etc/nginx/cache");
-    let source = Path::new("/run/kata-containers/shared/containers/c0ffee/mounts/9-nginx/cache");
+    let source = Path::new("/run/kata-containers/shared/containers/volumes/2/conf/cache");
     assert_eq!(cache.source().as_deref(), Some(source));
+    let whole = mount(&guest, "/etc/nginx");
+    assert_eq!(whole.source().as_deref(), source.parent());
+    assert_eq!(whole.options().as_ref().unwrap().last().unwrap(), "noexec");
     assert_eq!(cache.options().as_ref().unwrap(), &["rbind", "rprivate", "rw"]);
+}
+
+#[test]
+fn what_a_cgroup_is_told_by_its_files_reaches_the_guest_as_far_as_it_has_them() {
+    let unified =
+        json!({"memory.oom.group": "1", "memory.high": "1000000", "io.max": "8:0 rbps=1", "cpuset.cpus": "3"});
+    let guest = in_guest(&with(CRIO_CONTAINER, "/linux/resources/unified", unified), "c0ffee").unwrap();
+    let json = serde_json::to_value(&guest.spec).unwrap();
+    let kept = json!({"memory.oom.group": "1", "memory.high": "1000000"});
+    assert_eq!(json["linux"]["resources"]["unified"], kept);
+    for lost in ["unified.cpuset.cpus", "unified.io.max"] {
+        let warned = guest
+            .warnings
+            .iter()
+            .any(|warning| warning.starts_with(&format!("`{lost}` is left out")));
+        assert!(warned, "{:?}", guest.warnings);
+    }
 }
 
 #[test]
@@ -219,6 +244,9 @@ fn a_containerd_container_of_a_pod_with_one_pid_namespace_joins_it() {
 #[test]
 fn host_pid_is_the_guests_namespace_by_an_annotation_that_others_ignore() {
     let mut spec = spec(CRIO_CONTAINER);
+    // What a pod's author writes there is not the shim's word.
+    let annotations = spec.annotations_mut().as_mut().unwrap();
+    annotations.insert(agent::GUEST_PIDS.into(), "true".into());
     let guest = in_guest(&spec, "c1").unwrap();
     assert!(
         !guest
@@ -473,7 +501,7 @@ fn what_every_kernel_has_stays_as_it_is() {
     );
     let root = json!({"destination": "/host", "type": "bind", "source": "/", "options": ["rbind", "ro"]});
     let guest = in_guest(&with(CRIO_CONTAINER, "/mounts/-", root), "c").unwrap();
-    assert_eq!(guest.shares.last().unwrap().share_path, Path::new("c/mounts/11-root"));
+    assert_eq!(guest.shares.last().unwrap().share_path, Path::new("c/mounts/11"));
 }
 
 #[test]
