@@ -16,6 +16,11 @@ pub const STORIES: &[Story] = &[
     ("exit_codes", exit_codes),
     ("signals", signals),
     ("stopping_is_gentle_then_firm", stopping_is_gentle_then_firm),
+    (
+        "work_ends_by_itself_in_its_grace_period",
+        work_ends_by_itself_in_its_grace_period,
+    ),
+    ("an_exec_dies_by_a_real_time_signal", an_exec_dies_by_a_real_time_signal),
     ("a_missing_program_is_named", a_missing_program_is_named),
     ("statistics", statistics),
     ("events", events),
@@ -64,6 +69,28 @@ fn signals(node: &Node, runtime: Runtime) -> Result {
     container.kill("SIGTERM")?;
     same("exit code", container.wait_exit()?.code, 3)?;
     contains("log", &container.logs()?, "got TERM")?;
+    pod.remove()
+}
+
+/// The kernel drops a SIGTERM that a container's first process has no handler for: the container goes on until its work
+/// is done, or its grace period over.
+fn work_ends_by_itself_in_its_grace_period(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "grace")?.run()?;
+    let container = pod
+        .shell("worker", "while [ ! -e /tmp/over ]; do sleep 0.1; done; exit 4")
+        .run()?;
+    container.kill("SIGTERM")?;
+    container.shell("touch /tmp/over")?;
+    same("exit code", container.wait_exit()?.code, 4)?;
+    pod.remove()
+}
+
+/// Its caller is told of it as of any other end.
+fn an_exec_dies_by_a_real_time_signal(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "realtime")?.run()?;
+    let container = pod.container("sleeper", &["sleep", "infinity"]).run()?;
+    let exec = container.exec(&["sh", "-c", "kill -40 $$"], None, run::ORDINARY)?;
+    contains("what the client says", &exec.errors(), "exit code 168")?;
     pod.remove()
 }
 
@@ -194,6 +221,10 @@ fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
     same("exit code", output.code, 7)?;
     same("network devices", output.text().as_str(), "lo")?;
     contains("standard error", &output.errors(), "to stderr")?;
+
+    let unheard = node.task(runtime, "unheard")?.flag("--null-io");
+    let output = unheard.run(&["sh", "-c", "dd if=/dev/zero bs=1M count=2; exit 6"])?;
+    same("exit code of one whose output nobody wants", output.code, 6)?;
 
     let task = node.task(runtime, "running")?.start(&["sleep", "infinity"])?;
     let output = task.exec(&["sh", "-c", "echo hello; exit 5"])?;

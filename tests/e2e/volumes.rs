@@ -6,6 +6,7 @@ use tests::{
     config::Runtime,
     cri::Access,
     failure::{Result, Trying, claim, contains, same},
+    images,
     node::Node,
     run::{self, succeed},
 };
@@ -19,6 +20,16 @@ pub const STORIES: &[Story] = &[
         an_updated_configmap_wakes_who_watches_it,
     ),
     ("a_volume_in_memory_is_the_pods", a_volume_in_memory_is_the_pods),
+    (
+        "a_volume_is_the_same_for_all_containers",
+        a_volume_is_the_same_for_all_containers,
+    ),
+    ("a_device_file_that_somebody_makes", a_device_file_that_somebody_makes),
+    ("an_image_of_a_hundred_layers", an_image_of_a_hundred_layers),
+    (
+        "attributes_and_capabilities_of_files",
+        attributes_and_capabilities_of_files,
+    ),
     ("a_root_of_its_own", a_root_of_its_own),
     (
         "later_mounts_show_where_they_are_to",
@@ -181,6 +192,106 @@ fn a_volume_in_memory_is_the_pods(node: &Node, runtime: Runtime) -> Result {
     contains("refusal", &too_much.errors(), "No space left on device")?;
     pod.remove()?;
     on_the_node("umount", &[], &[&part, &volume]).map(drop)
+}
+
+/// A socket, a pipe and a lock in a volume are the same for all containers of the pod: for one that came first and may
+/// only read, for one that sees a part (`subPath`), first or last, and for one that comes after another has gone.
+fn a_volume_is_the_same_for_all_containers(node: &Node, runtime: Runtime) -> Result {
+    let pods = node.path(&format!("kubelet-{}/pods", node.serial()));
+    let part = pods.join("5c1d/volume-subpaths/data/app/0");
+    let empty_dir = pods.join("5c1d/volumes/kubernetes.io~empty-dir/data");
+    let host_path = node.path(&format!("shared-{}", node.serial()));
+    for (volume, part_first) in [(empty_dir, true), (host_path, false)] {
+        let whole = volume.join("part");
+        for folder in [&whole, &part] {
+            fs::create_dir_all(folder).trying("making the volume's folders")?;
+        }
+        succeed(node.command("mount").arg("--bind").args([&whole, &part]), run::ORDINARY)?;
+        let pod = node.pod(runtime, "shared")?.run()?;
+        let sleeper = |name: &str| pod.container(name, &["sleep", "infinity"]);
+        let with_part = |name: &str| sleeper(name).volume(&part, "/volume/part", Access::ReadWrite).run();
+        let first = match part_first {
+            true => with_part("first")?,
+            false => sleeper("first").volume(&volume, "/volume", Access::ReadOnly).run()?,
+        };
+        let serve = "cd /volume/part && mkfifo pipe && ln -s $PWD/log /dev/log && touch lock && \
+            { flock -x lock sleep infinity & while :; do cat pipe; done & exec syslogd -n -O -; }";
+        let server = pod
+            .shell("server", serve)
+            .volume(&volume, "/volume", Access::ReadWrite)
+            .run()?;
+        server.wait_for_log("syslogd started")?;
+        let meets = |client: &tests::cri::Container<'_>, word: &str| {
+            let script = format!(
+                "cd /volume/part && ln -s $PWD/log /dev/log && logger {word}-socket && echo {word}-pipe >pipe; \
+                 flock -n -x lock true; echo $?"
+            );
+            same("whether the lock is taken", client.shell(&script)?.as_str(), "1")?;
+            server.wait_for_log(&format!("{word}-socket"))?;
+            server.wait_for_log(&format!("{word}-pipe"))
+        };
+        meets(&first, "first")?;
+        let second = with_part("second")?;
+        meets(&second, "second")?;
+        second.remove()?;
+        meets(&with_part("third")?, "third")?;
+        pod.remove()?;
+        succeed(node.command("umount").arg(&part), run::ORDINARY)?;
+    }
+    Ok(())
+}
+
+/// The names of all layers do not fit the options of one mount.
+fn an_image_of_a_hundred_layers(node: &Node, runtime: Runtime) -> Result {
+    let archive = images::layered(100)?.display().to_string();
+    node.ctr(["-n", "k8s.io", "images", "import", &archive])?;
+    let pod = node.pod(runtime, "layers")?.run()?;
+    let command = ["busybox", "sh", "-c", "busybox ls /layer | busybox wc -l"];
+    let container = pod.container("counter", &command).image(images::LAYERED).run()?;
+    same("exit code", container.wait_exit()?.code, 0)?;
+    same(
+        "files, one of each layer but the lowest",
+        container.logs()?.trim(),
+        "99",
+    )?;
+    pod.remove()?;
+    node.crictl(["rmi", images::LAYERED]).map(drop)
+}
+
+/// Files keep extended attributes, on the root as in a volume, and a program has the capabilities that its file has.
+fn attributes_and_capabilities_of_files(node: &Node, runtime: Runtime) -> Result {
+    // CAP_NET_BIND_SERVICE, permitted and effective: `vfs_cap_data` of <linux/capability.h>.
+    const CAPABILITY: &str = "0x0100000200040000000000000000000000000000";
+    let volume = node.path(&format!("attributes-{}", node.serial()));
+    fs::create_dir_all(&volume).trying("making the volume")?;
+    let pod = node.pod(runtime, "attributes")?.run()?;
+    let container = pod
+        .container("keeper", &["sleep", "infinity"])
+        .volume(&volume, "/volume", Access::ReadWrite)
+        .run()?;
+    for folder in ["/tmp", "/volume"] {
+        let script = format!(
+            "cd {folder} && cp /usr/bin/busybox program && setfattr -n user.note -v kept program && \
+             getfattr --only-values -n user.note program && setfattr -n security.capability -v {CAPABILITY} program && \
+             chmod 755 program && su app -c '{folder}/program grep CapEff /proc/self/status'"
+        );
+        same(
+            folder,
+            container.shell(&script)?.as_str(),
+            "keptCapEff:\t0000000000000400",
+        )?;
+    }
+    pod.remove()
+}
+
+/// A device file that a container makes is a device, as a chroot of its own wants one.
+fn a_device_file_that_somebody_makes(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "mknod")?.run()?;
+    let container = pod.container("maker", &["sleep", "infinity"]).run()?;
+    let made =
+        container.shell("mkdir -p /c/dev && mknod -m 666 /c/dev/null c 1 3 && echo x >/c/dev/null && echo fine")?;
+    same("what becomes of it", made.as_str(), "fine")?;
+    pod.remove()
 }
 
 /// What the node mounts below a volume later shows in a container that asked for it (`HostToContainer`), and in no

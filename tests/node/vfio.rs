@@ -13,8 +13,7 @@ use crate::{
 };
 
 /// Not by default: no other story needs its node. When QEMU 7.2 emulated that, about one in ten guests with one of
-/// these devices died before it had a console, or waited for the disk for ever; with 10.0 and 11.1 none has in one run
-/// of each.
+/// these devices died before it had a console, or waited for the disk for ever; with 11.1 two of six waited so.
 pub const AT_LENGTH: &[Story] = &[(
     "a_pod_drives_the_nodes_disk_and_card_and_gives_them_back",
     a_pod_drives_the_nodes_disk_and_card_and_gives_them_back,

@@ -319,6 +319,13 @@ impl<'p> ContainerSpec<'p> {
         self
     }
 
+    /// Runs another image than the test image.
+    #[must_use]
+    pub fn image(mut self, name: &str) -> Self {
+        self.configuration["image"]["image"] = json!(name);
+        self
+    }
+
     /// Gives it a device of the node (`volumeDevices`).
     #[must_use]
     pub fn device(mut self, host: &std::path::Path, inside: &str, access: Access) -> Self {

@@ -1,5 +1,5 @@
 //! The images of every node: [`PAUSE`], which only sleeps, and [`TEST`], with busybox, coreutils, `inotifywait`,
-//! `setarch`, a web page under /www, and the users root and app (1000), and [`HELLO`], a web server as the
+//! `flock`, `setarch`, `setfattr`, a web page under /www, and the users root and app (1000), and [`HELLO`], a web server as the
 //! documentation's examples run it. They share their first layers.
 
 use std::path::{Path, PathBuf};
@@ -38,7 +38,8 @@ const PACKAGES: &[Package] = &[
     ("coreutils", &["bin/", "usr/bin/", "usr/sbin/"]),
     ("inotify-tools", &["usr/bin/inotifywait"]),
     ("libinotifytools0", &["usr/lib/x86_64-linux-gnu/"]),
-    ("util-linux", &["usr/bin/setarch"]),
+    ("util-linux", &["usr/bin/flock", "usr/bin/setarch"]),
+    ("attr", &["usr/bin/getfattr", "usr/bin/setfattr"]),
     ("libacl1", &["usr/lib/x86_64-linux-gnu/"]),
     ("libattr1", &["usr/lib/x86_64-linux-gnu/"]),
     (
@@ -104,6 +105,29 @@ fn make(build: &Path) -> Result<Layout> {
     layout.image(TEST, &[&base, &test], &["/bin/sh"], "");
     layout.image(HELLO, &[&base, &test, &hello], HELLO_COMMAND, "");
     Ok(layout)
+}
+
+/// An image of so many layers with busybox in the lowest and one file in /layer from each of the others.
+pub const LAYERED: &str = "docker.io/library/sandpod-layered:latest";
+
+/// The archive of [`LAYERED`]; made now if it is not cached.
+///
+/// # Errors
+/// As above.
+pub fn layered(layers: usize) -> Result<PathBuf> {
+    let recipe = format!("{BUSYBOX:?}{FOLDERS:?}{LAYERED}{layers}");
+    oci::archive(&recipe, |build| {
+        let packages = Packages::fetch(build, [&BUSYBOX])?;
+        let mut layout = Layout::default();
+        let mut all = vec![layout.layer(&base(&packages)?)?];
+        for number in 1..layers {
+            let mut tree = Tree::default();
+            tree.file(&format!("layer/{number}"), 0o644, number.to_string());
+            all.push(layout.layer(&tree)?);
+        }
+        layout.image(LAYERED, &all.iter().collect::<Vec<_>>(), &["/bin/sh"], "");
+        Ok(layout)
+    })
 }
 
 /// What the pause image runs.
