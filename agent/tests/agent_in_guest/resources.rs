@@ -147,7 +147,7 @@ async fn a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod(pod: A
     ] {
         let mut spec = base("sleep 600");
         spec["mounts"].as_array_mut().unwrap().push(json!({
-            "destination": "/part", "type": "bind", "source": format!("{point}/{part}"), "options": ["rbind"]
+            "destination": format!("/{}", part.replace('/', "-")), "type": "bind", "source": format!("{point}/{part}"), "options": ["rbind"]
         }));
         let made = pod.try_create(create("e", spec)).await;
         match refused {
