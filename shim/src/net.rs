@@ -38,6 +38,8 @@ pub struct Interface {
     pub addresses: Vec<(IpAddr, u8)>,
     /// The interface does not answer ARP (`IFF_NOARP`).
     pub noarp: bool,
+    /// It hears all multicast groups (`IFF_ALLMULTI`).
+    hears_all: bool,
     index: u32,
 }
 
@@ -110,6 +112,9 @@ pub struct Record {
     device: u64,
     inode: u64,
     interfaces: Vec<String>,
+    /// Those of them that did not hear all multicast groups before.
+    #[serde(default)]
+    deaf: Vec<String>,
 }
 
 /// Why a pod's network cannot be had.
@@ -189,12 +194,18 @@ impl Snapshot {
     /// What [`Snapshot::attach`] is going to change.
     pub fn record(&self) -> Record {
         let (device, inode) = self.namespace.id();
-        let interfaces = self.interfaces.iter().map(|interface| interface.name.clone()).collect();
+        let name = |interface: &Interface| interface.name.clone();
         Record {
             netns: self.namespace.path().to_owned(),
             device,
             inode,
-            interfaces,
+            interfaces: self.interfaces.iter().map(name).collect(),
+            deaf: self
+                .interfaces
+                .iter()
+                .filter(|interface| !interface.hears_all)
+                .map(name)
+                .collect(),
         }
     }
 
@@ -239,7 +250,7 @@ async fn connect(handle: &rtnetlink::Handle, interface: &Interface, number: usiz
     links::prepare_tap(handle, index, interface.mtu)
         .await
         .map_err(|source| netlink(format!("set up {name}"), source))?;
-    links::hear_all_groups(handle, interface.index)
+    links::hear_all_groups(handle, interface.index, true)
         .await
         .map_err(|source| netlink(format!("have {} hear all multicast groups", interface.name), source))?;
     for (from, to) in [(interface.index, index), (index, interface.index)] {
@@ -303,6 +314,11 @@ impl Record {
                     links::remove_redirect(&handle, index)
                         .await
                         .map_err(|source| netlink(format!("disconnect {name}"), source))?;
+                    if self.deaf.contains(name) {
+                        links::hear_all_groups(&handle, index, false)
+                            .await
+                            .map_err(|source| netlink(format!("give {name} its flags back"), source))?;
+                    }
                 }
             }
             Ok(())

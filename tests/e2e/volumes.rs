@@ -271,9 +271,9 @@ fn attributes_and_capabilities_of_files(node: &Node, runtime: Runtime) -> Result
         .run()?;
     for folder in ["/tmp", "/volume"] {
         let script = format!(
-            "cd {folder} && cp /usr/bin/busybox program && setfattr -n user.note -v kept program && \
-             getfattr --only-values -n user.note program && setfattr -n security.capability -v {CAPABILITY} program && \
-             chmod 755 program && su app -c '{folder}/program grep CapEff /proc/self/status'"
+            "cd {folder} && cp /usr/bin/busybox . && setfattr -n user.note -v kept busybox && \
+             getfattr --only-values -n user.note busybox && setfattr -n security.capability -v {CAPABILITY} busybox && \
+             chmod 755 busybox && /usr/sbin/chroot --userspec=app:app / {folder}/busybox grep CapEff /proc/self/status"
         );
         same(
             folder,

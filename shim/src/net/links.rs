@@ -130,6 +130,7 @@ pub(super) fn interface(link: &LinkMessage, addresses: Vec<(IpAddr, u8)>) -> Res
                 mtu,
                 addresses,
                 noarp,
+                hears_all: link.header.flags.contains(LinkFlags::Allmulti),
                 index: link.header.index,
             })
         }
@@ -262,8 +263,8 @@ pub(super) async fn prepare_tap(handle: &Handle, tap: u32, mtu: u32) -> Result<(
 
 /// Which multicast groups are joined is known to the guest's kernel only; a macvlan passes on no frame of others than
 /// its own host has joined.
-pub(super) async fn hear_all_groups(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
-    let message = LinkUnspec::new_with_index(index).allmulticast(true).build();
+pub(super) async fn hear_all_groups(handle: &Handle, index: u32, all: bool) -> Result<(), rtnetlink::Error> {
+    let message = LinkUnspec::new_with_index(index).allmulticast(all).build();
     handle.link().set(message).execute().await
 }
 
