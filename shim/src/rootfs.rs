@@ -133,15 +133,15 @@ impl Share {
         };
         let (mut tree, origin) = find(&volume.source)?;
         let (mut shown, mut access) = (origin.clone(), volume.access());
-        if let Some(whole) = volume
-            .whole
-            .as_ref()
-            .filter(|whole| in_parts || **whole == volume.source)
-        {
-            let (whole, of_whole) = find(whole)?;
-            if origin.part_of(&of_whole).is_some() {
-                (tree, shown, access) = (whole, of_whole, Access::All);
+        match &volume.whole {
+            Some(whole) if *whole == volume.source => access = Access::All,
+            Some(whole) if in_parts => {
+                let (whole, of_whole) = find(whole)?;
+                if origin.part_of(&of_whole).is_some() {
+                    (tree, shown, access) = (whole, of_whole, Access::All);
+                }
             }
+            _ => {}
         }
         if let Some(placed) = self.join(container, volume, &origin, access, in_parts)? {
             return Ok(placed);
@@ -334,8 +334,11 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
         None => data,
     };
     let (folder, data) = match data.len() {
-        PAGE.. => from_their_folder(&data),
-        _ => (PathBuf::from("/"), data),
+        PAGE.. => {
+            let (folder, data) = from_their_folder(&data);
+            (Some(folder), data)
+        }
+        _ => (None, data),
     };
     if data.len() >= PAGE {
         return Err(Error::Invalid(format!(
@@ -348,10 +351,14 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
     } else {
         Some(asked.type_.as_str())
     };
-    host::in_folder(&folder, || {
+    let mount_it = || {
         mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str()))
             .at("mount the root file system on", target)
-    })??;
+    };
+    match folder {
+        Some(folder) => host::in_folder(&folder, mount_it)??,
+        None => mount_it()?,
+    }
     if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
         mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
     }

@@ -89,6 +89,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        // What cannot be taken away now goes with the guest.
         for place in &self.places {
             let _ = umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let _ = fs::remove_dir(place).or_else(|_| fs::remove_file(place));
