@@ -21,19 +21,21 @@ use nix::{
 };
 use oci_spec::runtime::{Process, Spec};
 
-use super::sys;
+use super::{seccomp::Confinement, sys};
 
 #[derive(Clone)]
 pub(super) struct Program {
     status: Rc<OwnedFd>,
+    confinement: Confinement,
     path: OnceCell<PathBuf>,
 }
 
 impl Program {
     /// `status` is the write end of the exec status pipe.
-    pub(super) fn new(status: OwnedFd) -> Program {
+    pub(super) fn new(status: OwnedFd, confinement: Confinement) -> Program {
         Program {
             status: Rc::new(status),
+            confinement,
             path: OnceCell::new(),
         }
     }
@@ -47,7 +49,8 @@ impl Program {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let found = process_of(spec).and_then(find);
+        // libcontainer has just taken the capabilities away.
+        let found = self.confinement.begin().and_then(|()| find(process_of(spec)?));
         match found {
             Ok(path) => {
                 let _ = self.path.set(path);
@@ -84,6 +87,7 @@ impl Program {
             .map_err(|_| "the command or its environment contains a NUL byte")?;
         let program = CString::new(path.as_os_str().as_bytes()).map_err(|_| "the command contains a NUL byte")?;
         sys::default_signals().map_err(|e| format!("resetting signals: {}", e.desc()))?;
+        self.confinement.finish()?;
         execve(&program, &args, &env).map_err(|e| format!("exec: {:?}: {}", path.display(), text(e)))
     }
 }

@@ -12,6 +12,7 @@ mod cgroup;
 mod executor;
 mod inside;
 mod pause;
+mod seccomp;
 mod spec;
 pub(crate) mod sys;
 mod trace;

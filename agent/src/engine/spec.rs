@@ -7,8 +7,7 @@ use std::{
 
 use oci_spec::runtime::{
     Capabilities, Hook, Hooks, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
-    LinuxResources, LinuxSeccomp, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, PosixRlimit,
-    PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 
 /// The search path of a process without `PATH`, as containerd and CRI-O set it.
@@ -49,9 +48,6 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
     if annotations.is_none_or(|annotations| !annotations.contains_key(crate::GUEST_PIDS)) {
         add_cgroup_namespace(&mut linux);
     }
-    if let Some(seccomp) = linux.seccomp().clone() {
-        linux.set_seccomp(Some(order_masks(seccomp)?));
-    }
     if let Some(resources) = linux.resources_mut() {
         complete_resources(resources);
     }
@@ -73,29 +69,6 @@ fn add_cgroup_namespace(linux: &mut Linux) {
         namespaces.push(cgroup);
         linux.set_namespaces(Some(namespaces));
     }
-}
-
-/// Exchanges the two values of each masked comparison: in a specification `value` is the mask and `valueTwo` what the
-/// masked argument is compared with (as in libseccomp, `seccomp_rule_add(3)`), and libcontainer takes them the other
-/// way round.
-fn order_masks(mut seccomp: LinuxSeccomp) -> Result<LinuxSeccomp, SpecError> {
-    let order = |argument: &LinuxSeccompArg| match argument.op() {
-        LinuxSeccompOperator::ScmpCmpMaskedEq => LinuxSeccompArgBuilder::default()
-            .index(argument.index())
-            .value(argument.value_two().unwrap_or(0))
-            .value_two(argument.value())
-            .op(argument.op())
-            .build()
-            .map_err(|error| SpecError::Unsupported(format!("a masked comparison of seccomp ({error})"))),
-        _ => Ok(*argument),
-    };
-    let mut calls = seccomp.syscalls().clone();
-    for call in calls.iter_mut().flatten() {
-        let ordered: Option<Result<Vec<_>, _>> = call.args().as_ref().map(|all| all.iter().map(order).collect());
-        call.set_args(ordered.transpose()?);
-    }
-    seccomp.set_syscalls(calls);
-    Ok(seccomp)
 }
 
 /// Gives the hooks that run beside the container an end: whoever waits for them waits for a bounded time too.
@@ -177,7 +150,6 @@ fn refuse_process(process: &Process) -> Result<(), SpecError> {
 fn complete_process(process: &mut Process, init: Option<&Process>) {
     // An empty profile would be applied, as a profile without a name.
     process.set_apparmor_profile(None);
-    // To libcontainer `Some(false)` says to load seccomp after the capabilities are gone, which fails.
     let locked =
         process.no_new_privileges() == Some(true) || init.is_some_and(|init| init.no_new_privileges() == Some(true));
     process.set_no_new_privileges(locked.then_some(true));
@@ -315,7 +287,7 @@ pub(super) fn cgroup_path(given: Option<&Path>, id: &str) -> Result<PathBuf, Spe
 
 /// The specification of a further process in a container whose init has the pid `init`.
 ///
-/// libcontainer's own (`TenantContainerBuilder`) drops seccomp, rlimits, the umask and the OOM score.
+/// libcontainer's own (`TenantContainerBuilder`) drops rlimits, the umask and the OOM score.
 pub(super) fn for_exec(container: &Spec, mut process: Process, init: i32) -> Result<Spec, SpecError> {
     refuse_process(&process)?;
     complete_process(&mut process, container.process().as_ref());
@@ -325,7 +297,7 @@ pub(super) fn for_exec(container: &Spec, mut process: Process, init: i32) -> Res
     linux.set_cgroups_path(from.cgroups_path().clone());
     // By which the owner of its streams is told.
     linux.set_uid_mappings(from.uid_mappings().clone());
-    linux.set_seccomp(from.seccomp().clone());
+    linux.set_seccomp(None);
     linux.set_personality(from.personality().clone());
     linux.set_resources(None);
     let mut spec = Spec::default();

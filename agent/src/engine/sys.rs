@@ -61,6 +61,19 @@ pub(super) fn close_all() {
     unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
 }
 
+/// Subjects the calling thread to a seccomp filter (`SECCOMP_SET_MODE_FILTER`).
+pub(super) fn set_seccomp_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> nix::Result<()> {
+    let program = libc::sock_fprog {
+        // The kernel takes 4,096 instructions, and refuses none.
+        len: u16::try_from(program.len()).map_err(|_| nix::errno::Errno::EINVAL)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    let set = libc::SECCOMP_SET_MODE_FILTER;
+    // SAFETY: the kernel reads so many instructions from a slice that lives longer than the call.
+    let done = unsafe { libc::syscall(libc::SYS_seccomp, set, flags, &raw const program) };
+    nix::errno::Errno::result(done).map(drop)
+}
+
 /// Waits until a signal ends the process.
 pub(super) fn wait_forever() -> ! {
     loop {

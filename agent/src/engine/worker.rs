@@ -38,7 +38,9 @@ use oci_spec::runtime::{Box as Size, Hook, Linux, LinuxResources, Process, Spec}
 use super::{
     Stdio, cgroup,
     executor::Program,
-    inside, spec as edit, sys,
+    inside,
+    seccomp::{Confinement, Filter},
+    spec as edit, sys,
     trace::Trace,
     wire::{Answer, Stage},
 };
@@ -47,7 +49,7 @@ use super::{
 pub(super) type Outcome = Result<(Answer, Vec<OwnedFd>), String>;
 
 /// Creates a container whose init waits on the socket `notify` to be started.
-pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> Outcome {
+pub(super) fn create(id: &str, mut spec: Spec, filter: Option<Filter>, notify: &Path, stdio: Stdio) -> Outcome {
     let root = root_of(&spec)?;
     let mut process = spec.process().clone().ok_or("the specification has no process")?;
     inside::ensure_cwd(&root, &spec, process.cwd());
@@ -66,6 +68,7 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
         notify,
         cgroup: path.clone(),
         kind: Kind::Init,
+        filter,
     };
     match launch.run(spec, stdio) {
         Ok(launched) => {
@@ -88,7 +91,15 @@ pub(super) fn create(id: &str, mut spec: Spec, notify: &Path, stdio: Stdio) -> O
 }
 
 /// Starts a further process in the container whose init has the pid `init`.
-pub(super) fn exec(id: &str, container: &Spec, process: Process, init: i32, notify: &Path, stdio: Stdio) -> Outcome {
+pub(super) fn exec(
+    id: &str,
+    container: &Spec,
+    filter: Option<Filter>,
+    process: Process,
+    init: i32,
+    notify: &Path,
+    stdio: Stdio,
+) -> Outcome {
     let root = PathBuf::from(format!("/proc/{init}/root"));
     let mut spec = edit::for_exec(container, process, init).map_err(|e| e.to_string())?;
     let mut process = spec.process().clone().ok_or("the specification has no process")?;
@@ -102,6 +113,7 @@ pub(super) fn exec(id: &str, container: &Spec, process: Process, init: i32, noti
         notify,
         cgroup: path,
         kind: Kind::Exec,
+        filter,
     };
     let launched = launch.run(spec, stdio);
     let started = launched.and_then(|launched| {
@@ -179,6 +191,7 @@ struct Launch<'a> {
     notify: &'a Path,
     cgroup: PathBuf,
     kind: Kind,
+    filter: Option<Filter>,
 }
 
 struct Launched {
@@ -209,10 +222,13 @@ impl From<&str> for Failure {
 impl Launch<'_> {
     fn run(self, mut spec: Spec, stdio: Stdio) -> Result<Launched, Failure> {
         let _held = hold_namespaces(&mut spec)?;
-        let process = spec.process().as_ref().ok_or("the specification has no process")?;
+        let mut process = spec.process().clone().ok_or("the specification has no process")?;
+        let confinement = Confinement::of(&mut process, self.filter);
         let console_size = process.console_size();
         let linux = spec.linux().as_ref();
         let uid = edit::guest_id(linux.map_or(&None, |l| l.uid_mappings()), process.user().uid());
+        let cwd = process.cwd().clone();
+        spec.set_process(Some(process));
         let (status, status_end) = pipe2(OFlag::O_CLOEXEC).map_err(|e| format!("making a pipe: {}", e.desc()))?;
         let console = UnixStream::pair().map_err(|e| format!("making a socket: {e}"))?;
         let streams = streams(stdio, uid)?;
@@ -240,7 +256,7 @@ impl Launch<'_> {
             user_ns_config: UserNamespaceConfig::new(&spec).map_err(|e| chain(&e))?,
             cgroup_config: cgroup_config(self.id, self.cgroup),
             detached: true,
-            executor: Box::new(Program::new(status_end)),
+            executor: Box::new(Program::new(status_end, confinement)),
             no_pivot: false,
             stdin: streams.as_ref().map(|s| s[0].as_raw_fd()),
             stdout: streams.as_ref().map(|s| s[1].as_raw_fd()),
@@ -249,12 +265,6 @@ impl Launch<'_> {
             pid_file: None,
             spec: Rc::new(spec),
         };
-        let cwd = args
-            .spec
-            .process()
-            .as_ref()
-            .map(|p| p.cwd().clone())
-            .unwrap_or_default();
         let hooks = edit::hooks_of_creation(&args.spec);
         let trace = Trace::new().map_err(|e| format!("making a pipe: {e}"))?;
         let made = trace.record(|| container_main_process(&args));

@@ -6,7 +6,7 @@
 //!   └──────────────answer────────────────┘
 //! ```
 //!
-//! It holds the specifications of the containers, so that a worker has them by being forked.
+//! It holds the specifications of the containers and their seccomp filters, so that a worker has them by being forked.
 
 use std::{
     collections::HashMap,
@@ -18,10 +18,32 @@ use nix::fcntl::OFlag;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Spec};
 
 use super::{
-    pause, spec, sys,
+    pause,
+    seccomp::Filter,
+    spec, sys,
     wire::{self, Answer, Request},
     worker::{self, Outcome},
 };
+
+/// What a container's processes are made from.
+struct Held {
+    /// Without `linux.seccomp`, which is in `filter`.
+    spec: Spec,
+    filter: Option<Filter>,
+}
+
+impl Held {
+    fn new(spec: Spec, id: &str) -> Result<Held, String> {
+        let mut spec = spec::complete(spec, id).map_err(|e| e.to_string())?;
+        let profile = spec.linux_mut().as_mut().and_then(|linux| {
+            let profile = linux.seccomp().clone();
+            linux.set_seccomp(None);
+            profile
+        });
+        let filter = profile.as_ref().map(Filter::compile).transpose()?;
+        Ok(Held { spec, filter })
+    }
+}
 
 /// Serves requests until PID 1 closes its end.
 pub(super) fn serve(socket: &OwnedFd) -> i32 {
@@ -55,7 +77,7 @@ fn reserve_standard_streams() -> nix::Result<()> {
 }
 
 fn handle(
-    containers: &mut HashMap<String, Spec>,
+    containers: &mut HashMap<String, Held>,
     socket: &OwnedFd,
     answer: &OwnedFd,
     body: File,
@@ -75,7 +97,7 @@ fn handle(
 }
 
 /// Does the part of a request that concerns the zygote's memory; `None` if that was all.
-fn admit(containers: &mut HashMap<String, Spec>, request: Request) -> Result<Option<Request>, String> {
+fn admit(containers: &mut HashMap<String, Held>, request: Request) -> Result<Option<Request>, String> {
     match request {
         Request::Create {
             id,
@@ -86,18 +108,19 @@ fn admit(containers: &mut HashMap<String, Spec>, request: Request) -> Result<Opt
             if containers.contains_key(&id) {
                 return Err(format!("container {id} exists"));
             }
-            let spec = spec::complete(*spec, &id).map_err(|e| e.to_string())?;
-            containers.insert(id.clone(), spec.clone());
+            let held = Held::new(*spec, &id)?;
+            let spec = Box::new(held.spec.clone());
+            containers.insert(id.clone(), held);
             Ok(Some(Request::Create {
                 id,
                 notify,
-                spec: Box::new(spec),
+                spec,
                 streams,
             }))
         }
         Request::Update { id, mut resources } => {
-            let spec = containers.get_mut(&id).ok_or_else(|| unknown(&id))?;
-            keep_devices(spec, &mut resources);
+            let held = containers.get_mut(&id).ok_or_else(|| unknown(&id))?;
+            keep_devices(&mut held.spec, &mut resources);
             Ok(Some(Request::Update { id, resources }))
         }
         Request::Forget { id } => {
@@ -123,7 +146,7 @@ fn keep_devices(container: &mut Spec, update: &mut LinuxResources) {
 
 /// The life of a worker; never returns to the zygote's loop.
 fn work(
-    containers: &HashMap<String, Spec>,
+    containers: &HashMap<String, Held>,
     request: Request,
     socket: &OwnedFd,
     answer: &OwnedFd,
@@ -138,7 +161,7 @@ fn work(
     sys::exit_now(0)
 }
 
-fn dispatch(containers: &HashMap<String, Spec>, request: Request, fds: Vec<OwnedFd>) -> Outcome {
+fn dispatch(containers: &HashMap<String, Held>, request: Request, fds: Vec<OwnedFd>) -> Outcome {
     let container = |id: &str| containers.get(id).ok_or_else(|| unknown(id));
     let mismatch = "the request's streams do not match its descriptors";
     match request {
@@ -147,7 +170,11 @@ fn dispatch(containers: &HashMap<String, Spec>, request: Request, fds: Vec<Owned
             notify,
             spec,
             streams,
-        } => worker::create(&id, *spec, &notify, wire::join(streams, fds).ok_or(mismatch)?),
+        } => {
+            let filter = container(&id)?.filter.clone();
+            let stdio = wire::join(streams, fds).ok_or(mismatch)?;
+            worker::create(&id, *spec, filter, &notify, stdio)
+        }
         Request::Exec {
             id,
             init,
@@ -156,10 +183,11 @@ fn dispatch(containers: &HashMap<String, Spec>, request: Request, fds: Vec<Owned
             streams,
         } => {
             let stdio = wire::join(streams, fds).ok_or(mismatch)?;
-            worker::exec(&id, container(&id)?, *process, init, &notify, stdio)
+            let held = container(&id)?;
+            worker::exec(&id, &held.spec, held.filter.clone(), *process, init, &notify, stdio)
         }
-        Request::Update { id, resources } => worker::update(&id, container(&id)?, *resources),
-        Request::Hooks { id, init, stage } => worker::hooks(&id, container(&id)?, init, stage),
+        Request::Update { id, resources } => worker::update(&id, &container(&id)?.spec, *resources),
+        Request::Hooks { id, init, stage } => worker::hooks(&id, &container(&id)?.spec, init, stage),
         Request::Pause { user } => pause::start(user.as_deref()),
         Request::Forget { .. } => Ok((Answer::Done, Vec::new())),
     }

@@ -8,6 +8,7 @@ use crate::{
     case,
     guest::{Case, Guest},
     spec::{base, idle, process, script, with},
+    sys,
 };
 
 pub const CASES: &[Case] = &[
@@ -15,6 +16,9 @@ pub const CASES: &[Case] = &[
     case!(a_user_other_than_root_has_no_capabilities),
     case!(seccomp_refuses_with_and_without_new_privileges),
     case!(seccomp_compares_arguments_as_the_specification_says),
+    case!(a_call_that_no_profile_knows_does_not_exist),
+    case!(seccomp_that_cannot_be_honoured_is_refused_by_name),
+    case!(seccomp_takes_no_capability_and_gives_none),
     case!(a_container_has_a_cgroup_namespace_of_its_own),
     case!(masked_and_read_only_paths_hold),
     case!(the_root_is_read_only),
@@ -138,6 +142,120 @@ async fn seccomp_compares_arguments_as_the_specification_says(guest: Arc<Guest>)
     let ended = guest.run("c", with(try_it, profile)).await;
     assert_eq!(ended.out, "none\nrefused", "{ended:?}");
     assert!(ended.err.contains("Function not implemented"), "{ended:?}");
+}
+
+/// What this program and the last steps before it take.
+const CALLS: &str = "accept4 access arch_prctl brk capget capset chdir clock_gettime clone close connect execve exit \
+     exit_group fcntl fstat futex getcwd getpid getppid getrandom gettid ioctl lseek madvise mmap mprotect mremap munmap \
+     newfstatat openat poll prctl pread64 prlimit64 read readlink recvfrom recvmsg rseq rt_sigaction rt_sigprocmask \
+     rt_sigreturn sched_getaffinity sched_yield sendmsg sendto set_robust_list set_tid_address sigaltstack socket stat \
+     statx tgkill uname unlink unlinkat write writev";
+
+/// A container in which this test makes system calls by their numbers.
+fn caller(id: &str, calls: &[i64]) -> Value {
+    let numbers: Vec<_> = calls.iter().map(i64::to_string).collect();
+    let mut command = vec!["caller", sys::CALL];
+    command.extend(numbers.iter().map(String::as_str));
+    base(id, &command)
+}
+
+/// What a program is told of a call that is newer than its profile, and of one that is forbidden, as runc tells it.
+async fn a_call_that_no_profile_knows_does_not_exist(guest: Arc<Guest>) {
+    const GETPPID: i64 = 110;
+    const MKNOD: i64 = 133;
+    const NONE: i64 = 1000;
+    // The default action and its errno, what is answered to a forbidden call and to one that is too new.
+    let table = [
+        (
+            "SCMP_ACT_ERRNO",
+            json!(null),
+            "EPERM: Operation not permitted",
+            "ENOSYS: Function not implemented",
+        ),
+        (
+            "SCMP_ACT_ERRNO",
+            json!(13),
+            "EACCES: Permission denied",
+            "ENOSYS: Function not implemented",
+        ),
+        (
+            "SCMP_ACT_ERRNO",
+            json!(38),
+            "ENOSYS: Function not implemented",
+            "ENOSYS: Function not implemented",
+        ),
+    ];
+    let everything: Vec<_> = CALLS.split_whitespace().collect();
+    for privileges in [false, true] {
+        for (action, answer, forbidden, unknown) in &table {
+            let profile = json!({
+                "process": { "noNewPrivileges": privileges },
+                "linux": { "seccomp": {
+                    "defaultAction": action, "defaultErrnoRet": answer,
+                    "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+                    "syscalls": [{ "names": everything, "action": "SCMP_ACT_ALLOW" }]
+                } }
+            });
+            let calls = [GETPPID, MKNOD, NONE];
+            let ended = guest.run("c", with(caller("c", &calls), profile)).await;
+            let expected = format!("{GETPPID} fine\n{MKNOD} {forbidden}\n{NONE} {unknown}");
+            assert_eq!(ended.out, expected, "{action} {answer} {privileges}: {ended:?}");
+        }
+    }
+}
+
+async fn seccomp_that_cannot_be_honoured_is_refused_by_name(guest: Arc<Guest>) {
+    let rule = |more: Value| with(json!({ "names": ["mkdir"], "action": "SCMP_ACT_ERRNO" }), more);
+    for (change, named) in [
+        (
+            json!({ "action": "SCMP_ACT_NOTIFY" }),
+            "SCMP_ACT_NOTIFY is not supported",
+        ),
+        (
+            json!({ "args": [{ "index": 6, "value": 0, "op": "SCMP_CMP_EQ" }] }),
+            "linux.seccomp: mkdir: ",
+        ),
+    ] {
+        let profile = json!({ "linux": { "seccomp": {
+            "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule(change)]
+        } } });
+        let error = guest
+            .create("c", with(idle("c"), profile))
+            .await
+            .err()
+            .expect("a refusal");
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    let asks = json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_NOTIFY" } } });
+    let error = guest.create("c", with(idle("c"), asks)).await.err().expect("a refusal");
+    assert!(
+        error.to_string().contains("SCMP_ACT_NOTIFY is not supported"),
+        "{error}"
+    );
+}
+
+/// Whatever it takes to install a filter, a process has the capabilities of its specification afterwards.
+async fn seccomp_takes_no_capability_and_gives_none(guest: Arc<Guest>) {
+    let show = script(
+        "c",
+        "grep Cap /proc/self/status; mount -t tmpfs none /tmp 2>/dev/null && echo mounted",
+    );
+    let admin = json!({ "process": { "capabilities": {
+        "bounding": ["CAP_SYS_ADMIN", "CAP_KILL"], "effective": ["CAP_SYS_ADMIN"], "permitted": ["CAP_SYS_ADMIN"]
+    } } });
+    let permitted = json!({ "process": { "capabilities": {
+        "bounding": ["CAP_SYS_ADMIN"], "effective": [], "permitted": ["CAP_SYS_ADMIN"]
+    } } });
+    let user = json!({ "process": { "user": { "uid": 1000 } } });
+    let none = json!({ "process": { "capabilities": { "bounding": [], "effective": [], "permitted": [] } } });
+    for change in [json!({}), admin, permitted, user, none] {
+        for privileges in [false, true] {
+            let plain = json!({ "process": { "noNewPrivileges": privileges } });
+            let plain = guest.run("c", with(with(show.clone(), change.clone()), plain)).await;
+            let filtered = with(with(show.clone(), change.clone()), seccomp(&json!(privileges)));
+            assert_eq!(guest.run("c", filtered).await.out, plain.out, "{change} {privileges}");
+        }
+    }
 }
 
 async fn a_container_has_a_cgroup_namespace_of_its_own(guest: Arc<Guest>) {

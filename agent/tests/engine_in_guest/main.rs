@@ -16,12 +16,17 @@ mod process;
 mod spec;
 #[path = "../support/mod.rs"]
 mod support;
+mod sys;
 
 use std::sync::{Arc, OnceLock};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
 fn main() {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(sys::CALL) {
+        return sys::make_calls(words);
+    }
     let cases: Vec<guest::Case> = [process::CASES, isolation::CASES, limits::CASES, lifecycle::CASES].concat();
     if std::process::id() == 1 {
         guest::main(&cases);
