@@ -85,8 +85,11 @@ pub fn render(spec: &VmSpec, fds: &FdNumbers) -> Vec<OsString> {
 pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
     let mut line = String::from(
         "console=hvc0 quiet panic=-1 reboot=t noreplace-smp swiotlb=noforce memhp_default_state=online \
-         memory_hotplug.online_policy=auto-movable cgroup_no_v1=all dummy.numdummies=0",
+         memory_hotplug.online_policy=auto-movable cgroup_no_v1=all",
     );
+    // Drivers that are built in make interfaces at boot, and tunnels one in each namespace (`tunl0`, `sit0`). A node has
+    // none of them until somebody asks for one, and a pod has those of its namespace only.
+    line += " dummy.numdummies=0 bonding.max_bonds=0 ifb.numifbs=0 fb_tunnels=none";
     // For the sake of huge pages Linux holds back four times the memory that it would otherwise, 24 MiB of 2 GiB more.
     let held_back_kib = (spec.memory.boot_mib * 1024 * 16).isqrt();
     line += &format!(" sysctl.vm.min_free_kbytes={held_back_kib}");
