@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Builds our guest kernel from Debian's linux-source-6.12, kernel.config and the patches here; prints the folder that
 # holds `vmlinux`, `config`, `release`, `source` and `pci`. The folder is named by the hash of everything that goes in
-# (source,
-# compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never passes for it.
+# (source, compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never
+# passes for it.
+#
+# kernel.merged.config is what comes out: every option of the kernel, those too that Kconfig chose. Each run compares.
 #   build-kernel.sh
 #   build-kernel.sh --prepare    only up to the first file of the kernel's own: whether all programs and headers are there
+#   build-kernel.sh --merge      writes kernel.merged.config anew, to be looked through and committed
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
@@ -24,7 +27,7 @@ unpack() {
 }
 configure() {
   make -s allnoconfig
-  echo "$options" | ./scripts/kconfig/merge_config.sh -m .config /dev/stdin
+  echo "$options" | ./scripts/kconfig/merge_config.sh -m .config /dev/stdin >/dev/null
   make -s olddefconfig
   # An option that Kconfig drops for an unmet dependency would be a silent loss of a feature.
   while IFS='=' read -r option value; do
@@ -33,6 +36,22 @@ configure() {
       *) grep -qxF "$option=$value" .config ;;
     esac || { echo "Kconfig did not take $option=$value"; return 1; }
   done <<<"$options"
+}
+# All options of a configuration, without what tells the programs that build it apart.
+merged() {
+  echo "# All options of the guest's kernel, as Kconfig of $package $version makes them of kernel.config."
+  sed -n 's/^# \(CONFIG_[^ ]*\) is not set$/\1=n/; /^CONFIG_/p' "$1" |
+    grep -vE '^CONFIG_(AS|CC|CLANG|GCC|LD|LLD)_VERSION|^CONFIG_[A-Z_]*(PAHOLE|RUST)' | LC_ALL=C sort
+}
+# Kconfig of another source may choose otherwise, which is told; that of the same one may not.
+compare() {
+  if diff -U 0 "$here/kernel.merged.config" <(merged "$1") >&2; then return; fi
+  if grep -qF "$package $version " "$here/kernel.merged.config"; then
+    echo "build-kernel: these options are not those of deploy/guest/kernel.merged.config;" \
+      'deploy/guest/build-kernel.sh --merge writes it anew' >&2
+    return 1
+  fi
+  echo "build-kernel: $package $version has these options otherwise than the one that kernel.merged.config is of" >&2
 }
 # The PCI devices that a kernel drives, from the drivers' tables (`struct pci_device_id`: 40 bytes, of which the first
 # six words are the vendor, the device, both of the subsystem, the class and its mask), each in the form of a `modalias`
@@ -64,13 +83,17 @@ compile() {
   chmod 644 out/*
 }
 
-if [ "${1:-}" = --prepare ]; then
+if [ $# -gt 0 ]; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   unpack "$work"
   cd "$work"
   configure
-  make -s -j"$(nproc)" prepare
+  case $1 in
+    --prepare) make -s -j"$(nproc)" prepare ;;
+    --merge) merged .config >"$here/kernel.merged.config" ;;
+    *) echo "build-kernel: $1 is not known; --prepare and --merge are" >&2; exit 2 ;;
+  esac
   exit
 fi
 
@@ -84,14 +107,16 @@ if [ ! -f "$out/vmlinux" ]; then
   log=$cache/kernel-build.log
   work=$(mktemp -d "$cache/kernel-build.XXXXXX")
   trap 'rm -rf "$work"; [ -d "$out" ] || echo "build-kernel: failed; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
-  echo "kernel: building Linux $version for the guest, usually 8 minutes on two cores (log: $log)" >&2
+  echo "kernel: building Linux $version for the guest, usually 10 minutes on two cores (log: $log)" >&2
   # A subshell, not a chain of &&: in a chain `set -e` would not hold inside the functions.
   (
     unpack "$work"
     cd "$work"
     configure
+    compare .config
     compile
     mv -T out "$out"
   ) >"$log" 2>&1 9>&-
 fi
+compare "$out/config"
 echo "$out"
