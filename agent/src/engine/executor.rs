@@ -27,15 +27,19 @@ use super::{seccomp::Confinement, sys};
 pub(super) struct Program {
     status: Rc<OwnedFd>,
     confinement: Confinement,
+    /// The session keyring of the container's processes.
+    keyring: CString,
     path: OnceCell<PathBuf>,
 }
 
 impl Program {
     /// `status` is the write end of the exec status pipe.
-    pub(super) fn new(status: OwnedFd, confinement: Confinement) -> Program {
+    pub(super) fn new(container: &str, status: OwnedFd, confinement: Confinement) -> Program {
         Program {
             status: Rc::new(status),
             confinement,
+            // The name that runc gives it. A container's id is made of letters.
+            keyring: CString::new(format!("_ses.{container}")).unwrap_or_default(),
             path: OnceCell::new(),
         }
     }
@@ -50,7 +54,10 @@ impl Program {
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         // libcontainer has just taken the capabilities away.
-        let found = self.confinement.begin().and_then(|()| find(process_of(spec)?));
+        let found = self
+            .join_keyring()
+            .and_then(|()| self.confinement.begin())
+            .and_then(|()| find(process_of(spec)?));
         match found {
             Ok(path) => {
                 let _ = self.path.set(path);
@@ -75,6 +82,15 @@ impl Executor for Program {
 }
 
 impl Program {
+    /// Else all containers had the session keyring of the agent, and each other's keys.
+    fn join_keyring(&self) -> Result<(), String> {
+        match sys::join_session_keyring(&self.keyring) {
+            // A kernel without keys.
+            Ok(()) | Err(Errno::ENOSYS) => Ok(()),
+            Err(error) => Err(format!("joining the session keyring: {}", error.desc())),
+        }
+    }
+
     fn run(&self, spec: &Spec) -> Result<std::convert::Infallible, String> {
         let process = process_of(spec)?;
         let path = self.path.get().ok_or("the program was not looked up")?;

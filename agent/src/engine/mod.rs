@@ -20,6 +20,8 @@ mod wire;
 mod worker;
 mod zygote;
 
+pub(crate) use spec::POD_CGROUP;
+
 use std::{
     collections::HashMap,
     fs, io,

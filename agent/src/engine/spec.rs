@@ -16,6 +16,9 @@ const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/b
 /// Seconds for a hook that says nothing of them.
 const HOOK_TIMEOUT: i64 = 30;
 
+/// The cgroup that all containers are below, whatever the host calls theirs, so that they have a limit together.
+pub(crate) const POD_CGROUP: &str = "kata";
+
 /// Why a specification cannot be honoured.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SpecError {
@@ -119,6 +122,14 @@ fn refuse(spec: &Spec) -> Result<(), SpecError> {
     }
     for mount in spec.mounts().iter().flatten() {
         let mapped = |m: &Option<Vec<LinuxIdMapping>>| m.as_ref().is_some_and(|m| !m.is_empty());
+        // Of a bind it takes flags and leaves the rest out.
+        let bind = mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind");
+        if bind && mount.options().iter().flatten().any(|o| o == "nosymfollow") {
+            let destination = mount.destination().display();
+            return Err(SpecError::Unsupported(format!(
+                "the option nosymfollow of the mount on {destination}"
+            )));
+        }
         let idmap = mount.options().iter().flatten().any(|o| o == "idmap" || o == "ridmap");
         if idmap || mapped(mount.uid_mappings()) || mapped(mount.gid_mappings()) {
             let destination = mount.destination().display();
@@ -268,7 +279,7 @@ pub(super) fn limit_swap(resources: &mut LinuxResources, kernel_has_swap: bool) 
 pub(super) fn cgroup_path(given: Option<&Path>, id: &str) -> Result<PathBuf, SpecError> {
     let given = given.filter(|path| !path.as_os_str().is_empty());
     let path = match given {
-        None => Path::new("kata").join(id),
+        None => PathBuf::from(id),
         Some(path) => PathBuf::from(path.to_string_lossy().replace(':', "/")),
     };
     let mut relative = PathBuf::new();
@@ -281,6 +292,9 @@ pub(super) fn cgroup_path(given: Option<&Path>, id: &str) -> Result<PathBuf, Spe
     }
     if relative.as_os_str().is_empty() {
         return Err(SpecError::CgroupPath(path));
+    }
+    if !relative.starts_with(POD_CGROUP) {
+        relative = Path::new(POD_CGROUP).join(relative);
     }
     Ok(relative)
 }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    ffi::c_int,
+    ffi::{CStr, c_int},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
@@ -59,6 +59,21 @@ fn disposition(signal: Signal, handler: SigHandler) -> nix::Result<()> {
 pub(super) fn close_all() {
     // SAFETY: nothing is used after this that owns a descriptor: the caller only waits for its end.
     unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+}
+
+/// Makes the caller's session keyring the one of this name, which is made if there is none, and lets its owner's other
+/// processes find it (`keyctl(2)`).
+pub(super) fn join_session_keyring(name: &CStr) -> nix::Result<()> {
+    const MAY_BE_FOUND: u32 = 0x0008_0000; // KEY_USR_SEARCH in Linux
+    const POSSESSORS: u32 = 0x3f00_0000; // KEY_POS_ALL
+    // SAFETY: the kernel reads a string that lives longer than the call.
+    let ring = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) };
+    let ring = nix::errno::Errno::result(ring)?;
+    // As the kernel makes it (`join_session_keyring`: view, read, link), and searched.
+    let permissions = POSSESSORS | 0x0013_0000 | MAY_BE_FOUND;
+    // SAFETY: takes integers.
+    let set = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_SETPERM, ring, permissions) };
+    nix::errno::Errno::result(set).map(drop)
 }
 
 /// Subjects the calling thread to a seccomp filter (`SECCOMP_SET_MODE_FILTER`).

@@ -256,7 +256,7 @@ impl Launch<'_> {
             user_ns_config: UserNamespaceConfig::new(&spec).map_err(|e| chain(&e))?,
             cgroup_config: cgroup_config(self.id, self.cgroup),
             detached: true,
-            executor: Box::new(Program::new(status_end, confinement)),
+            executor: Box::new(Program::new(self.id, status_end, confinement)),
             no_pivot: false,
             stdin: streams.as_ref().map(|s| s[0].as_raw_fd()),
             stdout: streams.as_ref().map(|s| s[1].as_raw_fd()),

@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     case!(a_call_that_no_profile_knows_does_not_exist),
     case!(seccomp_that_cannot_be_honoured_is_refused_by_name),
     case!(seccomp_takes_no_capability_and_gives_none),
+    case!(a_container_has_a_session_keyring_of_its_own),
     case!(a_container_has_a_cgroup_namespace_of_its_own),
     case!(masked_and_read_only_paths_hold),
     case!(the_root_is_read_only),
@@ -152,18 +153,15 @@ const CALLS: &str = "accept4 access arch_prctl brk capget capset chdir clock_get
      statx tgkill uname unlink unlinkat write writev";
 
 /// A container in which this test makes system calls by their numbers.
-fn caller(id: &str, calls: &[i64]) -> Value {
-    let numbers: Vec<_> = calls.iter().map(i64::to_string).collect();
-    let mut command = vec!["caller", sys::CALL];
-    command.extend(numbers.iter().map(String::as_str));
-    base(id, &command)
+fn caller(id: &str, calls: &[&str]) -> Value {
+    base(id, &[&["caller", sys::CALL], calls].concat())
 }
 
 /// What a program is told of a call that is newer than its profile, and of one that is forbidden, as runc tells it.
 async fn a_call_that_no_profile_knows_does_not_exist(guest: Arc<Guest>) {
-    const GETPPID: i64 = 110;
-    const MKNOD: i64 = 133;
-    const NONE: i64 = 1000;
+    const GETPPID: &str = "110";
+    const MKNOD: &str = "133";
+    const NONE: &str = "1000";
     // The default action and its errno, what is answered to a forbidden call and to one that is too new.
     let table = [
         (
@@ -198,7 +196,7 @@ async fn a_call_that_no_profile_knows_does_not_exist(guest: Arc<Guest>) {
             });
             let calls = [GETPPID, MKNOD, NONE];
             let ended = guest.run("c", with(caller("c", &calls), profile)).await;
-            let expected = format!("{GETPPID} fine\n{MKNOD} {forbidden}\n{NONE} {unknown}");
+            let expected = format!("{GETPPID} fine 0\n{MKNOD} {forbidden}\n{NONE} {unknown}");
             assert_eq!(ended.out, expected, "{action} {answer} {privileges}: {ended:?}");
         }
     }
@@ -255,6 +253,27 @@ async fn seccomp_takes_no_capability_and_gives_none(guest: Arc<Guest>) {
             let filtered = with(with(show.clone(), change.clone()), seccomp(&json!(privileges)));
             assert_eq!(guest.run("c", filtered).await.out, plain.out, "{change} {privileges}");
         }
+    }
+}
+
+/// All processes of a container have one, and no other container has it, for root and for others.
+async fn a_container_has_a_session_keyring_of_its_own(guest: Arc<Guest>) {
+    // keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0)
+    const CALL: &[&str] = &["caller", sys::CALL, "250,0,-3,0"];
+    for user in [0, 1000] {
+        let user = json!({ "user": { "uid": user, "gid": user } });
+        let first = guest.start("c", with(idle("c"), json!({ "process": user }))).await;
+        let of_first = guest.exec("c", with(process(CALL), user.clone())).await.out;
+        assert_eq!(guest.exec("c", with(process(CALL), user.clone())).await.out, of_first);
+        let of_other = guest
+            .run("d", with(base("d", CALL), json!({ "process": user })))
+            .await
+            .out;
+        for ring in [&of_first, &of_other] {
+            assert!(ring.contains("fine"), "{ring}");
+        }
+        assert_ne!(of_first, of_other);
+        guest.kill("c", first).await;
     }
 }
 
@@ -358,16 +377,16 @@ async fn devices_exist_and_others_are_refused(guest: Arc<Guest>) {
     );
     assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
     let given = json!({ "linux": {
-        "devices": [{ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11, "fileMode": 0o640, "uid": 0, "gid": 9 }],
+        "devices": [{ "path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o640, "uid": 0, "gid": 9 }],
         "resources": { "devices": [
-            { "allow": false, "access": "rwm" }, { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rw" }
+            { "allow": false, "access": "rwm" }, { "allow": true, "type": "c", "major": 10, "minor": 200, "access": "rw" }
         ] }
     } });
     let ended = guest
         .run(
             "c",
             with(
-                self::script("c", "dd if=/dev/kmsg of=/dev/null count=1; stat -c '%a %g' /dev/kmsg"),
+                self::script("c", ": <>/dev/net/tun; stat -c '%a %g' /dev/net/tun"),
                 given,
             ),
         )
@@ -379,11 +398,7 @@ async fn devices_exist_and_others_are_refused(guest: Arc<Guest>) {
 async fn a_privileged_container_keeps_its_devices_over_an_update(guest: Arc<Guest>) {
     let privileged = json!({ "linux": { "resources": { "devices": [{ "allow": true, "access": "rwm" }] } } });
     let running = guest.start("c", with(idle("c"), privileged)).await;
-    let look = process(&[
-        "sh",
-        "-c",
-        "mknod /tmp/k$$ c 1 11 && dd if=/tmp/k$$ of=/dev/null count=1",
-    ]);
+    let look = process(&["sh", "-c", "mknod /tmp/k$$ c 10 200 && : <>/tmp/k$$"]);
     let before = guest.exec("c", look.clone()).await;
     assert!(!before.err.contains("not permitted"), "{before:?}");
     let more = serde_json::from_value(json!({ "memory": { "limit": 100 << 20 } })).expect("resources");
@@ -425,7 +440,7 @@ async fn a_failed_mount_is_named_and_leaves_nothing(guest: Arc<Guest>) {
     spec["mounts"].as_array_mut().expect("mounts").push(volume);
     let error = guest.create("c", spec).await.err().expect("a failure").to_string();
     assert!(error.contains("/no/volume"), "{error}");
-    assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+    assert!(!std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists());
     // And the id is free.
     assert_eq!(guest.run("c", base("c", &["true"])).await.code, 0);
 }

@@ -73,7 +73,7 @@ async fn a_failing_hook_fails_the_creation(guest: Arc<Guest>) {
         .expect("a failure")
         .to_string();
     assert!(error.starts_with("the hook /rootfs/bin/false: "), "{error}");
-    assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+    assert!(!std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists());
 }
 
 async fn a_hook_that_hangs_is_ended(guest: Arc<Guest>) {

@@ -22,7 +22,7 @@ pub const CASES: &[Case] = &[
 ];
 
 fn value(id: &str, file: &str) -> String {
-    let path = format!("/sys/fs/cgroup/kubepods/pod1/{id}/{file}");
+    let path = format!("/sys/fs/cgroup/kata/kubepods/pod1/{id}/{file}");
     fs::read_to_string(&path)
         .map(|text| text.trim().to_owned())
         .unwrap_or_else(|e| format!("{path}: {e}"))
@@ -133,9 +133,10 @@ async fn cgroup_paths_of_all_forms_work(guest: Arc<Guest>) {
     for (given, made) in [
         (
             json!("kubepods.slice:cri-containerd:abc"),
-            "kubepods.slice/cri-containerd/abc",
+            "kata/kubepods.slice/cri-containerd/abc",
         ),
-        (json!("/a/b"), "a/b"),
+        (json!("/a/b"), "kata/a/b"),
+        (json!("/kata/b"), "kata/b"),
         (json!(""), "kata/c"),
         (json!(null), "kata/c"),
     ] {
@@ -163,7 +164,7 @@ async fn a_deleted_container_leaves_no_cgroup(guest: Arc<Guest>) {
         began.elapsed().as_millis()
     ));
     assert_eq!(guest.end(running).await.code, 137);
-    assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+    assert!(!std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists());
     // Deleted before it was started.
     let running = guest.create("c", idle("c")).await.expect("a container");
     guest.engine.delete("c").await.expect("a deletion");
@@ -196,5 +197,5 @@ async fn an_exec_enters_a_container_that_made_cgroups(guest: Arc<Guest>) {
     assert_eq!(ended.out, "0::/init", "{ended:?}");
     guest.engine.delete("c").await.expect("a deletion");
     guest.end(running).await;
-    assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+    assert!(!std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists());
 }

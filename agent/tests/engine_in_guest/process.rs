@@ -200,7 +200,7 @@ async fn a_missing_program_fails_and_leaves_nothing(guest: Arc<Guest>) {
             .expect("a failure")
             .to_string();
         assert!(error.contains(program) && error.contains(problem), "{error}");
-        assert!(!std::path::Path::new("/sys/fs/cgroup/kubepods/pod1/c").exists());
+        assert!(!std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists());
     }
     // Exists, and only fails when it is run.
     let broken = json!({ "process": { "args": ["/etc/broken"] } });
@@ -316,7 +316,7 @@ async fn an_exec_of_a_missing_program_names_it_and_leaves_nothing(guest: Arc<Gue
             .to_string();
         assert!(error.contains(program) && error.contains(problem), "{error}");
     }
-    let left = std::fs::read_to_string("/sys/fs/cgroup/kubepods/pod1/c/cgroup.procs").expect("processes");
+    let left = std::fs::read_to_string("/sys/fs/cgroup/kata/kubepods/pod1/c/cgroup.procs").expect("processes");
     assert_eq!(left.trim(), running.pid.to_string());
     let sockets = std::fs::read_dir("/run/kata-containers/engine")
         .expect("a folder")
