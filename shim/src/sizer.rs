@@ -76,7 +76,10 @@ async fn answer(answer: oneshot::Receiver<Result<Limits>>) -> Result<Limits> {
 
 async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::UnboundedReceiver<Change>) {
     let mut containers = BTreeMap::new();
-    let mut vcpus = sizing.boot_vcpus();
+    let mut size = Size {
+        vcpus: sizing.boot_vcpus(),
+        plugged_mib: 0,
+    };
     let (memory, most) = (sizing.memory(), sizing.vcpus());
     let tell_clamped = || {
         let (memory_mib, vcpus) = (memory.max_mib, most.max);
@@ -102,7 +105,7 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
             tell_clamped();
         }
         clamped = wanted.clamped;
-        let result = resize(&vm, &agent, &mut vcpus, wanted).await;
+        let result = resize(&vm, &agent, &mut size, wanted).await;
         match &result {
             // The VM has ended, and its containers are taken back.
             Ok(()) | Err(Error::Vm(VmError::Qmp(QmpError::Closed))) => (),
@@ -116,8 +119,22 @@ async fn own(vm: Arc<Vm>, agent: Client, sizing: Sizing, mut queue: mpsc::Unboun
     }
 }
 
-async fn resize(vm: &Vm, agent: &Client, vcpus: &mut u32, wanted: Target) -> Result<()> {
-    vm.set_memory(wanted.memory_mib).await?;
+/// What the VM has.
+struct Size {
+    vcpus: u32,
+    plugged_mib: u64,
+}
+
+async fn resize(vm: &Vm, agent: &Client, size: &mut Size, wanted: Target) -> Result<()> {
+    let plugged_mib = vm.set_memory(wanted.memory_mib).await?.plugged_mib;
+    if plugged_mib != size.plugged_mib {
+        size.plugged_mib = plugged_mib;
+        // The guest uses it by itself; the agent sees to the limits that follow from its size.
+        if let Err(error) = agent.online_cpu_mem(OnlineCPUMemRequest::new()).await {
+            tracing::warn!(%error, plugged_mib, "the guest's limits do not follow its memory");
+        }
+    }
+    let vcpus = &mut size.vcpus;
     if wanted.vcpus != *vcpus
         && let Err(error) = set_vcpus(vm, agent, vcpus, wanted.vcpus).await
     {

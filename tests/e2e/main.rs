@@ -15,6 +15,7 @@ mod disks;
 mod insight;
 mod install;
 mod isolation;
+mod kernel;
 mod lifecycle;
 mod memory;
 mod network;
@@ -102,12 +103,12 @@ fn main() {
     for (containerd, stage) in containerds.into_iter().zip(&stages) {
         for (kind, runtime) in runtimes {
             let of_a_vm = if runtime == Runtime::Runc { &[] } else { OF_A_VM };
-            let with_users = match (containerd, runtime) {
-                (Containerd::Newest, Runtime::Kata(Guest::Own)) => users::OF_A_VM,
+            // What Debian's containerd, or Debian's kernel, has not.
+            let of_ours: &[&[Story]] = match (containerd, runtime) {
+                (Containerd::Newest, Runtime::Kata(Guest::Own)) => &[users::OF_A_VM, kernel::OF_A_VM],
                 _ => &[],
             };
-            let stories = COMMON.iter().chain(of_a_vm).copied().flatten();
-            for (story, tell) in stories.chain(with_users).copied() {
+            for (story, tell) in COMMON.iter().chain(of_a_vm).chain(of_ours).copied().flatten().copied() {
                 let name = format!("{}/{kind}/{story}", containerd.name());
                 let trial = stage::trial(name, stage, move |node| tell(node, runtime));
                 trials.push(trial.with_ignored_flag(!plays(containerd, runtime, story)));

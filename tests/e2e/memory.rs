@@ -5,10 +5,11 @@ use std::time::Duration;
 use tests::{
     cold_read::{ColdRead, FILE_MIB, View},
     config::{Guest, Runtime},
-    cri::{Container, Exit},
-    failure::{Failure, Result, claim, same},
+    cri::{Access, Container, Exit},
+    failure::{Failure, Result, Trying, claim, contains, same},
     footprint::Charge,
     node::Node,
+    run::{self, succeed},
 };
 
 use crate::Story;
@@ -29,6 +30,7 @@ pub const OF_A_VM: &[Story] = &[
         without_a_limit_the_machine_is_the_bound,
     ),
     ("mapped_memory_is_counted_once", mapped_memory_is_counted_once),
+    ("a_greedy_pod_ends_before_its_guest", a_greedy_pod_ends_before_its_guest),
 ];
 
 /// How long a machine may take to follow the limits.
@@ -164,6 +166,58 @@ fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Re
     same("exit code", culprit.wait_exit_within(FILLING)?.code, 137)?;
     same("the neighbour", neighbour.shell("echo alive")?.as_str(), "alive")?;
     pod.remove()
+}
+
+/// A volume in memory is as large as the node, as the kubelet asks for it when a pod has no limit; the guest is smaller.
+/// Whoever fills it is told so, and a container that takes all that is left is killed; its neighbours and the machine
+/// live. With the machine grow the volume and what Linux allows by memory, unless somebody has set it.
+fn a_greedy_pod_ends_before_its_guest(node: &Node, runtime: Runtime) -> Result {
+    let kubelet = node.path(&format!("kubelet-{}/pods/1f0a", node.serial()));
+    let volume = kubelet.join("volumes/kubernetes.io~empty-dir/scratch");
+    std::fs::create_dir_all(&volume).trying("making the volume's folder")?;
+    let on_the_node =
+        |program: &str, arguments: &[&str]| succeed(node.command(program).args(arguments).arg(&volume), run::ORDINARY);
+    on_the_node("mount", &["-t", "tmpfs", "-o", "size=64g", "tmpfs"])?;
+    let pod = node.pod(runtime, "memory-eater")?.privileged().run()?;
+    let app = pod
+        .container("app", &["sleep", "infinity"])
+        .volume(&volume, "/scratch", Access::ReadWrite)
+        .privileged()
+        .run()?;
+    let sizes = || {
+        let text = app.shell(
+            "df -m /scratch | awk 'END {print $2}'; cat /proc/sys/kernel/threads-max /proc/sys/user/max_pid_namespaces",
+        )?;
+        let numbers: Vec<u64> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        <[u64; 3]>::try_from(numbers).map_err(|_| Failure::Claim(format!("three numbers in {text:?}")))
+    };
+    let small = sizes()?;
+    claim((1024..2048).contains(&small[0]), format!("the volume's MiB: {small:?}"))?;
+    let fill = ["dd", "if=/dev/zero", "of=/scratch/all", "bs=16M"];
+    contains(
+        "refusal",
+        &app.exec(&fill, None, FILLING)?.errors(),
+        "No space left on device",
+    )?;
+    let culprit = pod.container("culprit", GREEDY).run()?;
+    same("exit code", culprit.wait_exit_within(FILLING)?.code, 137)?;
+    same("the app", app.shell("rm /scratch/all; echo alive")?.as_str(), "alive")?;
+
+    app.shell("echo 12345 >/proc/sys/user/max_uts_namespaces")?;
+    pod.container("limited", &["sleep", "infinity"])
+        .memory_mib(2048)
+        .run()?;
+    let large = sizes()?;
+    for (before, after) in small.into_iter().zip(large) {
+        claim(
+            (before * 18 / 10..=before * 22 / 10).contains(&after),
+            format!("twice as much after {small:?}: {large:?}"),
+        )?;
+    }
+    let set = app.shell("cat /proc/sys/user/max_uts_namespaces")?;
+    same("what the pod has set", set.as_str(), "12345")?;
+    pod.remove()?;
+    on_the_node("umount", &[]).map(drop)
 }
 
 /// A file's pages in the guest are seen in QEMU and in virtiofsd, and are one and the same memory: the pod's cgroup on

@@ -13,7 +13,6 @@ use nix::{
     sys::{
         resource::{RLIM_INFINITY, Resource, setrlimit},
         stat::Mode,
-        sysinfo::sysinfo,
     },
     time::{ClockId, clock_gettime},
     unistd::{chdir, chroot, dup2_stderr, dup2_stdin, dup2_stdout},
@@ -22,14 +21,16 @@ use nix::{
 use super::{
     disk,
     error::{Doing, Result},
+    memory::Memory,
     modules, namespaces, sys,
 };
+use crate::GUEST_SHARE;
 
 /// The folders of the agent's own root.
 const OWN: [&str; 6] = ["proc", "sys", "dev", "run", "etc", "sbin"];
 /// Those that are the image's, where it has them.
 const IMAGE: [&str; 5] = ["bin", "lib", "lib64", "opt", "usr"];
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub(super) const CGROUPS: &str = "/sys/fs/cgroup";
 const STRICT: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 /// What a container may have open: what a container on a node gets.
 const OPEN_FILES: u64 = 1 << 20;
@@ -82,28 +83,17 @@ const SYSCTLS: &[(&str, &str)] = &[
 
 /// Makes what containers need besides. Terminals, shared memory and links in `/dev` are each container's own, and
 /// `/run` is in memory like the rest of the root.
-pub(super) fn finish() -> Result<()> {
+pub(super) fn finish() -> Result<Memory> {
     attach("cgroup2", Path::new(CGROUPS), "cgroup2", STRICT, Some("nsdelegate"))?;
     enable_controllers()?;
     for (name, value) in SYSCTLS {
         write(format!("/proc/sys/{name}"), value)?;
     }
-    limit_reserve()?;
+    // Files are copied there when no file system is shared.
+    fs::create_dir_all(GUEST_SHARE).doing(|| format!("make {GUEST_SHARE}"))?;
     disk::scan_on_demand()?;
-    sys::loopback_up().doing(|| "bring the loopback interface up".into())
-}
-
-/// Where transparent huge pages may be asked for, the kernel keeps some 35 MiB out of use to have them at hand. The pod
-/// gets them, and the kernel its usual reserve for such a machine (`init_per_zone_wmark_min` in its `mm/page_alloc.c`).
-fn limit_reserve() -> Result<()> {
-    const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
-    let memory = sysinfo().doing(|| "ask for the size of the memory".into())?.ram_total();
-    let usual = (memory / 1024 * 16).isqrt();
-    let now = fs::read_to_string(RESERVE).doing(|| format!("read {RESERVE}"))?;
-    match now.trim().parse::<u64>() {
-        Ok(now) if now > usual => write(RESERVE, &usual.to_string()),
-        _ => Ok(()),
-    }
+    sys::loopback_up().doing(|| "bring the loopback interface up".into())?;
+    Memory::at_boot()
 }
 
 /// Moves onto a tmpfs: `pivot_root(2)`, which containers need, refuses to leave the initial RAM disk.

@@ -34,6 +34,13 @@ pub(super) fn set(cgroup: &Path, frozen: bool) -> Result<()> {
     done.doing(what)
 }
 
+/// Whether a cgroup is frozen, or about to be.
+pub(super) fn is_set(cgroup: &Path) -> Result<bool> {
+    let path = cgroup.join("cgroup.freeze");
+    let state = fs::read_to_string(&path).doing(|| format!("read {}", path.display()))?;
+    Ok(state.trim() == "1")
+}
+
 fn wait(cgroup: &Path, state: &str) -> io::Result<()> {
     let mut events = File::open(cgroup.join("cgroup.events"))?;
     let deadline = Instant::now() + PATIENCE;

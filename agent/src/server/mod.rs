@@ -11,6 +11,7 @@ mod channel;
 mod clock;
 mod container;
 mod copy;
+mod devices;
 mod disk;
 mod error;
 mod freezer;
@@ -18,6 +19,7 @@ mod guest;
 mod hooks;
 mod huge;
 mod iptables;
+mod memory;
 mod metrics;
 mod modules;
 mod namespaces;
@@ -117,7 +119,7 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
         // Once for the call, which has its answer by now, and once for the task that writes it.
         tokio::task::yield_now().await;
     }
-    boot::finish()?;
+    service.sandbox.has_memory(boot::finish()?);
     if !modules.is_done() {
         blocking(move || modules.load_rest()).await?;
     }

@@ -21,10 +21,11 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use super::{
     container::{self, Container, Pids},
-    disk,
+    devices, disk,
     error::{Doing, Error, Result},
-    hooks,
+    freezer, hooks,
     huge::{self, HugePages},
+    memory::Memory,
     modules, namespaces,
     oom::Oom,
     process::{Process, UNREAD},
@@ -61,6 +62,7 @@ pub(super) struct Sandbox {
     storages: Arc<AsyncMutex<Storages>>,
     volumes: AsyncMutex<Volumes>,
     huge_pages: HugePages,
+    memory: OnceLock<Arc<Memory>>,
     /// PID 1 of the PID namespace that containers share on demand.
     shared: AsyncMutex<Option<Exit>>,
 }
@@ -78,8 +80,38 @@ impl Sandbox {
             storages: Arc::default(),
             volumes: AsyncMutex::default(),
             huge_pages: HugePages::default(),
+            memory: OnceLock::new(),
             shared: AsyncMutex::default(),
         }
+    }
+
+    /// To be called once the guest is set up.
+    pub(super) fn has_memory(&self, memory: Memory) {
+        // There is one caller.
+        let _ = self.memory.set(Arc::new(memory));
+    }
+
+    /// To be called when the guest has got memory, or lost some: the limits that depend on it follow.
+    pub(super) async fn fit_memory(&self) -> Result<()> {
+        let Some(memory) = self.memory.get().cloned() else {
+            return Ok(());
+        };
+        let mut storages = Arc::clone(&self.storages).lock_owned().await;
+        blocking(move || {
+            let most = memory.fit()?;
+            storages.fit(most)
+        })
+        .await
+    }
+
+    async fn take_huge_pages(&self, pages: u64) -> Result<()> {
+        self.huge_pages.add(pages).await?;
+        if pages > 0 { self.fit_memory().await } else { Ok(()) }
+    }
+
+    async fn give_huge_pages_back(&self, pages: u64) -> Result<()> {
+        self.huge_pages.remove(pages).await?;
+        if pages > 0 { self.fit_memory().await } else { Ok(()) }
     }
 
     /// Makes what the pod's containers share.
@@ -159,8 +191,12 @@ impl Sandbox {
         self.volumes.lock().await.take(&volumes);
         let made = async {
             let name = id.clone();
-            let (pinned, spec) = blocking(move || Ok((Pinned::new(&name, &mut spec)?, spec))).await?;
-            self.huge_pages.add(huge_pages).await?;
+            let prepare = move || {
+                devices::give_all(&mut spec)?;
+                Ok((Pinned::new(&name, &mut spec)?, spec))
+            };
+            let (pinned, spec) = blocking(prepare).await?;
+            self.take_huge_pages(huge_pages).await?;
             let create = Create {
                 id: id.clone(),
                 spec,
@@ -169,7 +205,7 @@ impl Sandbox {
             let made = self.make(create, prepared, is_sandbox).await;
             if made.is_err() {
                 // As below.
-                let _ = self.huge_pages.remove(huge_pages).await;
+                let _ = self.give_huge_pages_back(huge_pages).await;
             }
             // The container has mounts of its own by now.
             blocking(move || {
@@ -226,6 +262,11 @@ impl Sandbox {
             .take()
             .ok_or_else(|| Error::Invalid("ExecProcess has no process".into()))?;
         let process = oci::process_from_wire(&process)?;
+        // It would freeze before it became the program, and whoever waits for its start with it.
+        if freezer::is_set(&self.engine.cgroup(&container.id)?)? {
+            let text = format!("container {} is paused: resume it first", container.id);
+            return Err(Error::Invalid(text));
+        }
         container.reserve(&request.exec_id)?;
         let started = async {
             let (prepared, stdio) = Prepared::new(process.terminal() == Some(true))?;
@@ -278,7 +319,7 @@ impl Sandbox {
         // Nobody waits for this.
         tokio::task::spawn_blocking(forget_files);
         self.remove_storages(container.storages.clone()).await?;
-        self.huge_pages.remove(container.huge_pages).await
+        self.give_huge_pages_back(container.huge_pages).await
     }
 
     /// Finds a container.
@@ -327,7 +368,7 @@ impl Sandbox {
 
     /// Changes the options of volumes in the guest's memory.
     pub(super) async fn update_storages(&self, storages: Vec<Storage>) -> Result<()> {
-        let all = Arc::clone(&self.storages).lock_owned().await;
+        let mut all = Arc::clone(&self.storages).lock_owned().await;
         blocking(move || all.update(&storages)).await
     }
 

@@ -21,6 +21,7 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::{
     beneath::{self, BASE, is_ours, open_at},
+    devices,
     error::{Doing, Error, Result},
 };
 use crate::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES};
@@ -43,7 +44,15 @@ impl Pinned {
             folder: Path::new(PINNED).join(container),
             places: Vec::new(),
         };
-        let mut mounts = spec.mounts_mut().take().unwrap_or_default();
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        if mounts.iter().any(devices::is_guests_dev) {
+            devices::mounts_in_dev(&mut mounts);
+        }
+        for mount in mounts.iter_mut().filter(|mount| devices::is_guests_dev(mount)) {
+            let (layer, place) = (pinned.folder("layer")?, pinned.folder("dev")?);
+            devices::mount_for(spec, &layer, &place)?;
+            mount.set_source(Some(place));
+        }
         for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
             let Some(source) = mount.source().clone().filter(|source| is_ours(source)) else {
                 continue;
@@ -52,6 +61,14 @@ impl Pinned {
         }
         spec.set_mounts(Some(mounts));
         Ok(pinned)
+    }
+
+    /// A folder to mount something on.
+    fn folder(&mut self, name: &str) -> Result<PathBuf> {
+        let folder = self.folder.join(name);
+        fs::create_dir_all(&folder).doing(|| format!("make {}", folder.display()))?;
+        self.places.push(folder.clone());
+        Ok(folder)
     }
 
     fn add(&mut self, source: &Path) -> Result<PathBuf> {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs, io,
     os::unix::fs::{PermissionsExt, chown},
     path::Path,
 };
@@ -10,6 +10,7 @@ use std::{
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
+    unistd::syncfs,
 };
 
 use super::{
@@ -28,6 +29,8 @@ pub(super) const DRIVERS: [&str; 6] = ["blk", "ephemeral", "local", "scsi", "vir
 pub(super) struct Storages {
     points: HashMap<String, Point>,
     watches: Watches,
+    /// How many bytes a volume in memory may hold; what is asked for is often the node's memory.
+    most: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -42,12 +45,30 @@ struct Point {
 enum Held {
     /// A file system.
     Mount,
-    /// One in the guest's memory, with the flags of its mount.
-    Memory(MsFlags),
+    /// One on a disk that the host may take away next.
+    Disk,
+    /// One in the guest's memory.
+    Memory(InMemory),
     /// No mount at all.
     Folder,
     /// A copy that is kept up to date.
     Copy,
+}
+
+/// A tmpfs, or huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct InMemory {
+    /// Of its mount: another mount over it would lose them.
+    flags: MsFlags,
+    /// How many bytes were asked for.
+    size: Option<u64>,
+}
+
+impl InMemory {
+    fn remount(self, point: &str, data: &str) -> nix::Result<()> {
+        let flags = self.flags | MsFlags::MS_REMOUNT;
+        mount(Some("tmpfs"), point, Some("tmpfs"), flags, Some(data))
+    }
 }
 
 impl Storages {
@@ -96,12 +117,12 @@ impl Storages {
 
     /// Changes the options of volumes in the guest's memory: upstream's Go shim gives them all of a guest that has
     /// grown (`prepareEphemeralMounts` in `src/runtime/virtcontainers/sandbox.go` of kata-containers). Blocks.
-    pub(super) fn update(&self, storages: &[Storage]) -> Result<()> {
+    pub(super) fn update(&mut self, storages: &[Storage]) -> Result<()> {
         let mut updates = Vec::new();
         for storage in storages {
             let point = storage.mount_point.trim_end_matches('/');
             let held = self.points.get(point).map(|found| found.held);
-            let (Some(Held::Memory(flags)), "ephemeral", "tmpfs") =
+            let (Some(Held::Memory(volume)), "ephemeral", "tmpfs") =
                 (held, storage.driver.as_str(), storage.fstype.as_str())
             else {
                 return Err(Error::Invalid(format!(
@@ -116,13 +137,32 @@ impl Storages {
                 .cloned()
                 .collect();
             // The group was given when it was mounted.
-            updates.push((point, flags, Options::parse(&options)?.data));
+            let options = Options::parse(&options)?;
+            updates.push((point, volume, options.size(), options.limited(self.most).data));
         }
-        for (point, flags, data) in updates.into_iter().filter(|(_, _, data)| !data.is_empty()) {
-            // Without its flags, the mount would lose them.
-            let flags = flags | MsFlags::MS_REMOUNT;
-            mount(Some("tmpfs"), point, Some("tmpfs"), flags, Some(data.as_str()))
+        for (point, volume, size, data) in updates.into_iter().filter(|(_, _, _, data)| !data.is_empty()) {
+            volume
+                .remount(point, &data)
                 .doing(|| format!("remount {point} with {data}"))?;
+            if let Some(found) = self.points.get_mut(point) {
+                let size = size.or(volume.size);
+                found.held = Held::Memory(InMemory { size, ..volume });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets volumes in memory grow or shrink to what the pod may have now, up to what was asked for. Blocks.
+    pub(super) fn fit(&mut self, most: u64) -> Result<()> {
+        self.most = Some(most);
+        for (point, found) in &self.points {
+            let Held::Memory(volume) = found.held else { continue };
+            let Some(wanted) = volume.size else { continue };
+            match volume.remount(point, &format!("size={}", wanted.min(most))) {
+                // It holds more than that already; when that goes, the next change finds it smaller.
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(error) => return Err(error).doing(|| format!("resize {point}")),
+            }
         }
         Ok(())
     }
@@ -131,10 +171,10 @@ impl Storages {
         check(storage, point)?;
         let source = Path::new(&storage.source);
         match storage.driver.as_str() {
-            "virtio-fs" => mount_storage(storage, source, point).map(|_| Held::Mount),
-            "ephemeral" => mount_storage(storage, source, point).map(Held::Memory),
+            "virtio-fs" => mount_storage(storage, source, point, None).map(|_| Held::Mount),
+            "ephemeral" => mount_storage(storage, source, point, self.most).map(Held::Memory),
             kind if disk::is_disk(kind) => {
-                mount_storage(storage, &disk::wait_for(kind, &storage.source)?.path, point).map(|_| Held::Mount)
+                mount_storage(storage, &disk::wait_for(kind, &storage.source)?.path, point, None).map(|_| Held::Disk)
             }
             "local" => make_local(storage, point).map(|()| Held::Folder),
             // Its options are those of the container's mount of it.
@@ -148,6 +188,8 @@ impl Storages {
         match held {
             Held::Copy => return self.watches.remove(point),
             Held::Folder => return fs::remove_dir_all(point).doing(what),
+            // What a detached mount has not written yet, it writes when its last user goes, which nobody waits for.
+            Held::Disk => write_out(point)?,
             Held::Mount | Held::Memory(_) => {}
         }
         match umount2(point, MntFlags::MNT_DETACH) {
@@ -157,6 +199,12 @@ impl Storages {
         }
         Ok(())
     }
+}
+
+fn write_out(point: &Path) -> Result<()> {
+    let what = || format!("write out {}", point.display());
+    let folder = fs::File::open(point).doing(what)?;
+    syncfs(&folder).map_err(io::Error::from).doing(what)
 }
 
 fn check(storage: &Storage, point: &Path) -> Result<()> {
@@ -176,21 +224,24 @@ fn check(storage: &Storage, point: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Mounts; with which flags.
-fn mount_storage(storage: &Storage, source: &Path, point: &Path) -> Result<MsFlags> {
+/// Mounts, with at most so many bytes.
+fn mount_storage(storage: &Storage, source: &Path, point: &Path, most: Option<u64>) -> Result<InMemory> {
     if storage.driver == "ephemeral" && !matches!(storage.fstype.as_str(), "tmpfs" | "hugetlbfs") {
         return Err(Error::Invalid(format!(
             "an ephemeral storage of file system {:?}",
             storage.fstype
         )));
     }
-    let Options { flags, data, group } = Options::parse(&storage.options)?;
+    let options = Options::parse(&storage.options)?;
+    // Huge pages are counted by themselves.
+    let size = options.size().filter(|_| storage.fstype == "tmpfs");
+    let Options { flags, data, group } = if size.is_some() { options.limited(most) } else { options };
     make_folder(point)?;
     let data = (!data.is_empty()).then_some(data.as_str());
     let what = || format!("mount {} {} on {}", storage.fstype, source.display(), point.display());
     mount(Some(source), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
     give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)?;
-    Ok(flags)
+    Ok(InMemory { flags, size })
 }
 
 /// A folder of the guest's memory that lives as long as the sandbox.
@@ -247,7 +298,12 @@ impl Options {
         };
         for option in options {
             let flag = match option.as_str() {
-                "" | "defaults" | "rw" => MsFlags::empty(),
+                // What is so anyway, and what is for the mount program of a node (mount(8)).
+                "" | "defaults" | "rw" | "exec" | "suid" | "dev" | "atime" | "diratime" | "async" | "nofail"
+                | "_netdev" | "auto" | "noauto" | "nouser" => MsFlags::empty(),
+                comment if comment.starts_with("x-") || comment.starts_with("comment=") => MsFlags::empty(),
+                "silent" => MsFlags::MS_SILENT,
+                "lazytime" => MsFlags::MS_LAZYTIME,
                 "ro" => MsFlags::MS_RDONLY,
                 "nodev" => MsFlags::MS_NODEV,
                 "noexec" => MsFlags::MS_NOEXEC,
@@ -271,6 +327,33 @@ impl Options {
         }
         Ok(parsed)
     }
+
+    /// The bytes of a tmpfs, unless they are given as a part of the memory.
+    fn size(&self) -> Option<u64> {
+        let mut sizes = self.data.rsplit(',').filter_map(|option| option.strip_prefix("size="));
+        let size = sizes.next()?;
+        // As the kernel reads it (`memparse`), and writes it: in KiB.
+        let number = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match size.get(number.len()..)?.to_ascii_lowercase().as_str() {
+            "" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            _ => return None,
+        };
+        number.parse::<u64>().ok()?.checked_mul(1 << shift)
+    }
+
+    /// With at most so many bytes.
+    fn limited(mut self, most: Option<u64>) -> Options {
+        if let (Some(size), Some(most)) = (self.size(), most)
+            && size > most
+        {
+            // The kernel takes the last that is given.
+            self.data = format!("{},size={most}", self.data);
+        }
+        self
+    }
 }
 
 #[cfg(test)]
@@ -291,10 +374,40 @@ mod tests {
             group: Some(7),
         };
         assert_eq!(parsed, expected);
+        assert_eq!(parsed.size(), Some(64 << 20));
+        let like_fstab = [
+            "rw",
+            "suid",
+            "dev",
+            "exec",
+            "async",
+            "nofail",
+            "_netdev",
+            "x-systemd.automount",
+            "lazytime",
+        ];
+        let parsed = options(&like_fstab).unwrap();
+        assert_eq!((parsed.flags, parsed.data.as_str()), (MsFlags::MS_LAZYTIME, ""));
         assert_eq!(
             options(&["fsgid=x"]).unwrap_err().to_string(),
             "the storage option \"fsgid=x\""
         );
+    }
+
+    #[test]
+    fn a_volume_in_memory_has_no_more_than_the_pod() {
+        for (given, most, expected) in [
+            ("size=100", Some(99), "size=100,size=99"),
+            ("size=100,mode=700", Some(100), "size=100,mode=700"),
+            ("size=100", None, "size=100"),
+            ("size=1k", Some(1023), "size=1k,size=1023"),
+            ("size=1G,nr_inodes=9", Some(1 << 20), "size=1G,nr_inodes=9,size=1048576"),
+            ("size=2m", Some(2 << 20), "size=2m"),
+            ("size=50%", Some(99), "size=50%"),
+            ("mode=700", Some(99), "mode=700"),
+        ] {
+            assert_eq!(options(&[given]).unwrap().limited(most).data, expected);
+        }
     }
 
     #[test]

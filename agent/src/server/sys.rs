@@ -89,6 +89,14 @@ pub(super) fn add_entropy(random: &File, data: &[u8]) -> nix::Result<()> {
     Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
 }
 
+/// Makes the loop device of this number; `control` is `/dev/loop-control`.
+pub(super) fn add_loop(control: &File, number: u32) -> nix::Result<()> {
+    // From <linux/loop.h>.
+    const LOOP_CTL_ADD: libc::c_ulong = 0x4C80;
+    // SAFETY: LOOP_CTL_ADD takes a number by value.
+    Errno::result(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_ADD, libc::c_ulong::from(number)) }).map(drop)
+}
+
 /// The host's clock and the guest's, at one moment, in nanoseconds since the epoch (`PTP_SYS_OFFSET_PRECISE` of
 /// `<linux/ptp_clock.h>`).
 pub(super) fn clocks_at_once(clock: &File) -> nix::Result<(i64, i64)> {
