@@ -18,6 +18,7 @@ mod guest;
 mod hooks;
 mod huge;
 mod iptables;
+mod members;
 mod metrics;
 mod modules;
 mod namespaces;
