@@ -411,6 +411,7 @@ fn describe(
         }),
         nics: network.map(Network::nics).unwrap_or_default(),
         passthrough: Passthrough::default(),
+        nested: config.nested,
         seccomp: config.seccomp_sandbox,
     };
     let taps = match network {

@@ -82,6 +82,8 @@ pub struct Hypervisor {
     pub virtio_fs_queue_size: u16,
     /// `virtio_fs_extra_args`
     pub virtio_fs_extra_args: Vec<String>,
+    /// `cpu_features` has `vmx=on` or `svm=on`: a guest under KVM can run virtual machines itself.
+    pub nested: bool,
     /// `seccomp_sandbox` is not empty or `off`: QEMU confines itself.
     pub seccomp_sandbox: bool,
     /// The opposite of `disable_vhost_net`: use vhost-net where the host has it.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, Result},
     io::ProcessName,
-    process::Process,
+    process::{Process, Status},
     stats,
 };
 
@@ -126,6 +126,16 @@ impl Container {
         let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
         let execs = execs.iter().map(|(id, exec)| (id.clone(), exec.process.clone()));
         execs.chain([(String::new(), self.init.clone())]).collect()
+    }
+
+    /// Resolves when no exec runs any more. What was not started has no end.
+    pub async fn execs_ended(&self) {
+        let execs = self.processes().into_iter().filter(|(exec, _)| !exec.is_empty());
+        for (_, process) in execs {
+            if !matches!(process.status(), Status::Creating | Status::Created) {
+                process.wait().await;
+            }
+        }
     }
 
     /// Keeps the statistics for those who ask after the end (containerd looks for the OOM kill there). Refuses those

@@ -23,7 +23,7 @@ use nix::{
     sys::stat::{Mode, SFlag, makedev, mknod},
 };
 use tokio::{sync::Mutex, task::AbortHandle};
-use vmm::{Disk, Vm};
+use vmm::{Disk, QmpError, Vm, VmError};
 
 use crate::{
     error::{Context, Result},
@@ -151,8 +151,12 @@ async fn follow(vm: Arc<Vm>, disk: Disk, numbers: Numbers, mut size: u64) {
             let now = size_of(numbers)?;
             if now != size {
                 tracing::info!(%numbers, bytes = now, "a block device has another size");
-                vm.resize_disk(disk, now).await.map_err(io::Error::other)?;
-                size = now;
+                match vm.resize_disk(disk, now).await {
+                    Ok(()) => size = now,
+                    Err(VmError::Qmp(QmpError::Closed)) => return Ok(()),
+                    // The device may change again, or QEMU be freer: with the next event it is told once more.
+                    Err(error) => tracing::warn!(%error, %numbers, "the guest does not see the new size yet"),
+                }
             }
             // What an event says is not read: it is the time to look again. The error of a queue that overflowed is
             // one, too.

@@ -81,6 +81,9 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
+    /// The virtual machine could not be resized for several requests at once.
+    #[error(transparent)]
+    Resize(std::sync::Arc<Error>),
     /// The virtual machine refused.
     #[error(transparent)]
     Vm(#[from] vmm::VmError),
@@ -152,6 +155,7 @@ impl Error {
             Error::Unsupported(_) => Code::UNIMPLEMENTED,
             Error::Agent(agent::client::ClientError::NotFound(_)) => Code::NOT_FOUND,
             Error::Boot { error, .. } => error.code(),
+            Error::Resize(error) => error.code(),
             _ => Code::INTERNAL,
         }
     }

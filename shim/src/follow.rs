@@ -11,6 +11,8 @@ use containerd_shim_protos::{
     topics,
 };
 
+use tokio::time::timeout;
+
 use crate::{
     boot::Guest,
     container::{Container, Kind},
@@ -34,18 +36,20 @@ const LAST_LOOK: Duration = Duration::from_secs(5);
 /// The same for its removal from the guest, where its last processes may still be dying.
 const REMOVAL: Duration = Duration::from_secs(10);
 
+/// How long the execs of a container that has ended may delay its exit: their ends are told before its own.
+const EXECS: Duration = Duration::from_secs(5);
+
 /// Follows a process that was just started: copies its streams, waits for its end and makes the end known.
 pub fn process(
     sandbox: Arc<Sandbox>,
+    guest: &Guest,
     container: Arc<Container>,
     exec: Option<String>,
     name: ProcessName,
     streams: Streams,
 ) {
     let exec = exec.unwrap_or_default();
-    let (Ok(process), Ok(guest)) = (container.process(&exec), sandbox.guest()) else {
-        return;
-    };
+    let Ok(process) = container.process(&exec) else { return };
     process.end_start(true);
     let agent = guest.agent.clone();
     let mut copies = streams.copy(&agent, &name, process.close_stdin.subscribe());
@@ -68,10 +72,7 @@ pub fn process(
             // The VM died under it, which kills it.
             Err(error) => {
                 tracing::info!(%error, ?name, "the process ended with its VM");
-                if exec.is_empty() && sandbox.out_of_memory() {
-                    oom(&sandbox, &container);
-                }
-                KILLED
+                ended_with_the_vm(&sandbox, &container, &exec)
             }
         };
         let exit = Exit {
@@ -88,10 +89,31 @@ pub fn process(
     });
 }
 
+/// The exit of a process that has ended with its VM.
+fn ended_with_the_vm(sandbox: &Sandbox, container: &Container, exec: &str) -> u32 {
+    if exec.is_empty() && sandbox.out_of_memory() {
+        oom(sandbox, container);
+    }
+    KILLED
+}
+
+/// The VM died while the guest started a process. Whether the process ran, nobody knows; its end is told in any case.
+pub async fn lost(sandbox: Arc<Sandbox>, container: Arc<Container>, exec: String, process: Arc<Process>) {
+    process.end_start(true);
+    process.begin_end();
+    let exit = Exit::now(ended_with_the_vm(&sandbox, &container, &exec));
+    ended(&sandbox, &container, &exec, &process, exit).await;
+}
+
 /// Makes a process's end known: first the host lets go of what a container held, then waiters, then subscribers hear.
+/// The ends of a container's execs are told before that of its init, which ends them (as containerd's shim for runc
+/// does in `handleInitExit` of its `task/service.go`).
 pub async fn ended(sandbox: &Arc<Sandbox>, container: &Arc<Container>, exec: &str, process: &Arc<Process>, exit: Exit) {
     if exec.is_empty() {
         container_ended(sandbox, container, exit).await;
+        if timeout(EXECS, container.execs_ended()).await.is_err() {
+            tracing::warn!(container = container.id, "an exec has not ended with its container");
+        }
     }
     if process.stop(exit) {
         announce(sandbox, container, exec, exit);
@@ -194,9 +216,14 @@ pub fn watch_guest(sandbox: Arc<Sandbox>) {
     tokio::spawn(watch_oom(sandbox.clone()));
     tokio::spawn(async move {
         let Ok(guest) = sandbox.guest() else { return };
-        // A guest without its file server hangs on the next access: better it ends.
-        let end = vm_end(&guest.vm, &guest.virtiofsd).await;
-        bring_down(&sandbox, format!("ended: {end}")).await;
+        let reason = tokio::select! {
+            biased;
+            // A guest without its file server hangs on the next access: better it ends.
+            end = vm_end(&guest.vm, &guest.virtiofsd) => format!("ended: {end}"),
+            // Without its monitor a VM gets no memory, disk or interface for a container to come, nor gives any back.
+            nonsense = guest.vm.monitor_lost() => format!("was ended: {nonsense}"),
+        };
+        bring_down(&sandbox, reason).await;
     });
 }
 
@@ -221,7 +248,7 @@ async fn watch_oom(sandbox: Arc<Sandbox>) {
             // This call is open as long as the agent is there. The agent hangs up with its VM, or has broken the
             // protocol: nobody can speak to that guest again.
             Err(error @ ClientError::Gone) => {
-                let end = tokio::time::timeout(HANG_UP, vm_end(&guest.vm, &guest.virtiofsd)).await;
+                let end = timeout(HANG_UP, vm_end(&guest.vm, &guest.virtiofsd)).await;
                 let reason = end.map_or_else(|_| format!("was ended: {error}"), |end| format!("ended: {end}"));
                 return bring_down(&sandbox, reason).await;
             }

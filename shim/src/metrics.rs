@@ -210,7 +210,9 @@ async fn overhead(out: &mut Exposition, sandbox: &Sandbox, guest: &Guest) {
         });
     // One that is not there yet, or not any more, uses nothing.
     let used = join_all(asked).await.into_iter().flatten();
-    let used: u64 = used.map(|stats| stats.cgroup_stats.memory_stats.usage.usage).sum();
+    // The guest says how much each uses.
+    let used = used.map(|stats| stats.cgroup_stats.memory_stats.usage.usage);
+    let used = used.fold(0, u64::saturating_add);
     let Some(cgroup) = &guest.cgroup else { return };
     match cgroup.usage() {
         Ok(charged) => out.single(

@@ -12,7 +12,7 @@
 //! guest may have put links.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     ffi::OsString,
     fs, future, io,
     os::unix::{
@@ -20,6 +20,7 @@ use std::{
         fs::{MetadataExt, PermissionsExt, lchown, symlink},
     },
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -33,7 +34,10 @@ use futures::StreamExt;
 use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
 use nix::libc;
 use tokio::{
-    sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
+    sync::{
+        OnceCell,
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+    },
     time::{MissedTickBehavior, interval},
 };
 
@@ -56,12 +60,12 @@ const LOOK: Duration = Duration::from_secs(5);
 
 /// The mirrored volumes of a pod: all containers of the pod see the same copy.
 #[derive(Debug, Default)]
-pub struct Mirrors(tokio::sync::Mutex<Made>);
+pub struct Mirrors(Mutex<Made>);
 
 #[derive(Debug, Default)]
 struct Made {
-    /// Their places in the share.
-    volumes: HashSet<PathBuf>,
+    /// By their places in the share. Each is made by the first who asks, while others make others.
+    volumes: HashMap<PathBuf, Arc<OnceCell<()>>>,
     /// Copies that were begun: each is made at a place that no guest has seen.
     copies: u32,
     follower: Option<Follower>,
@@ -71,18 +75,26 @@ impl Mirrors {
     /// Puts a copy at the volume's place in the share, and keeps it as the volume is until the guest is gone. The
     /// second container that asks finds it there.
     pub async fn add(&self, volume: &ShareMount, share: &Share, agent: &Client) -> Result<()> {
-        let mut made = self.0.lock().await;
-        if made.volumes.contains(&volume.share_path) {
-            return Ok(());
-        }
-        made.copies += 1;
-        let place = share.place_of_copy(made.copies);
-        let follower = made.follower.get_or_insert_with(Follower::start);
-        let (watches, followed) = (follower.watches.clone(), follower.followed.clone());
+        self.once(&volume.share_path, || self.make(volume, share, agent)).await
+    }
+
+    /// Makes the copy at a place, or waits for whoever does. When that fails, the next one tries.
+    async fn once<F: Future<Output = Result<()>>>(&self, place: &Path, make: impl FnOnce() -> F) -> Result<()> {
+        let one = self.made().volumes.entry(place.to_owned()).or_default().clone();
+        one.get_or_try_init(make).await.map(drop)
+    }
+
+    async fn make(&self, volume: &ShareMount, share: &Share, agent: &Client) -> Result<()> {
+        let (place, watches, followed) = {
+            let mut made = self.made();
+            made.copies += 1;
+            let place = share.place_of_copy(made.copies);
+            let follower = made.follower.get_or_insert_with(Follower::start);
+            (place, follower.watches.clone(), follower.followed.clone())
+        };
         let (volume_, share_) = (volume.clone(), share.clone());
         let published = tokio::task::spawn_blocking(move || publish(&volume_, place, &share_, watches));
         let (watch, seen, folder) = published.await.map_err(io::Error::other).action("copy a volume")??;
-        made.volumes.insert(volume.share_path.clone());
         let guest = Path::new(GUEST_SHARE).join(&volume.share_path);
         let mirror = Mirror {
             source: volume.source.clone(),
@@ -101,10 +113,12 @@ impl Mirrors {
 
     /// Follows no volume any more: the guest has ended.
     pub fn stop(&self) {
-        // Whoever holds it is about to hear that, too.
-        if let Ok(mut made) = self.0.try_lock() {
-            made.follower = None;
-        }
+        self.made().follower = None;
+    }
+
+    /// A lock whose holder panicked is still good: every critical section is a few steps that do not fail.
+    fn made(&self) -> MutexGuard<'_, Made> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -266,8 +280,10 @@ impl Seen {
         let mut links = HashSet::new();
         for entry in fs::read_dir(volume)? {
             let entry = entry?;
-            // Also a link that the kubelet is about to rename is none of a container's business.
-            if entry.file_type()?.is_symlink() && !entry.file_name().as_bytes().starts_with(KUBELET_DATA.as_bytes()) {
+            // Also a link that the kubelet is about to rename is none of a container's business. Nor is one that it is
+            // about to remove since its file is gone: it has to be made again if its file comes back.
+            let is_links = !entry.file_name().as_bytes().starts_with(KUBELET_DATA.as_bytes());
+            if is_links && entry.file_type()?.is_symlink() && leads_somewhere(&entry.path())? {
                 links.insert(entry.file_name());
             }
         }
@@ -285,6 +301,14 @@ impl Seen {
             items.push(Item::of(volume, Path::new(link), maps)?);
         }
         Ok(items)
+    }
+}
+
+fn leads_somewhere(link: &Path) -> io::Result<bool> {
+    match fs::metadata(link) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -472,5 +496,35 @@ mod tests {
         let paths: Vec<_> = items.iter().map(|item| item.path.to_str().unwrap()).collect();
         assert_eq!((paths[0], &paths[3..]), ("..2", &["..data", "b"][..]));
         assert!(now.since(&now, &volume, None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_that_comes_back_is_new_though_its_link_was_there_when_it_had_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let volume = folder.path();
+        swap(volume, "..1", &[("a", "one"), ("b", "one")]);
+        // The kubelet removes the link only after the swap, which is what wakes the shim.
+        swap(volume, "..2", &[("a", "two")]);
+        let without = Seen::of(volume).unwrap();
+        assert!(volume.join("b").is_symlink());
+        swap(volume, "..3", &[("a", "three"), ("b", "three")]);
+        let items = Seen::of(volume).unwrap().since(&without, volume, None).unwrap();
+        assert_eq!(items.last().unwrap().path, Path::new("b"));
+    }
+
+    #[tokio::test]
+    async fn a_volume_that_is_slow_to_copy_holds_up_no_other() {
+        let mirrors = Mirrors::default();
+        let mut slow = Box::pin(mirrors.once(Path::new("slow"), future::pending));
+        assert!(futures::poll!(&mut slow).is_pending());
+        mirrors.once(Path::new("other"), async || Ok(())).await.unwrap();
+        // Who wants the slow one waits for the copy that was begun.
+        let made_twice = async || -> Result<()> { unreachable!() };
+        let mut second = Box::pin(mirrors.once(Path::new("slow"), made_twice));
+        assert!(futures::poll!(&mut second).is_pending());
+        mirrors
+            .once(Path::new("other"), async || unreachable!("a second copy"))
+            .await
+            .unwrap();
     }
 }

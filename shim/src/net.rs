@@ -71,6 +71,24 @@ pub struct Route {
     pub metric: u32,
     /// The route is one of IPv6.
     pub ipv6: bool,
+    /// `rtm_type` of rtnetlink(7): `RTN_UNICAST`, or a kind of route that goes nowhere and has no interface, such as
+    /// `RTN_BLACKHOLE`.
+    pub kind: u8,
+    /// The paths of a multipath route; empty when there is one.
+    pub next_hops: Vec<NextHop>,
+}
+
+/// One of several paths to a destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NextHop {
+    /// Next hop.
+    pub gateway: Option<IpAddr>,
+    /// Name of the interface.
+    pub device: String,
+    /// `rtnh_hops` of rtnetlink(7): the weight, less one.
+    pub hops: u8,
+    /// `rtnh_flags`, of which only `RTNH_F_ONLINK` survives a snapshot.
+    pub flags: u8,
 }
 
 /// A permanent entry of the pod's neighbour table.
@@ -138,9 +156,6 @@ pub enum NetError {
     /// An interface without Ethernet frames.
     #[error("interface {0} is not an Ethernet device: a VM cannot be connected to it")]
     NotEthernet(String),
-    /// A route over several interfaces.
-    #[error("the pod has a multipath route to {0}: the agent's protocol does not carry it")]
-    Multipath(String),
     /// The kernel refused a change or a question.
     #[error("cannot {action}: {source}")]
     Netlink {

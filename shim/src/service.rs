@@ -95,13 +95,13 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         self.answer("pids", async {
-            self.sandbox.container(&request.id)?;
+            // The host has no numbers for the guest's processes.
             let process = ProcessInfo {
                 pid: self.sandbox.pid(),
                 ..ProcessInfo::default()
             };
             Ok(PidsResponse {
-                processes: vec![process],
+                processes: vec![process; self.sandbox.processes(&request.id).await?],
                 ..PidsResponse::default()
             })
         })
@@ -129,7 +129,14 @@ impl Task for Service {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         self.carry_out("kill", async move |sandbox| {
-            empty(sandbox.kill(&request.id, &request.exec_id, request.signal).await)
+            let KillRequest {
+                id,
+                exec_id,
+                signal,
+                all,
+                ..
+            } = request;
+            empty(sandbox.kill(&id, &exec_id, signal, all).await)
         })
         .await
     }

@@ -66,7 +66,8 @@ pub fn start(cli: &Cli) -> Result<String> {
         let mut trace = Trace::default();
         trace.set(Mark::ShimExec, exec_at);
         trace.set(Mark::AddressPrinted, SystemTime::now());
-        trace.save(&sandbox)?;
+        // The shim serves; a waterfall without its beginning is no reason to end it.
+        trace.keep(&sandbox);
     } else if !socket.exists() {
         return Err(Error::NotFound(format!("the shim of sandbox {sandbox}")));
     }

@@ -151,16 +151,22 @@ pub fn close_inherited() -> io::Result<()> {
 /// The kernel has no user namespaces, or no more of them.
 pub fn user_namespace(maps: &IdMaps) -> io::Result<OwnedFd> {
     let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+    let parent = nix::unistd::getpid().as_raw();
     // SAFETY: without CLONE_VM and without a stack of its own this is fork(2). Of this process's threads only the
-    // child's copy of the calling one runs on, and does nothing but two system calls, the second for ever.
+    // child's copy of the calling one runs on, and does nothing but system calls, the last for ever.
     let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     if child == 0 {
-        loop {
-            // SAFETY: both calls take nothing that could be invalid.
-            unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // SAFETY: none of these takes anything that could be invalid, and nothing of this copy of the process runs on
+        // that could own a descriptor.
+        unsafe {
+            // Fifos and sockets of the shim must not stay open in here.
+            libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0);
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // A parent that had died before gives no signal.
+            while libc::getppid() == parent {
                 libc::pause();
             }
+            libc::_exit(0)
         }
     }
     let child = Pid::from_raw(i32::try_from(nix::Error::result(child)?).map_err(io::Error::other)?);

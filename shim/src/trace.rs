@@ -93,15 +93,14 @@ impl Trace {
         self.0.contains_key(&mark)
     }
 
-    /// As [`Trace::save`], for a start that goes on without it.
+    /// Writes it for `kata-ctl trace`. Whoever starts something goes on without it.
     pub fn keep(&self, sandbox: &str) {
         if let Err(error) = self.save(sandbox) {
             tracing::warn!(%error, "the start-up waterfall is lost");
         }
     }
 
-    /// Writes it for `kata-ctl trace`.
-    pub fn save(&self, sandbox: &str) -> Result<()> {
+    fn save(&self, sandbox: &str) -> Result<()> {
         let text = serde_json::to_vec(self).map_err(decode("the trace to write"))?;
         write_renamed(Path::new(&dir_of(sandbox).join("trace.json")), &text)
     }

@@ -47,6 +47,9 @@ pub enum Undo {
     Network(net::Record),
     /// Kill a process and wait until it is gone.
     Process(ProcessId),
+    /// What another version of the shim has written, and only that can undo.
+    #[serde(untagged)]
+    Unknown(serde_json::Value),
 }
 
 /// A process that cannot be mistaken for a later one with the same pid.
@@ -177,12 +180,23 @@ impl State {
     pub fn load(sandbox: &str) -> Result<Option<State>> {
         let path = dir_of(sandbox).join("state.json");
         match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(decode("a sandbox's state.json")),
+            Ok(text) => State::parse(sandbox, &text).map(Some),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e).at("read", path),
         }
+    }
+
+    fn parse(sandbox: &str, text: &[u8]) -> Result<State> {
+        let state: State = serde_json::from_slice(text).map_err(decode("a sandbox's state.json"))?;
+        if state.version > VERSION {
+            let version = state.version;
+            tracing::warn!(
+                sandbox,
+                version,
+                "a newer shim has written state.json: what is known of it is used"
+            );
+        }
+        Ok(state)
     }
 
     /// Writes an entry down; call it before the step that it undoes.
@@ -251,6 +265,7 @@ impl State {
             "tasks.json",
             "tasks.json.new",
             "trace.json",
+            "trace.json.new",
         ] {
             gone(fs::remove_file(dir.join(file))).at("remove", dir.join(file))?;
         }
@@ -375,6 +390,11 @@ pub fn undo(entry: &Undo) -> Result<()> {
         Undo::Cgroup(record) => Ok(record.remove()?),
         Undo::Network(record) => Ok(record.remove()?),
         Undo::Process(process) => kill(process),
+        Undo::Unknown(entry) => {
+            // Kept, it would be tried again for ever, and hold up what is known.
+            tracing::warn!(%entry, "a step of another version of the shim is not undone: look at it by hand");
+            Ok(())
+        }
     }
 }
 
@@ -428,6 +448,23 @@ mod tests {
         assert_eq!(look(child.id()), Some((process, Phase::Zombie)));
         child.wait().unwrap();
         assert_eq!(look(child.id()), None);
+    }
+
+    #[test]
+    fn what_another_version_has_written_is_named_and_the_rest_is_undone() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("socket");
+        fs::write(&file, "").unwrap();
+        let text = serde_json::json!({
+            "version": VERSION + 1, "sandbox": "s", "shim": {"pid": 1, "started": 1}, "later": true,
+            "undo": [{"file": &file}, {"portal": {"depth": 3}}, "pool"],
+        });
+        let mut state = State::parse("s", text.to_string().as_bytes()).unwrap();
+        let unknown = Undo::Unknown(serde_json::json!({"portal": {"depth": 3}}));
+        assert_eq!(state.undo[1], unknown);
+        assert_eq!(serde_json::to_value(&state.undo).unwrap(), text["undo"]);
+        state.unwind_to(0);
+        assert!(state.undo.is_empty() && !file.exists());
     }
 
     #[test]

@@ -1,12 +1,17 @@
 //! What a shim has running on the node, and its sudden end.
 
-use std::{path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    time::Duration,
+};
 
 use nix::{
     errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tests::{
     failure::{Failure, Result, Trying},
     procs::{self, Process},
@@ -99,6 +104,33 @@ pub fn murder(pid: i32) -> Result {
         Err(Errno::ESRCH) => Ok(()),
         killed => killed.trying(format!("killing process {pid}")),
     }
+}
+
+/// Stops a process, which then does nothing but can be killed.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn stop(pid: i32) -> Result {
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).trying(format!("stopping process {pid}"))
+}
+
+/// A copy of the open file whose number follows `word` in an argument of a process.
+///
+/// # Errors
+/// When it has no such argument, or the kernel refuses.
+pub fn file_of(pid: i32, word: &str) -> Result<File> {
+    let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline")).trying(format!("reading of process {pid}"))?;
+    let number = arguments
+        .split('\0')
+        .find_map(|argument| argument.strip_prefix(word)?.parse::<i32>().ok());
+    let number = number.ok_or_else(|| Failure::Claim(format!("no argument begins with {word}: {arguments}")))?;
+    let process = rustix::process::Pid::from_raw(pid).ok_or_else(|| Failure::Claim("a process 0".into()))?;
+    let copied = pidfd_open(process, PidfdFlags::empty())
+        .and_then(|process| pidfd_getfd(process, number, PidfdGetfdFlags::empty()));
+    let file = copied
+        .map_err(std::io::Error::from)
+        .trying(format!("copying file {number} of process {pid}"))?;
+    Ok(file.into())
 }
 
 /// Waits until none of these processes is left.

@@ -1,11 +1,15 @@
 //! Containers come, run, end and go.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
+use serde_json::Value;
 use tests::{
     config::Runtime,
     cri::{self, Exit},
-    failure::{Result, claim, contains, same},
+    failure::{Result, Trying, claim, contains, same},
     node::Node,
     run,
 };
@@ -26,6 +30,7 @@ pub const STORIES: &[Story] = &[
     ("events", events),
     ("a_pod_outlives_its_containerd", a_pod_outlives_its_containerd),
     ("a_task_without_kubernetes", a_task_without_kubernetes),
+    ("a_task_of_several_processes", a_task_of_several_processes),
 ];
 
 /// Prints "ready", and answers signals until it is killed.
@@ -173,13 +178,32 @@ fn statistics(node: &Node, runtime: Runtime) -> Result {
     pod.remove()
 }
 
-/// containerd hears of each step of a task and of an exec.
+/// containerd hears of each step of a task and of an exec: an exec's end before that of the container that ends it, and
+/// one deletion, of the task.
 fn events(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "events")?.run()?;
     let container = pod.container("told", &["sleep", "infinity"]).run()?;
     container.shell("true")?;
+    let mut client = node
+        .crictl_command(["exec", container.id(), "sleep", "infinity"])?
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .trying("starting crictl")?;
+    let running = || {
+        let topics = node.events().topics_of(container.id());
+        match topics.iter().filter(|topic| *topic == "/tasks/exec-started").count() {
+            2 => Ok(()),
+            _ => Err(topics.join(" ")),
+        }
+    };
+    node.events()
+        .bell
+        .until("the start of both execs", run::ORDINARY, running)?;
     container.kill("SIGKILL")?;
     container.wait_exit()?;
+    client.wait().trying("waiting for crictl")?;
     let wanted = [
         "/tasks/create",
         "/tasks/start",
@@ -196,6 +220,20 @@ fn events(node: &Node, runtime: Runtime) -> Result {
             Err(topics.join(" "))
         }
     })?;
+    let events = node.events().of(container.id());
+    let of_topic = |topic: &'static str| events.iter().filter(move |event| event.topic == topic);
+    let of_container: Vec<_> = of_topic("/tasks/exit")
+        .map(|event| event.body["id"] == container.id())
+        .collect();
+    same(
+        "which exits are the container's",
+        of_container,
+        vec![false, false, true],
+    )?;
+    let deleted: Vec<_> = of_topic("/tasks/delete")
+        .map(|event| event.body["id"].clone())
+        .collect();
+    same("which deletions are an exec's", deleted, vec![Value::Null])?;
     pod.remove()
 }
 
@@ -229,5 +267,33 @@ fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
     let task = node.task(runtime, "running")?.start(&["sleep", "infinity"])?;
     let output = task.exec(&["sh", "-c", "echo hello; exit 5"])?;
     same("exec", (output.code, output.text().as_str()), (5, "hello"))?;
+    task.remove()
+}
+
+/// The task API lists the processes of a task, and signals all of them when it is told so.
+fn a_task_of_several_processes(node: &Node, runtime: Runtime) -> Result {
+    const FAMILY: &str = "mkfifo /tmp/over; (trap 'echo child >/tmp/over; exit' USR1; while :; do sleep 1; done) & \
+        trap '' USR1; while read line </tmp/over; do [ $line = child ] && exit 4; done";
+    let task = node.task(runtime, "family")?.start(&["sh", "-c", FAMILY])?;
+    let listed = || {
+        let listed = node
+            .ctr(["tasks", "ps", task.id()])
+            .map_err(|failure| failure.to_string())?;
+        // A title, and a line for each: two shells and what the second of them waits for.
+        match listed.text().lines().count() {
+            4 => Ok(()),
+            _ => Err(listed.text()),
+        }
+    };
+    node.events().bell.until("three processes", run::ORDINARY, listed)?;
+    node.ctr(["tasks", "kill", "--all", "--signal", "SIGUSR1", task.id()])?;
+    let ended = || {
+        let events = node.events().of(task.id());
+        let exit = events.iter().find(|event| event.topic == "/tasks/exit");
+        exit.map(|exit| exit.body["exit_status"].clone())
+            .ok_or_else(|| format!("{events:?}"))
+    };
+    let code = node.events().bell.until("the end of the task", run::ORDINARY, ended)?;
+    same("exit code", code, Value::from(4))?;
     task.remove()
 }

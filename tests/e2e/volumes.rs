@@ -31,6 +31,7 @@ pub const STORIES: &[Story] = &[
         attributes_and_capabilities_of_files,
     ),
     ("a_root_of_its_own", a_root_of_its_own),
+    ("names_as_long_as_they_can_be", names_as_long_as_they_can_be),
     (
         "later_mounts_show_where_they_are_to",
         later_mounts_show_where_they_are_to,
@@ -38,10 +39,47 @@ pub const STORIES: &[Story] = &[
 ];
 
 /// Stories about the virtual machine.
-pub const OF_A_VM: &[Story] = &[(
-    "a_read_only_volume_withstands_the_guests_root",
-    a_read_only_volume_withstands_the_guests_root,
-)];
+pub const OF_A_VM: &[Story] = &[
+    (
+        "a_read_only_volume_withstands_the_guests_root",
+        a_read_only_volume_withstands_the_guests_root,
+    ),
+    (
+        "nothing_stays_of_a_container_though_others_have_the_nodes_root",
+        nothing_stays_of_a_container_though_others_have_the_nodes_root,
+    ),
+];
+
+/// Whoever has the node's root as a volume has nothing of what a shim mounts for its containers: it goes with them.
+fn nothing_stays_of_a_container_though_others_have_the_nodes_root(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "leaving")?.run()?;
+    let first = pod.container("first", &["sleep", "infinity"]).run()?;
+    let other = node.pod(runtime, "looking")?.run()?;
+    for pod in [&pod, &other] {
+        let looking = pod.container("looking", &["sleep", "infinity"]);
+        looking.volume(Path::new("/"), "/node", Access::ReadOnly).run()?;
+    }
+    let mine = node.processes_of(pod.id());
+    let shim = mine
+        .iter()
+        .find(|process| process.program() == "containerd-shim-kata-v2");
+    let shim = shim.map(|shim| shim.pid).unwrap_or_default();
+    let share = Path::new("/proc")
+        .join(shim.to_string())
+        .join("root/run/kata")
+        .join(pod.id())
+        .join("shared");
+    let place = share.join(first.id());
+    claim(place.is_dir(), format!("{} is there", place.display()))?;
+    first.kill("SIGKILL")?;
+    first.wait_exit()?;
+    claim(
+        !place.exists(),
+        format!("{} is gone with its container", place.display()),
+    )?;
+    pod.remove()?;
+    other.remove()
+}
 
 /// What a container writes to a volume is on the node, with its owner; what it may only read stays as it is.
 fn a_writable_and_a_read_only_volume(node: &Node, runtime: Runtime) -> Result {
@@ -123,6 +161,36 @@ fn an_updated_configmap_wakes_who_watches_it(node: &Node, runtime: Runtime) -> R
     same("the watcher's exit code", watcher.wait_exit()?.code, 0)?;
     contains("what it saw", &watcher.logs()?, "redDELETE_SELF\n..data\n")?;
     seen("color=blue\n..2026_03")?;
+    pod.remove()
+}
+
+/// A file's name has 255 bytes at most, and a ConfigMap's key 253: as a volume, in one, and made by a container.
+fn names_as_long_as_they_can_be(node: &Node, runtime: Runtime) -> Result {
+    let (name, key) = ("n".repeat(255), "k".repeat(253));
+    let file = node.path(&format!("names-{}", node.serial())).join(&name);
+    node.write(&file, "a file")?;
+    let settings = node.path(&format!(
+        "kubelet-{}/pods/4f0c/volumes/kubernetes.io~configmap/settings",
+        node.serial()
+    ));
+    update(&settings, "..2026_01", &[(&key, "first")])?;
+    let pod = node.pod(runtime, "names")?.run()?;
+    let container = pod
+        .container("long", &["sleep", "infinity"])
+        .volume(&file, "/file", Access::ReadOnly)
+        .volume(file.parent().unwrap_or(&file), "/data", Access::ReadWrite)
+        .volume(&settings, "/settings", Access::ReadOnly)
+        .run()?;
+    let seen = container.shell(&format!("cat /file /data/{name} /settings/{key}"))?;
+    same("what is in them", seen.as_str(), "a filea filefirst")?;
+    let other = "m".repeat(255);
+    container.shell(&format!("echo made >/data/{other} && mv /data/{other} /root/{other}"))?;
+    update(&settings, "..2026_02", &[(&key, "second")])?;
+    let look = || match container.shell(&format!("cat /settings/{key}")) {
+        Ok(text) if text == "second" => Ok(()),
+        other => Err(format!("{other:?}")),
+    };
+    node.events().bell.until("the update", run::ORDINARY, look)?;
     pod.remove()
 }
 

@@ -62,11 +62,14 @@ impl Events {
     /// The topics of the events about a container, in order.
     #[must_use]
     pub fn topics_of(&self, container: &str) -> Vec<String> {
-        self.heard()
-            .iter()
-            .filter(|event| event.container() == container)
-            .map(|event| event.topic.clone())
-            .collect()
+        self.of(container).into_iter().map(|event| event.topic).collect()
+    }
+
+    /// The events about a container, in order.
+    #[must_use]
+    pub fn of(&self, container: &str) -> Vec<Event> {
+        let about = |event: &&Event| event.container() == container;
+        self.heard().iter().filter(about).cloned().collect()
     }
 
     /// The identifiers of every container so far, sandboxes included.

@@ -54,10 +54,10 @@ enum Kind {
 pub(crate) enum Link {
     /// The stream, until it is taken.
     VirtioSerial(Mutex<Option<StdUnixStream>>),
-    /// The guest's context id, and where it reports that it is ready.
+    /// The guest's context id, and where it reports that it is ready, until it has.
     VhostVsock {
         cid: u32,
-        ready: tokio::sync::Mutex<VsockListener>,
+        ready: tokio::sync::Mutex<Option<VsockListener>>,
     },
 }
 
@@ -101,7 +101,7 @@ impl Link {
                 };
                 let link = Link::VhostVsock {
                     cid,
-                    ready: tokio::sync::Mutex::new(ready),
+                    ready: tokio::sync::Mutex::new(Some(ready)),
                 };
                 Ok(Prepared {
                     link,
@@ -151,17 +151,22 @@ fn lease_cid(vhost: &OwnedFd) -> nix::Result<u32> {
 }
 
 /// Connects as soon as the agent has said that it is ready. One that does not speak up is tried every 20 ms.
-async fn connect_vsock(cid: u32, ready: &tokio::sync::Mutex<VsockListener>) -> VsockStream {
+async fn connect_vsock(cid: u32, ready: &tokio::sync::Mutex<Option<VsockListener>>) -> VsockStream {
     loop {
         if let Ok(stream) = VsockStream::connect(VsockAddr::new(cid, AGENT_VSOCK_PORT)).await {
+            // Any guest of the node could fill the queue of what nobody accepts any more.
+            *ready.lock().await = None;
             return stream;
         }
         let _either = tokio::time::timeout(RETRY, said_ready(cid, ready)).await;
     }
 }
 
-async fn said_ready(cid: u32, ready: &tokio::sync::Mutex<VsockListener>) {
+async fn said_ready(cid: u32, ready: &tokio::sync::Mutex<Option<VsockListener>>) {
     let ready = ready.lock().await;
+    let Some(ready) = &*ready else {
+        return std::future::pending().await;
+    };
     loop {
         match std::future::poll_fn(|cx| ready.poll_accept(cx)).await {
             Ok((_, peer)) if peer.cid() == cid => return,

@@ -54,6 +54,18 @@ impl Vm {
     /// # Errors
     /// When `total_mib` is out of the VM's range, every slot for memory modules is taken, or QEMU refuses.
     pub async fn set_memory(&self, total_mib: u64) -> Result<MemoryState, VmError> {
+        self.set_memory_while(total_mib, |_| true).await
+    }
+
+    /// The same, and no more waiting for the guest, nor a further module taken back, once `go_on` says so of the state.
+    ///
+    /// # Errors
+    /// Those of [`Vm::set_memory`].
+    pub async fn set_memory_while(
+        &self,
+        total_mib: u64,
+        go_on: impl Fn(&MemoryState) -> bool,
+    ) -> Result<MemoryState, VmError> {
         let Memory {
             boot_mib,
             max_mib,
@@ -72,8 +84,8 @@ impl Vm {
             return self.memory().await;
         }
         match plug {
-            MemoryPlug::VirtioMem => self.resize_virtio_mem(wanted_mib).await,
-            MemoryPlug::PcDimm { slots } => self.resize_dimms(wanted_mib, slots).await,
+            MemoryPlug::VirtioMem => self.resize_virtio_mem(wanted_mib, go_on).await,
+            MemoryPlug::PcDimm { slots } => self.resize_dimms(wanted_mib, slots, go_on).await,
         }
     }
 
@@ -107,6 +119,14 @@ impl Vm {
     /// # Errors
     /// When `n` is more than the VM can have, or QEMU refuses.
     pub async fn set_vcpus(&self, n: u32) -> Result<u32, VmError> {
+        self.set_vcpus_while(n, || true).await
+    }
+
+    /// The same, and no further vCPU once it is not `wanted_still` any more.
+    ///
+    /// # Errors
+    /// Those of [`Vm::set_vcpus`].
+    pub async fn set_vcpus_while(&self, n: u32, wanted_still: impl Fn() -> bool) -> Result<u32, VmError> {
         let max = self.spec.vcpus.max;
         if n > max {
             return Err(VmError::TooManyVcpus { asked: n, max });
@@ -118,14 +138,14 @@ impl Vm {
         if wanted > present {
             // QEMU lists the last place first.
             let free = slots.iter().rev().filter(|slot| slot.qom_path.is_none());
-            for slot in free.take(wanted - present) {
+            for slot in free.take(wanted - present).take_while(|_| wanted_still()) {
                 self.add_vcpu(slot).await?;
             }
         } else if self.spec.accelerator == Accelerator::Kvm {
             let plugged = slots
                 .iter()
                 .filter_map(|slot| slot.qom_path.as_deref()?.strip_prefix(PERIPHERAL));
-            for id in plugged.take(present - wanted) {
+            for id in plugged.take(present - wanted).take_while(|_| wanted_still()) {
                 self.unplug(id).await?;
             }
         }
@@ -139,7 +159,11 @@ impl Vm {
         Ok(u32::try_from(present).unwrap_or(u32::MAX))
     }
 
-    async fn resize_virtio_mem(&self, wanted_mib: u64) -> Result<MemoryState, VmError> {
+    async fn resize_virtio_mem(
+        &self,
+        wanted_mib: u64,
+        go_on: impl Fn(&MemoryState) -> bool,
+    ) -> Result<MemoryState, VmError> {
         let before = self.memory().await?;
         let bytes = (wanted_mib * MIB).next_multiple_of(VIRTIO_MEM_BLOCK);
         self.qmp
@@ -148,7 +172,7 @@ impl Vm {
         let mut state = self.memory().await?;
         let end = Instant::now() + LONGEST;
         let mut give_up = Instant::now() + PATIENCE;
-        while !state.settled(&before) && Instant::now() < give_up.min(end) {
+        while go_on(&state) && !state.settled(&before) && Instant::now() < give_up.min(end) {
             sleep(LOOK).await;
             let now = self.memory().await?;
             if now != state {
@@ -159,7 +183,12 @@ impl Vm {
         Ok(state)
     }
 
-    async fn resize_dimms(&self, wanted_mib: u64, slots: u32) -> Result<MemoryState, VmError> {
+    async fn resize_dimms(
+        &self,
+        wanted_mib: u64,
+        slots: u32,
+        go_on: impl Fn(&MemoryState) -> bool,
+    ) -> Result<MemoryState, VmError> {
         let mut dimms = self.dimms().await?;
         let plugged = dimms.iter().fold(0u64, |sum, (_, mib)| sum.saturating_add(*mib));
         let wanted = wanted_mib.next_multiple_of(DIMM_STEP_MIB);
@@ -179,6 +208,9 @@ impl Vm {
             // The largest that fit first: fewer steps for the guest.
             dimms.sort_by_key(|(_, mib)| std::cmp::Reverse(*mib));
             for (id, mib) in dimms {
+                if !go_on(&self.memory().await?) {
+                    break;
+                }
                 if mib <= spare && self.unplug(&id).await? {
                     self.qmp.delete_object(&backend(&id)).await?;
                     spare -= mib;
@@ -242,6 +274,11 @@ impl Vm {
 }
 
 impl MemoryState {
+    /// What the guest has in all, in MiB.
+    pub fn total_mib(&self) -> u64 {
+        self.boot_mib.saturating_add(self.plugged_mib)
+    }
+
     /// Whether the guest is done. A shrink ends one block above its goal: Linux keeps the last one.
     fn settled(&self, before: &MemoryState) -> bool {
         let left = if before.plugged_mib > self.requested_mib {

@@ -19,7 +19,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{broadcast, mpsc, oneshot},
+    sync::{broadcast, mpsc, oneshot, watch},
     time::timeout,
 };
 
@@ -144,6 +144,8 @@ pub(crate) struct Qmp {
     questions: mpsc::Sender<Question>,
     /// The conversation holds the sender: when it ends, listeners are told.
     events: broadcast::WeakSender<Event>,
+    /// The nonsense that ended the conversation, if any.
+    nonsense: watch::Receiver<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -186,17 +188,20 @@ impl Qmp {
         }
         let (questions, inbox) = mpsc::channel(16);
         let (events, _) = broadcast::channel(256);
+        let (told, nonsense) = watch::channel(None);
         let conversation = Conversation {
             lines,
             writer,
             events: events.clone(),
             open: HashMap::new(),
             asked: 0,
+            nonsense: told,
         };
         tokio::spawn(conversation.run(inbox));
         let qmp = Qmp {
             questions,
             events: events.downgrade(),
+            nonsense,
         };
         qmp.execute::<Value>("qmp_capabilities", json!({})).await?;
         Ok(qmp)
@@ -205,6 +210,17 @@ impl Qmp {
     /// Events from now on. Subscribe before the command that causes them.
     pub fn events(&self) -> Result<broadcast::Receiver<Event>, QmpError> {
         Ok(self.events.upgrade().ok_or(QmpError::Closed)?.subscribe())
+    }
+
+    /// Resolves with the reason when the conversation has ended because QEMU talked nonsense: nobody can speak to it
+    /// again. Never when QEMU has hung up.
+    pub async fn nonsense(&self) -> String {
+        let mut nonsense = self.nonsense.clone();
+        let told = nonsense.wait_for(Option::is_some).await;
+        match told.ok().and_then(|reason| reason.clone()) {
+            Some(reason) => reason,
+            None => std::future::pending().await,
+        }
     }
 
     async fn execute<T: DeserializeOwned>(&self, command: &'static str, arguments: Value) -> Result<T, QmpError> {
@@ -380,6 +396,7 @@ struct Conversation {
     events: broadcast::Sender<Event>,
     open: HashMap<u64, Question>,
     asked: u64,
+    nonsense: watch::Sender<Option<String>>,
 }
 
 impl Conversation {
@@ -399,6 +416,7 @@ impl Conversation {
                 Err(QmpError::Closed) => return,
                 Err(error) => {
                     tracing::error!(%error, "the conversation with QEMU is over");
+                    self.nonsense.send_replace(Some(error.to_string()));
                     return;
                 }
             }

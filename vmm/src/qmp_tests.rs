@@ -284,8 +284,8 @@ fn a_qemu_that_says_nothing_is_not_waited_for() {
     });
 }
 
-/// Has a question open while the peer does `last` and checks that everybody is told.
-async fn ends_with(last: impl AsyncFnOnce(Peer)) {
+/// Has a question open while the peer does `last` and checks that everybody is told. Returns the conversation.
+async fn ends_with(last: impl AsyncFnOnce(Peer)) -> Qmp {
     let (qmp, mut peer) = acquainted().await;
     let mut events = qmp.events().unwrap();
     let script = async {
@@ -297,12 +297,28 @@ async fn ends_with(last: impl AsyncFnOnce(Peer)) {
     assert_eq!(events.recv().await, Err(broadcast::error::RecvError::Closed));
     assert!(matches!(qmp.delete_device("d").await, Err(QmpError::Closed)));
     assert!(matches!(qmp.events(), Err(QmpError::Closed)));
+    qmp
+}
+
+/// The same, with nonsense, which is told.
+async fn ends_with_nonsense(last: impl AsyncFnOnce(Peer)) {
+    let told = ends_with(last).await.nonsense().await;
+    assert!(
+        told.starts_with("QEMU sent something that is not its protocol: "),
+        "{told}"
+    );
+}
+
+/// The same, with a death, of which others tell.
+async fn ends_with_a_death(last: impl AsyncFnOnce(Peer)) {
+    let qmp = ends_with(last).await;
+    assert!(timeout(Duration::ZERO, qmp.nonsense()).await.is_err());
 }
 
 #[test]
 fn a_qemu_that_dies_in_mid_question_leaves_nobody_waiting() {
-    story(ends_with(async |peer| drop(peer)));
-    story(ends_with(async |mut peer| {
+    story(ends_with_a_death(async |peer| drop(peer)));
+    story(ends_with_a_death(async |mut peer| {
         peer.0.write_all(br#"{"return": {}, "#).await.unwrap();
     }));
 }
@@ -311,7 +327,7 @@ fn a_qemu_that_dies_in_mid_question_leaves_nobody_waiting() {
 fn nonsense_ends_the_conversation() {
     // An answer that nobody asked for, one without a number, and things that are no messages.
     for line in [r#"{"return": {}, "id": 77}"#, r#"{"return": {}}"#, "{}", "\0\0", "7"] {
-        story(ends_with(async |mut peer| {
+        story(ends_with_nonsense(async |mut peer| {
             peer.say(line).await;
             // Hanging up is not what ends it.
             let mut rest = String::new();
@@ -322,7 +338,7 @@ fn nonsense_ends_the_conversation() {
 
 #[test]
 fn a_line_without_end_ends_the_conversation() {
-    story(ends_with(async |mut peer| {
+    story(ends_with_nonsense(async |mut peer| {
         // The conversation may hang up on us in the middle of it.
         while peer.0.write_all(&[b'x'; 64 * 1024]).await.is_ok() {}
     }));

@@ -31,6 +31,8 @@ pub struct VmSpec {
     pub nics: Vec<Nic>,
     /// Devices of the host.
     pub passthrough: Passthrough,
+    /// Whether the guest's processors can run virtual machines themselves, where the host's can. Under KVM only.
+    pub nested: bool,
     /// Whether QEMU confines itself by seccomp (`-sandbox on,…`).
     pub seccomp: bool,
 }

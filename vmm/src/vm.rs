@@ -168,6 +168,12 @@ impl Vm {
         self.link.open(deadline).await
     }
 
+    /// Resolves with the reason when QEMU has sent something on its monitor that is not its protocol: the VM runs, and
+    /// nobody can resize it or give it a device any more. Never when it has ended.
+    pub async fn monitor_lost(&self) -> String {
+        self.qmp.nonsense().await
+    }
+
     /// Ends the VM at once, whatever state it is in, and waits until the kernel has taken it down. Can be called again,
     /// and then returns the same.
     ///

@@ -133,6 +133,14 @@ fn kernel_parameters_come_last() {
 }
 
 #[test]
+fn a_guest_that_may_run_virtual_machines_itself() {
+    let mut spec = pod();
+    spec.accelerator = Accelerator::Kvm;
+    spec.nested = true;
+    matches_golden("nested", &spec, &numbers(&spec));
+}
+
+#[test]
 fn without_qemus_own_sandbox() {
     let mut spec = pod();
     spec.seccomp = false;

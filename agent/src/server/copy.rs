@@ -6,6 +6,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     io::{self, Seek, SeekFrom, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -23,6 +24,11 @@ use nix::{
 
 use super::error::{Doing, Error, Result};
 use crate::{GUEST_SHARE, KUBELET_DATA, protocol::agent::CopyFileRequest};
+
+/// What the name of something that is not whole yet ends with.
+const SUFFIX: &str = ".tmp";
+/// The most bytes of a name (`NAME_MAX` of limits.h).
+const LONGEST_NAME: usize = 255;
 
 /// How folders are opened.
 pub(super) const FOLDER: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
@@ -167,9 +173,20 @@ impl Target {
         Ok(())
     }
 
+    /// A name beside its own, which may be as long as a name can be.
     fn temporary(&self) -> OsString {
-        let mut name = self.name.clone();
-        name.push(".tmp");
+        let bytes = self.name.as_bytes();
+        let suffix = match bytes.len() + SUFFIX.len() {
+            0..=LONGEST_NAME => SUFFIX.to_owned(),
+            _ => {
+                let mut hash = DefaultHasher::new();
+                bytes.hash(&mut hash);
+                format!("{:016x}{SUFFIX}", hash.finish())
+            }
+        };
+        let kept = bytes.len().min(LONGEST_NAME - suffix.len());
+        let mut name = OsStr::from_bytes(&bytes[..kept]).to_owned();
+        name.push(suffix);
         name
     }
 
@@ -215,6 +232,24 @@ fn remove(folder: &OwnedFd, name: &OsStr) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_name_has_another_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for (length, other) in [(3, 3), (251, 252), (252, 253), (255, 254)] {
+            let target = |length: usize| Target {
+                parent: open(folder.path(), FOLDER, Mode::empty()).unwrap(),
+                name: "n".repeat(length).into(),
+                user: None,
+                group: None,
+            };
+            let (one, other) = (target(length), target(other));
+            one.write(0, b"text", Some(Mode::S_IRUSR)).unwrap();
+            one.link(OsStr::new("elsewhere")).unwrap();
+            assert_eq!(one.temporary(), one.temporary());
+            assert!(one.name == other.name || one.temporary() != other.temporary());
+        }
+    }
 
     #[test]
     fn a_file_has_a_place_below_the_share_and_nowhere_else() {

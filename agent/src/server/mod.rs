@@ -19,6 +19,7 @@ mod guest;
 mod hooks;
 mod huge;
 mod iptables;
+mod members;
 mod memory;
 mod metrics;
 mod modules;

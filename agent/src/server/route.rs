@@ -12,7 +12,8 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         route::{
-            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop,
+            RouteNextHopFlags, RouteProtocol, RouteScope, RouteType,
         },
     },
 };
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::protocol::{
     agent::Routes,
-    types::{IPFamily, Route},
+    types::{IPFamily, NextHop, Route},
 };
 
 impl Network {
@@ -120,7 +121,7 @@ fn parse(route: &Route) -> Result<RouteMessage> {
     };
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Boot;
-    message.header.kind = rtnetlink::packet_route::route::RouteType::Unicast;
+    message.header.kind = parse_kind(route.kind)?;
     message.header.scope =
         RouteScope::from(u8::try_from(route.scope).map_err(|_| bad("a scope", &route.scope.to_string()))?);
     message.header.flags = RouteFlags::from_bits_retain(route.flags);
@@ -129,9 +130,17 @@ fn parse(route: &Route) -> Result<RouteMessage> {
         message.header.destination_prefix_length = prefix;
         attributes.push(RouteAttribute::Destination(ip.into()));
     }
-    attributes.extend(gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
     attributes.extend(source.map(|ip| RouteAttribute::PrefSource(ip.into())));
-    attributes.push(RouteAttribute::Oif(device(&route.device)?));
+    if route.next_hops.is_empty() {
+        attributes.extend(gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
+        // Where nothing goes out there is no device.
+        if message.header.kind == RouteType::Unicast {
+            attributes.push(RouteAttribute::Oif(device(&route.device)?));
+        }
+    } else {
+        let hops = route.next_hops.iter().map(parse_hop).collect::<Result<_>>()?;
+        attributes.push(RouteAttribute::MultiPath(hops));
+    }
     if route.priority > 0 {
         attributes.push(RouteAttribute::Priority(route.priority));
     }
@@ -139,6 +148,34 @@ fn parse(route: &Route) -> Result<RouteMessage> {
         attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
     }
     Ok(message)
+}
+
+/// 0 for a route to somewhere, or one that goes nowhere.
+fn parse_kind(number: u32) -> Result<RouteType> {
+    let kind = u8::try_from(number).map(RouteType::from);
+    match kind {
+        Ok(RouteType::Unspec) => Ok(RouteType::Unicast),
+        Ok(
+            kind @ (RouteType::Unicast
+            | RouteType::BlackHole
+            | RouteType::Unreachable
+            | RouteType::Prohibit
+            | RouteType::Throw),
+        ) => Ok(kind),
+        _ => Err(bad("a route's kind", &number.to_string())),
+    }
+}
+
+fn parse_hop(hop: &NextHop) -> Result<RouteNextHop> {
+    let mut parsed = RouteNextHop::default();
+    parsed.hops = u8::try_from(hop.hops).map_err(|_| bad("a next hop's weight", &hop.hops.to_string()))?;
+    parsed.flags = RouteNextHopFlags::from_bits_retain(hop.flags.to_le_bytes()[0]);
+    parsed.interface_index = device(&hop.device)?;
+    let gateway = parse_host("a next hop's gateway", &hop.gateway)?;
+    parsed
+        .attributes
+        .extend(gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
+    Ok(parsed)
 }
 
 /// A network in CIDR form, or a host; nothing for the default route.
@@ -168,13 +205,29 @@ fn parse_host(what: &str, text: &str) -> Result<Option<IpAddr>> {
     ip.parse().map(Some).map_err(|_| bad(what, text))
 }
 
-fn describe(message: &RouteMessage) -> Route {
-    let mut route = Route::new();
-    let text = |address: &RouteAddress| match address {
+fn text(address: &RouteAddress) -> String {
+    match address {
         RouteAddress::Inet(ip) => ip.to_string(),
         RouteAddress::Inet6(ip) => ip.to_string(),
         _ => String::new(),
-    };
+    }
+}
+
+fn describe_hop(hop: &RouteNextHop) -> NextHop {
+    let mut told = NextHop::new();
+    let gateway = hop.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(via) => Some(text(via)),
+        _ => None,
+    });
+    told.gateway = gateway.unwrap_or_default();
+    told.device = name_of(hop.interface_index);
+    told.hops = hop.hops.into();
+    told.flags = hop.flags.bits().into();
+    told
+}
+
+fn describe(message: &RouteMessage) -> Route {
+    let mut route = Route::new();
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(to) => {
@@ -184,6 +237,7 @@ fn describe(message: &RouteMessage) -> Route {
             RouteAttribute::PrefSource(from) => route.source = text(from),
             RouteAttribute::Oif(index) => route.device = name_of(*index),
             RouteAttribute::Priority(metric) => route.priority = *metric,
+            RouteAttribute::MultiPath(hops) => route.next_hops = hops.iter().map(describe_hop).collect(),
             RouteAttribute::Metrics(metrics) => {
                 let mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),
@@ -193,6 +247,9 @@ fn describe(message: &RouteMessage) -> Route {
             }
             _ => {}
         }
+    }
+    if message.header.kind != RouteType::Unicast {
+        route.kind = u8::from(message.header.kind).into();
     }
     route.scope = u8::from(message.header.scope).into();
     route.flags = message.header.flags.bits();

@@ -14,7 +14,7 @@ use super::{
     container::Container,
     copy,
     error::{Doing, Error, Result},
-    freezer, guest, iptables, metrics,
+    freezer, guest, iptables, members, metrics,
     network::Network,
     process::Process,
     relay::Relay,
@@ -291,7 +291,13 @@ impl Service {
 
     async fn stats_container(&self, request: StatsContainerRequest) -> Result<StatsContainerResponse> {
         let cgroup = self.cgroup(&request.container_id)?;
-        stats::of(&cgroup)
+        let mut stats = stats::of(&cgroup)?;
+        if request.count_processes {
+            let processes =
+                members::of(&cgroup).doing(|| format!("count the processes of {:?}", request.container_id))?;
+            stats.processes = u32::try_from(processes.len()).unwrap_or(u32::MAX);
+        }
+        Ok(stats)
     }
 
     async fn read_stdout(&self, request: ReadStreamRequest) -> Result<ReadStreamResponse> {

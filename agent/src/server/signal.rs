@@ -1,23 +1,26 @@
 //! Signals to processes and to whole containers.
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
 use super::{
     error::{Doing, Error, Result},
+    members,
     sandbox::Sandbox,
+    sys,
 };
 use crate::protocol::agent::SignalProcessRequest;
 
 /// The largest number that the kernel knows (`SIGRTMAX`).
 const LARGEST: i32 = 64;
 
-/// How often a killed exec's session is searched; each round ends what the one before saw.
-const SESSION_ROUNDS: usize = 16;
+/// How often a group of processes is searched for those that were not there the time before.
+const ROUNDS: usize = 16;
 
 /// Signals a process, or a whole container (the conventions are those of `src/agent/src/rpc.rs` of kata-containers).
 pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<()> {
@@ -26,8 +29,12 @@ pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<
         .filter(|signal| (0..=LARGEST).contains(signal));
     let signal = signal.ok_or_else(|| Error::Invalid(format!("signal {} does not exist", request.signal)))?;
     let container = sandbox.container(&request.container_id)?;
-    if request.exec_id.is_empty() && signal == Signal::SIGKILL as i32 {
+    let all = request.all || request.exec_id.is_empty();
+    if all && signal == Signal::SIGKILL as i32 {
         return kill_all(sandbox, &container.id);
+    }
+    if request.all {
+        return signal_all(sandbox, &container.id, signal);
     }
     let process = container.process(&request.exec_id)?;
     let gone = || container.no_process(&request.exec_id);
@@ -47,7 +54,7 @@ pub(super) fn send(sandbox: &Sandbox, request: &SignalProcessRequest) -> Result<
 /// Kills what an exec has started and left in its session, of which it is the leader: a probe whose time is up takes
 /// its pipeline along. What is forked in between is met in the next round; the leader, killed before, forks no more.
 fn kill_session(leader: i32) {
-    for _ in 0..SESSION_ROUNDS {
+    for _ in 0..ROUNDS {
         let members = session_members(leader);
         if members.is_empty() {
             return;
@@ -82,6 +89,34 @@ fn living_session(stat: &str) -> Option<i32> {
 fn kill_all(sandbox: &Sandbox, container: &str) -> Result<()> {
     let cgroup = sandbox.engine.cgroup(container)?;
     fs::write(cgroup.join("cgroup.kill"), "1").doing(|| format!("kill container {container:?}"))
+}
+
+/// Signals every process in a container's cgroup and below it, each once. What is forked in between is met in the next
+/// round.
+fn signal_all(sandbox: &Sandbox, container: &str, signal: i32) -> Result<()> {
+    let cgroup = sandbox.engine.cgroup(container)?;
+    let mut signalled = BTreeSet::new();
+    for _ in 0..ROUNDS {
+        let members = members::of(&cgroup).doing(|| format!("find the processes of {container:?}"))?;
+        let mut new = members.difference(&signalled).copied().peekable();
+        if new.peek().is_none() {
+            break;
+        }
+        for member in new {
+            signal_member(member, signal)
+                .doing(|| format!("send signal {signal} to the processes of {container:?}"))?;
+        }
+        signalled.extend(members);
+    }
+    Ok(())
+}
+
+/// One that has ended meanwhile needs no signal.
+fn signal_member(member: i32, signal: i32) -> nix::Result<()> {
+    match sys::kill(member, signal) {
+        Err(Errno::ESRCH) => Ok(()),
+        sent => sent,
+    }
 }
 
 #[cfg(test)]

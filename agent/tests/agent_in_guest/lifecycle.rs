@@ -19,6 +19,7 @@ super::cases![
     a_container_exists_once,
     a_program_that_is_missing_fails_the_start,
     a_process_is_signalled_by_its_exec_id,
+    any_signal_reaches_all_processes_that_are_counted,
     a_process_dies_by_any_signal,
     a_stop_signal_is_nothing_to_an_init_without_a_handler,
     a_stop_signal_reaches_a_handler,
@@ -277,6 +278,27 @@ async fn a_process_is_signalled_by_its_exec_id(pod: Arc<Pod>) {
     assert_eq!(pod.wait("c", "x").await, 6);
     pod.signal("c", "", 10).await.unwrap();
     assert_eq!(pod.wait("c", "").await, 5);
+    pod.remove("c").await;
+}
+
+async fn any_signal_reaches_all_processes_that_are_counted(pod: Arc<Pod>) {
+    let waits =
+        |code: i32| format!("trap 'exit {code}' USR1; echo ready; while true; do read line </proc/self/fd/9; done");
+    let script = format!("mkfifo /tmp/never; exec 9<>/tmp/never; (exec sleep 600) & {}", waits(5));
+    pod.run("c", &script).await;
+    pod.read_until("c", "c", "ready").await;
+    let exec = format!("exec 9<>/tmp/never; {}", waits(6));
+    pod.try_exec("c", "x", process(&exec)).await.unwrap();
+    pod.read_until("c", "x", "ready").await;
+    let mut count = StatsContainerRequest::new();
+    count.container_id = "c".into();
+    assert_eq!(pod.client.stats_container(count.clone()).await.unwrap().processes, 0);
+    count.count_processes = true;
+    assert_eq!(pod.client.stats_container(count).await.unwrap().processes, 3);
+    let mut all = SignalProcessRequest::new();
+    (all.container_id, all.exec_id, all.signal, all.all) = ("c".into(), "c".into(), 10, true);
+    pod.client.signal_process(all).await.unwrap();
+    assert_eq!((pod.wait("c", "x").await, pod.wait("c", "c").await), (6, 5));
     pod.remove("c").await;
 }
 

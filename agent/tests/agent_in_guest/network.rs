@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use agent::protocol::{
     agent::*,
-    types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route},
+    types::{ARPNeighbor, IPAddress, IPFamily, Interface, NextHop, Route},
 };
 
 use serde_json::json;
@@ -73,6 +73,9 @@ async fn an_interface_becomes_the_hosts(pod: Arc<Pod>) {
     assert_eq!(lo.IPAddresses[0].address, "127.0.0.1");
 }
 
+/// `RTN_BLACKHOLE` of rtnetlink(7).
+const BLACKHOLE: u32 = 6;
+
 async fn routes_go_over_it(pod: Arc<Pod>) {
     pod.client
         .update_interface(interface("pod0", &[("10.1.2.3", "24"), ("fd00::2", "64")]))
@@ -95,6 +98,16 @@ async fn routes_go_over_it(pod: Arc<Pod>) {
         route("fd01::/64", "fd00::1", 0),
         route("", "10.1.2.9", 0),
     ];
+    let mut nowhere = Route::new();
+    (nowhere.dest, nowhere.kind) = ("10.50.0.0/16".into(), BLACKHOLE);
+    let hops = [("10.1.2.1", 0), ("10.1.2.9", 2)].map(|(gateway, hops)| {
+        let mut hop = NextHop::new();
+        (hop.gateway, hop.device, hop.hops) = (gateway.into(), "pod0".into(), hops);
+        hop
+    });
+    let mut several = route("10.60.0.0/16", "10.1.2.1", 0);
+    several.next_hops = hops.to_vec();
+    let all = [all, vec![nowhere, several.clone()]].concat();
     request.routes = Some(Routes {
         Routes: all,
         ..Default::default()
@@ -112,6 +125,13 @@ async fn routes_go_over_it(pod: Arc<Pod>) {
         .filter(|route| route.dest.is_empty() && route.device == "pod0");
     let defaults: Vec<_> = defaults.map(|route| (route.gateway.as_str(), route.priority)).collect();
     assert_eq!(defaults, [("10.200.0.1", 0), ("10.1.2.9", 0), ("10.1.2.1", 100)]);
+    let to = |dest: &str| routes.iter().find(|route| route.dest == dest).unwrap();
+    assert_eq!(to("10.50.0.0/16").kind, BLACKHOLE);
+    let told = to("10.60.0.0/16").next_hops.iter();
+    let told: Vec<_> = told
+        .map(|hop| (hop.gateway.as_str(), hop.device.as_str(), hop.hops))
+        .collect();
+    assert_eq!(told, [("10.1.2.1", "pod0", 0), ("10.1.2.9", "pod0", 2)]);
     assert_eq!(find("10.200.0.1/32").unwrap().scope, 253);
     assert_eq!(find("fd01::/64").unwrap().gateway, "fd00::1");
 }

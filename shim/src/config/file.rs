@@ -53,6 +53,7 @@ struct Qemu {
     virtio_fs_cache: String,
     virtio_fs_queue_size: u16,
     virtio_fs_extra_args: Vec<String>,
+    cpu_features: String,
     seccomp_sandbox: String,
     disable_vhost_net: bool,
     cold_plug_vfio: String,
@@ -82,6 +83,7 @@ impl Default for Qemu {
             virtio_fs_cache: "auto".into(),
             virtio_fs_queue_size: 1024,
             virtio_fs_extra_args: Vec::new(),
+            cpu_features: "pmu=off,vmx=off,svm=off".into(),
             seccomp_sandbox: "on".into(),
             disable_vhost_net: false,
             cold_plug_vfio: "no-port".into(),
@@ -207,6 +209,7 @@ impl Qemu {
             virtio_fs_cache,
             virtio_fs_queue_size: self.virtio_fs_queue_size,
             virtio_fs_extra_args: self.virtio_fs_extra_args,
+            nested: nested(&self.cpu_features)?,
             seccomp_sandbox: !matches!(self.seccomp_sandbox.as_str(), "" | "off"),
             vhost_net: !self.disable_vhost_net,
             cold_plug_vfio: cold_plug(&self.cold_plug_vfio)?,
@@ -282,6 +285,25 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
         return Ok(path);
     }
     Err(invalid(key, format!("is `{}`, not an absolute path", path.display())))
+}
+
+/// Whether the guest's CPU has the host's virtualization. Nothing else of it can be chosen; what is not named stays off.
+fn nested(features: &str) -> Result<bool, ConfigError> {
+    let mut nested = false;
+    for feature in features.split(',').map(str::trim).filter(|feature| !feature.is_empty()) {
+        match feature {
+            "vmx=on" | "svm=on" => nested = true,
+            "pmu=off" | "vmx=off" | "svm=off" => {}
+            other => {
+                let problem = format!(
+                    "holds `{other}`; beside `pmu=off` it may hold `vmx=on` or `svm=on`, with which a guest can run \
+                     virtual machines itself"
+                );
+                return Err(invalid("hypervisor.qemu.cpu_features", problem));
+            }
+        }
+    }
+    Ok(nested)
 }
 
 /// Whether devices get ports.

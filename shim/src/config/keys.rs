@@ -131,6 +131,7 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     ("hypervisor.qemu.virtio_fs_queue_size", Honoured(Integer)),
     ("hypervisor.qemu.virtio_fs_extra_args", Honoured(List)),
     ("hypervisor.qemu.virtio_fs_cache", Honoured(Text)),
+    ("hypervisor.qemu.cpu_features", Honoured(Text)),
     ("hypervisor.qemu.seccomp_sandbox", Honoured(Text)),
     ("hypervisor.qemu.disable_vhost_net", Honoured(Bool)),
     ("hypervisor.qemu.disable_selinux", Honoured(Bool)),
@@ -160,13 +161,6 @@ pub(super) const KEYS: &[(&str, Treatment)] = &[
     (
         "hypervisor.qemu.pflashes",
         Only(NONE, "the kernel is booted through QEMU's own SeaBIOS"),
-    ),
-    (
-        "hypervisor.qemu.cpu_features",
-        Only(
-            &[Str("pmu=off"), Str("")],
-            "the guest's CPU is the host's without its performance counters",
-        ),
     ),
     ("hypervisor.qemu.rootless", NoEffect(ALWAYS_UNPRIVILEGED)),
     (

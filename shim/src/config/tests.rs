@@ -138,6 +138,19 @@ fn a_file_is_explained_by_what_it_changes() {
     );
 }
 
+#[test]
+fn a_guest_runs_virtual_machines_only_where_the_node_says_so() {
+    let nested = |text: &str| Config::parse(text, &[]).unwrap().hypervisor.nested;
+    let with = |features: &str| nested(&format!("[hypervisor.qemu]\ncpu_features = '{features}'"));
+    assert!(!nested(""));
+    for off in ["", "pmu=off", "pmu=off,vmx=off,svm=off"] {
+        assert!(!with(off), "{off}");
+    }
+    for on in ["vmx=on", "pmu=off, svm=on"] {
+        assert!(with(on), "{on}");
+    }
+}
+
 /// `docs/configuration.md` is the table that the code goes by; `SANDPOD_REWRITE_GOLDEN=1` writes it anew.
 #[test]
 fn the_documentation_has_every_key() {
@@ -192,6 +205,10 @@ fn a_file_we_cannot_honour_is_refused_by_the_name_of_the_key() {
             "holds `--sandbox=none`, which is none of the arguments that may be added",
         ),
         ("[hypervisor.qemu]\nenable_annotations = ['a|b']", "holds `a|b`"),
+        (
+            "[hypervisor.qemu]\ncpu_features = 'pmu=off,vmx=on,avx512=off'",
+            "`hypervisor.qemu.cpu_features` holds `avx512=off`; beside `pmu=off` it may hold `vmx=on` or `svm=on`",
+        ),
         (
             "[runtime]\ninternetworking_model = 'macvtap'",
             "is `macvtap`; the models are `tcfilter` and `none`",

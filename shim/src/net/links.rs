@@ -1,6 +1,6 @@
 //! The conversation with the kernel, in the pod's namespace. Source: rtnetlink(7), tc-matchall(8), tc-mirred(8).
 
-use super::{Interface, Neighbor, NetError, Route, netlink};
+use super::{Interface, Neighbor, NetError, NextHop, Route, netlink};
 use futures::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
@@ -9,15 +9,24 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags,
+    RouteProtocol, RouteType,
 };
+use rtnetlink::packet_route::rule::RuleAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
-use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Where filters of incoming packets hang: `tc ... parent ffff:`.
 const INGRESS_PARENT: u32 = 0xffff_0000;
+
+/// The largest MTU of a tap: its largest packet less an Ethernet header (`MAX_MTU` in `drivers/net/tun.c` of Linux). A
+/// veth may have 65535.
+const MOST_MTU: u32 = 65521;
+
+/// `RT_TABLE_LOCAL` of linux/rtnetlink.h, which is the kernel's own.
+const LOCAL_TABLE: u32 = 255;
 
 type Found = (Vec<Interface>, Vec<Route>, Vec<Neighbor>);
 
@@ -76,7 +85,7 @@ pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
             .get(&index)
             .map(|interface: &Interface| interface.name.clone())
     };
-    let mut routes = Vec::new();
+    let (mut routes, mut outside) = (Vec::new(), Vec::new());
     for query in [
         RouteMessageBuilder::<Ipv4Addr>::new().build(),
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
@@ -88,9 +97,17 @@ pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
             .try_collect()
             .await
             .map_err(asked("list the pod's routes"))?;
-        for message in found.iter().filter(|message| is_the_pods(message)) {
-            routes.extend(route(message, &name)?);
-        }
+        let carried = found.iter().filter(|message| is_the_pods(message));
+        routes.extend(carried.filter_map(|message| route(message, &name)));
+        outside.extend(found.iter().filter_map(left_out));
+    }
+    outside.extend(rules(handle).await);
+    if !outside.is_empty() {
+        let outside = outside.join(", ");
+        tracing::warn!(
+            outside,
+            "the guest has no such routes and rules of its pod: it has those of the main table"
+        );
     }
     // A gateway must be reachable before a route through it is accepted.
     routes.sort_by_key(|route| route.gateway.is_some());
@@ -117,7 +134,7 @@ pub(super) fn interface(link: &LinkMessage, addresses: Vec<(IpAddr, u8)>) -> Res
         match attribute {
             LinkAttribute::IfName(found) => name.clone_from(found),
             LinkAttribute::Address(found) => mac = <[u8; 6]>::try_from(found.as_slice()).ok(),
-            LinkAttribute::Mtu(found) => mtu = *found,
+            LinkAttribute::Mtu(found) => mtu = (*found).min(MOST_MTU),
             _ => {}
         }
     }
@@ -152,30 +169,41 @@ fn address_of(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     })
 }
 
-/// Routes of the main table that somebody added; the kernel's own follow from the addresses.
-fn is_the_pods(message: &RouteMessage) -> bool {
+fn table_of(message: &RouteMessage) -> u32 {
     let table = message.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,
     });
-    table.unwrap_or(message.header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN)
+    table.unwrap_or(message.header.table.into())
+}
+
+/// Routes of the main table that somebody added; the kernel's own follow from the addresses.
+fn is_the_pods(message: &RouteMessage) -> bool {
+    const CARRIED: [RouteType; 5] = [
+        RouteType::Unicast,
+        RouteType::BlackHole,
+        RouteType::Unreachable,
+        RouteType::Prohibit,
+        RouteType::Throw,
+    ];
+    table_of(message) == u32::from(RouteHeader::RT_TABLE_MAIN)
         && message.header.protocol != RouteProtocol::Kernel
-        && message.header.kind == RouteType::Unicast
+        && CARRIED.contains(&message.header.kind)
         // A cache entry, not a route.
         && !message.header.flags.contains(RouteFlags::Cloned)
 }
 
 /// `None` for a route over an interface that the guest does not get.
-fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Result<Option<Route>, NetError> {
-    let (mut destination, mut gateway, mut device, mut source, mut mtu, mut metric, mut multipath) =
-        (None, None, None, None, 0, 0, false);
+fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Option<Route> {
+    let (mut destination, mut gateway, mut device, mut source, mut mtu, mut metric, mut next_hops) =
+        (None, None, None, None, 0, 0, Vec::new());
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = ip(address),
             RouteAttribute::Gateway(address) => gateway = ip(address),
             RouteAttribute::PrefSource(address) => source = ip(address),
             RouteAttribute::Oif(index) => device = name(*index),
-            RouteAttribute::MultiPath(_) => multipath = true,
+            RouteAttribute::MultiPath(hops) => next_hops = hops.iter().filter_map(|hop| next_hop(hop, name)).collect(),
             RouteAttribute::Priority(found) => metric = *found,
             RouteAttribute::Metrics(metrics) => {
                 mtu = metrics
@@ -193,16 +221,18 @@ fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Resul
         }
     }
     let destination = destination.map(|address| (address, message.header.destination_prefix_length));
-    if multipath {
-        let to = destination.map_or("the default destination".into(), |(address, length)| {
-            format!("{address}/{length}")
-        });
-        return Err(NetError::Multipath(to));
+    let goes_somewhere = message.header.kind == RouteType::Unicast;
+    if let Some(hop) = next_hops.first() {
+        // What an agent sees that knows of one path only.
+        (gateway, device) = (hop.gateway, Some(hop.device.clone()));
     }
-    Ok(device.map(|device| Route {
+    if goes_somewhere && device.is_none() {
+        return None;
+    }
+    Some(Route {
         destination: destination.filter(|(_, length)| *length > 0),
         gateway,
-        device,
+        device: device.filter(|_| goes_somewhere).unwrap_or_default(),
         source,
         scope: message.header.scope.into(),
         // The others are states (dead, link down, offloaded), not wishes.
@@ -210,7 +240,72 @@ fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Resul
         mtu,
         metric,
         ipv6: message.header.address_family == AddressFamily::Inet6,
-    }))
+        kind: message.header.kind.into(),
+        next_hops,
+    })
+}
+
+/// `None` for a path over an interface that the guest does not get.
+fn next_hop(hop: &RouteNextHop, name: &impl Fn(u32) -> Option<String>) -> Option<NextHop> {
+    let gateway = hop.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(address) => ip(address),
+        _ => None,
+    });
+    Some(NextHop {
+        gateway,
+        device: name(hop.interface_index)?,
+        hops: hop.hops,
+        flags: (hop.flags & RouteNextHopFlags::Onlink).bits(),
+    })
+}
+
+/// What is not carried, in the words of ip-route(8) and ip-rule(8).
+pub(super) fn left_out(message: &RouteMessage) -> Option<String> {
+    let table = table_of(message);
+    let kind = message.header.kind;
+    let of_kernel = message.header.protocol == RouteProtocol::Kernel;
+    let is_entry = message.header.flags.contains(RouteFlags::Cloned);
+    if of_kernel || is_entry || table == LOCAL_TABLE || is_the_pods(message) {
+        return None;
+    }
+    let to = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(address) => ip(address),
+        _ => None,
+    });
+    let length = message.header.destination_prefix_length;
+    let to = to.map_or_else(|| "default".into(), |address| format!("{address}/{length}"));
+    Some(format!("{kind:?} {to} table {table}").to_lowercase())
+}
+
+/// Rules beside those that each namespace begins with (ip-rule(8)).
+async fn rules(handle: &Handle) -> Vec<String> {
+    const OF_THE_KERNEL: [u32; 3] = [0, 32766, 32767];
+    let mut found = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        // A kernel may have no rules at all.
+        let rules: Vec<_> = handle
+            .rule()
+            .get(version)
+            .execute()
+            .try_collect()
+            .await
+            .unwrap_or_default();
+        for rule in rules {
+            let attributes = rule.attributes.iter();
+            let (mut priority, mut table) = (0, rule.header.table.into());
+            for attribute in attributes {
+                match attribute {
+                    RuleAttribute::Priority(number) => priority = *number,
+                    RuleAttribute::Table(number) => table = *number,
+                    _ => {}
+                }
+            }
+            if !OF_THE_KERNEL.contains(&priority) {
+                found.push(format!("rule {priority} table {table}"));
+            }
+        }
+    }
+    found
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -256,6 +256,75 @@ fn the_snapshot_holds_what_the_cni_set_up() {
 }
 
 #[test]
+fn routes_that_go_nowhere_and_over_several_paths_are_the_pods_too() {
+    use rtnetlink::{
+        RouteNextHopBuilder,
+        packet_route::route::{RouteProtocol, RouteType},
+    };
+    let cluster = cluster();
+    let route =
+        |third: u8| RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::new(10, 50, third, 0), 24);
+    inside(&cluster.pod, async |handle| {
+        let eth0 = if_nametoindex("eth0").unwrap();
+        let hop = |last: u8, hops: u8| {
+            let hop = RouteNextHopBuilder::new_ipv4().interface(eth0).weight(hops);
+            hop.via(Ipv4Addr::new(10, 9, 0, last).into()).unwrap().build()
+        };
+        let several = route(3).multipath(vec![hop(1, 0), hop(9, 2)]).build();
+        let elsewhere = route(4).output_interface(eth0).table_id(100).build();
+        for message in [
+            route(1).kind(RouteType::BlackHole).build(),
+            route(2).kind(RouteType::Prohibit).build(),
+            several,
+            elsewhere,
+        ] {
+            handle.route().add(message).execute().await.unwrap();
+        }
+        Ok(())
+    });
+    let snapshot = snapshot(&path_of(&cluster.pod)).unwrap();
+    let find = |to: &str| {
+        let is_to = |route: &&Route| route.destination.is_some_and(|(address, _)| address.to_string() == to);
+        snapshot.routes.iter().find(is_to)
+    };
+    let nowhere = ["10.50.1.0", "10.50.2.0"].map(|to| find(to).unwrap());
+    assert_eq!(
+        nowhere.map(|route| (route.kind, route.device.as_str())),
+        [(6, ""), (8, "")]
+    );
+    let several = find("10.50.3.0").unwrap();
+    let hops: Vec<_> = several
+        .next_hops
+        .iter()
+        .map(|hop| (hop.gateway.unwrap().to_string(), hop.device.as_str(), hop.hops))
+        .collect();
+    assert_eq!(
+        hops,
+        [("10.9.0.1".to_owned(), "eth0", 0), ("10.9.0.9".to_owned(), "eth0", 2)]
+    );
+    assert_eq!(several.gateway, Some(Ipv4Addr::new(10, 9, 0, 1).into()));
+
+    // What stays outside is told.
+    assert_eq!(find("10.50.4.0"), None);
+    let mut elsewhere = route(4).table_id(100).protocol(RouteProtocol::Static).build();
+    assert_eq!(links::left_out(&elsewhere).unwrap(), "unicast 10.50.4.0/24 table 100");
+    elsewhere.header.protocol = RouteProtocol::Kernel;
+    assert_eq!(links::left_out(&elsewhere), None);
+}
+
+#[test]
+fn an_interface_has_the_largest_packets_that_its_tap_can_have() {
+    let cluster = cluster();
+    inside(&cluster.pod, async |handle| {
+        let eth0 = if_nametoindex("eth0").unwrap();
+        apply(&handle, by_index(eth0).mtu(65535).build()).await;
+        Ok(())
+    });
+    let network = snapshot(&path_of(&cluster.pod)).unwrap().attach().unwrap();
+    assert_eq!(network.interfaces()[0].mtu, 65521);
+}
+
+#[test]
 fn an_interface_that_is_up_needs_no_address() {
     let pod = namespace();
     inside(&pod, async |handle| {

@@ -11,12 +11,14 @@ use agent::{
 };
 use vmm::spec::Nic;
 
-use super::{Interface, Neighbor, Network, Route, mac_text};
+use super::{Interface, Neighbor, Network, NextHop, Route, mac_text};
 
 /// `IFF_NOARP` of linux/if.h, the one flag that the protocol takes.
 const NOARP: u32 = 0x80;
 /// `NUD_PERMANENT` of linux/neighbour.h.
 const PERMANENT: i32 = 0x80;
+/// `RTN_UNICAST` of linux/rtnetlink.h.
+const UNICAST: u8 = 1;
 
 impl Network {
     /// One network card per interface, in the order of the taps.
@@ -102,7 +104,18 @@ fn route(from: &Route) -> types::Route {
     route.flags = from.flags;
     route.mtu = from.mtu;
     route.priority = from.metric;
+    route.kind = if from.kind == UNICAST { 0 } else { from.kind.into() };
+    route.next_hops = from.next_hops.iter().map(next_hop).collect();
     route
+}
+
+fn next_hop(from: &NextHop) -> types::NextHop {
+    let mut hop = types::NextHop::new();
+    hop.gateway = from.gateway.map(|ip| ip.to_string()).unwrap_or_default();
+    hop.device = from.device.clone();
+    hop.hops = from.hops.into();
+    hop.flags = from.flags.into();
+    hop
 }
 
 fn neighbour(from: &Neighbor) -> types::ARPNeighbor {

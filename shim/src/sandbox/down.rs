@@ -86,8 +86,8 @@ impl Sandbox {
         for (exec, process) in container.processes() {
             match process.status() {
                 // Nobody was told of a start, so nobody is told of an end.
-                Status::Creating | Status::Created | Status::Starting => drop(process.stop(Exit::now(KILLED))),
-                // Who follows it has just lost its agent.
+                Status::Creating | Status::Created => drop(process.stop(Exit::now(KILLED))),
+                // Who follows or starts it has just lost its agent.
                 _ if gone => {}
                 _ => end(&exec, &process, KILLED),
             }

@@ -38,6 +38,9 @@ const OBEY: Duration = Duration::from_secs(100);
 /// A terminal of the wrong size is no reason to hold up the answer to Start.
 const RESIZE: Duration = Duration::from_secs(5);
 
+/// The most processes that a container is told to have: each is an entry of an answer, and the guest says how many.
+const MOST_PROCESSES: u32 = 1 << 16;
+
 impl Sandbox {
     /// Starts a container's init (empty exec id) or an exec; returns the pid.
     pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
@@ -49,8 +52,17 @@ impl Sandbox {
         } else {
             self.start_exec(&container, exec).await
         };
-        if result.is_err() {
-            process.end_start(false);
+        match &result {
+            Ok(()) => {}
+            Err(Error::Agent(ClientError::Gone)) => {
+                let lost = follow::lost(self.clone(), container, exec.to_owned(), process);
+                // The end of an exec is told at once, that of a container when the host has let go of it.
+                match exec.is_empty() {
+                    true => drop(tokio::spawn(lost)),
+                    false => lost.await,
+                }
+            }
+            Err(_) => process.end_start(false),
         }
         result.map(|()| self.pid())
     }
@@ -67,7 +79,7 @@ impl Sandbox {
             self.mark_first_container();
             let name = container.init_name();
             self.apply_size(guest, &container.init, &name).await;
-            follow::process(self.clone(), container.clone(), None, name, streams);
+            follow::process(self.clone(), guest, container.clone(), None, name, streams);
         }
         let event = TaskStart {
             container_id: container.id.clone(),
@@ -89,7 +101,7 @@ impl Sandbox {
         request.process = Some(agent::oci::process_to_wire(&exec.spec)).into();
         guest.agent.exec_process(request).await?;
         self.apply_size(guest, &exec.process, &name).await;
-        follow::process(self.clone(), container.clone(), Some(id.into()), name, streams);
+        follow::process(self.clone(), guest, container.clone(), Some(id.into()), name, streams);
         let event = TaskExecStarted {
             container_id: container.id.clone(),
             exec_id: id.into(),
@@ -171,7 +183,9 @@ impl Sandbox {
     /// Signals a process. What has ended already is a success, except for the probe with signal 0. Nothing has ended
     /// because of the signal before this returns: containerd closes the connection as soon as it hears of an exit, and
     /// takes a `Kill` that is not answered by then for a failure.
-    pub async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32) -> Result<()> {
+    ///
+    /// `all` is for every process of a container, and means nothing for an exec.
+    pub async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         if signal == 0 {
@@ -203,10 +217,11 @@ impl Sandbox {
         let mut request = wire::SignalProcessRequest::new();
         request.container_id = id.into();
         request.signal = signal;
+        request.all = all && exec.is_empty();
         request.exec_id = match exec {
-            // With SIGKILL the empty exec id means every process of the container: they would not outlive the init
-            // anyway.
-            "" if killing => String::new(),
+            // The empty exec id means every process of the container: to our agent with SIGKILL, to upstream's with any
+            // signal. Those that are killed would not outlive the init anyway.
+            "" if killing || all => String::new(),
             "" => id.into(),
             exec => exec.into(),
         };
@@ -387,6 +402,24 @@ impl Sandbox {
         stats::of_guest(&container.last_stats(), container.oom.load(Ordering::SeqCst))
     }
 
+    /// How many processes a container has; one stands for what the guest does not count.
+    pub async fn processes(&self, id: &str) -> Result<usize> {
+        let container = self.container(id)?;
+        let mut count = 1;
+        if let (false, Status::Running | Status::Paused, Ok(guest)) =
+            (container.kind == Kind::Sandbox, container.init.status(), self.guest())
+        {
+            let mut request = wire::StatsContainerRequest::new();
+            request.container_id = id.into();
+            request.count_processes = true;
+            match guest.agent.stats_container(request).await {
+                Ok(stats) => count = stats.processes.clamp(1, MOST_PROCESSES),
+                Err(error) => tracing::debug!(%error, container = id, "its processes are not counted"),
+            }
+        }
+        Ok(count as usize)
+    }
+
     /// Forgets a task that has ended, or never began; returns its pid and exit.
     pub async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let container = self.container(id)?;
@@ -409,15 +442,15 @@ impl Sandbox {
                 )));
             }
         };
-        if exec.is_empty() {
-            lock(&self.containers).remove(id);
-            self.keep_record();
-        } else {
+        if !exec.is_empty() {
+            // Subscribers hear of the deletion of tasks only, as from containerd's shim for runc.
             container.remove_exec(exec);
+            return Ok((pid, exit));
         }
+        lock(&self.containers).remove(id);
+        self.keep_record();
         let event = TaskDelete {
             container_id: id.into(),
-            id: exec.into(),
             pid,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -22,7 +23,7 @@ use crate::{
     crio::{Crio, Runtime},
     pod::{GRACE, Pod},
     process::{self, Kind},
-    task::ORDINARY,
+    task::{ORDINARY, exit_file},
 };
 
 /// This module's stories.
@@ -36,9 +37,11 @@ pub const TOLD: Told = &[
     (OURS, "leftovers_that_cannot_be_killed_hold_no_start_up", leftovers),
     (OURS, "a_pod_whose_shim_died_is_removed_by_a_restarted_crio", rescued),
     (OURS, "a_dead_virtual_machine_becomes_exits", machine),
+    (OURS, "a_machine_that_talks_nonsense_becomes_exits", nonsense),
     (OURS, "a_dead_keeper_becomes_exits", keeper),
     (OURS, "a_dead_file_server_becomes_exits", file_server),
     (OURS, "a_dead_machine_ends_a_waiting_exec", waiting_exec),
+    (OURS, "what_a_dying_machine_was_starting_has_ended", starting),
     (BOTH, "a_container_that_dies_leaves_the_others_alone", neighbour),
 ];
 
@@ -195,6 +198,25 @@ fn machine(crio: &Crio<'_>) -> Result {
     dies(crio, Kind::Vm)
 }
 
+/// It could be given no memory, disk or interface any more, and who has broken into it may be the one who talks.
+fn nonsense(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let container = pod.idle()?;
+    let machine = process::of_the_vm(crio);
+    let mut monitor = process::file_of(process::only(Kind::Vm, crio)?, "socket,id=qmp,fd=")?;
+    monitor.write_all(b"7\n").trying("talking nonsense in QEMU's name")?;
+    for task in [&container, &pod.sandbox] {
+        same("the exit code", task.exited(ORDINARY)?.exit_status, 137)?;
+    }
+    process::gone("what is left of the machine", &machine, SOON)?;
+    let told = || match crio.log() {
+        log if log.contains("QEMU sent something that is not its protocol") => Ok(()),
+        log => Err(log),
+    };
+    Bell::default().until("the reason in the shim's log", ORDINARY, told)?;
+    pod.end([container])
+}
+
 fn keeper(crio: &Crio<'_>) -> Result {
     dies(crio, Kind::Keeper)
 }
@@ -243,6 +265,32 @@ fn waiting_exec(crio: &Crio<'_>) -> Result {
     let refused = container.begin_exec(&["true"], false, false);
     claim(refused.is_err(), "an exec was started in a dead machine")?;
     pod.end([container])
+}
+
+/// Nobody knows whether it ran: it is told as ended to whoever waits, and in CRI-O's folder to whoever comes later.
+fn starting(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let container = pod.create(&Wanted::idle())?;
+    let machine = process::only(Kind::Vm, crio)?;
+    process::stop(machine)?;
+    let (start, wait) = (container.begin_start()?, container.begin_wait("")?);
+    // The shim takes the requests of a connection in their order: by then it has asked the guest.
+    container.is(Status::CREATED)?;
+    process::murder(machine)?;
+    start.refused(ORDINARY)?;
+    same("the exit code", wait.granted(ORDINARY)?.exit_status, 137)?;
+    let path = exit_file(&container.id);
+    Bell::default().until(
+        "the file in CRI-O's exits folder",
+        ORDINARY,
+        || match fs::read_to_string(&path) {
+            Ok(code) if code == "137" => Ok(()),
+            other => Err(format!("{}: {other:?}", path.display())),
+        },
+    )?;
+    same("Delete.exit_status", container.delete()?.exit_status, 137)?;
+    container.discard()?;
+    pod.end([])
 }
 
 fn neighbour(crio: &Crio<'_>) -> Result {

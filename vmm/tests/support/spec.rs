@@ -25,6 +25,7 @@ pub fn pod() -> VmSpec {
         }),
         nics: Vec::new(),
         passthrough: Passthrough::default(),
+        nested: false,
         seccomp: true,
     }
 }

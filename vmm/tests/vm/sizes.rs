@@ -24,6 +24,7 @@ pub fn stories() -> impl IntoIterator<Item = Story> {
         virtio_mem_comes_and_goes,
         virtio_mem_takes_memory_in_use_along,
         what_the_guest_cannot_spare_stays,
+        a_shrink_is_left_for_who_needs_the_memory,
         memory_modules_come_and_go,
         memory_modules_run_out_of_slots,
         memory_that_cannot_change,
@@ -129,6 +130,24 @@ async fn what_the_guest_cannot_spare_stays(kit: Arc<Kit>) {
     assert_eq!(machine.ask("hold 0").await, "done");
     let after = machine.vm.set_memory(256).await.unwrap();
     assert!(after.plugged_mib <= 2, "{after:?}");
+    machine.end().await;
+}
+
+async fn a_shrink_is_left_for_who_needs_the_memory(kit: Arc<Kit>) {
+    let mut machine = small(&kit).await;
+    soon(machine.vm.set_memory(768)).await;
+    assert_eq!(machine.ask("hold 400").await, "done");
+    // Nobody waits for what the guest cannot give back.
+    let left = soon(machine.vm.set_memory_while(256, |_| false)).await;
+    assert_eq!(left.requested_mib, 0);
+    assert!(left.total_mib() > 600, "{left:?}");
+    let lacks = |wanted: u64| move |state: &MemoryState| state.total_mib() < wanted;
+    // What the guest has still is enough.
+    let enough = soon(machine.vm.set_memory_while(512, lacks(512))).await;
+    assert!(enough.requested_mib == 256 && enough.total_mib() >= 512, "{enough:?}");
+    let all = soon(machine.vm.set_memory_while(768, lacks(768))).await;
+    assert_eq!(all.total_mib(), 768);
+    assert_eq!(machine.ask("check").await, "true");
     machine.end().await;
 }
 

@@ -136,6 +136,7 @@ fn spec(guest: Guest, vsock: bool) -> Result<VmSpec> {
         }),
         nics: Vec::new(),
         passthrough: vmm::pcie::Passthrough::default(),
+        nested: false,
         seccomp: true,
     })
 }
