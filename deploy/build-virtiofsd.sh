@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds virtiofsd, the file server between a node and its pods' virtual machines; prints the program's path.
-# Static like our own programs, so that a node needs none of this machine's libraries.
+# Static like our own programs, so that a node needs none of this machine's libraries. A panic ends it: one thread serves
+# the guest, and a server that loses that thread alone would leave the guest waiting for ever.
 set -euo pipefail
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
 version=1.14.0
 target=x86_64-unknown-linux-gnu
 flags='-C target-feature=+crt-static'
-key=$( { echo "$version $flags archives"; rustc --version; dpkg-query -W libseccomp-dev libcap-ng-dev libc6-dev; } | sha256sum | cut -c1-16)
+key=$( { echo "$version $flags archives abort"; rustc --version; dpkg-query -W libseccomp-dev libcap-ng-dev libc6-dev; } | sha256sum | cut -c1-16)
 out=$cache/virtiofsd-$version-$key
 mkdir -p "$cache"
 exec 9>"$cache/virtiofsd.lock"
@@ -22,7 +23,7 @@ if [ ! -x "$out/bin/virtiofsd" ]; then
     cd "$work"
     mkdir lib
     ln -s -t lib /usr/lib/x86_64-linux-gnu/lib{cap-ng,seccomp}.a
-    RUSTFLAGS="$flags -L native=$work/lib" CARGO_TARGET_DIR=$work/target \
+    RUSTFLAGS="$flags -L native=$work/lib" CARGO_TARGET_DIR=$work/target CARGO_PROFILE_RELEASE_PANIC=abort \
       cargo install --locked --quiet --target $target --version "=$version" --root "$work/out" virtiofsd
     if readelf -lW out/bin/virtiofsd | grep INTERP; then exit 1; fi
     strip out/bin/virtiofsd

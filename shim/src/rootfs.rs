@@ -105,16 +105,17 @@ impl Share {
     /// directory that CRI-O has mounted already.
     pub fn add_rootfs(&self, container: &str, mounts: &[Mount], mounted: &Path) -> Result<()> {
         let target = self.root.join(container).join("rootfs");
+        let staged = self.staging.join("roots").join(container);
         fs::create_dir_all(&target).at("create", &target)?;
         if mounts.is_empty() {
-            let staged = self.staging.join("roots").join(container);
             fs::create_dir_all(&staged).at("create", &staged)?;
             let tree = Tree::of_host("use the root file system", mounted, true)?;
             attach(&tree, &staged, Propagation::Private)?;
-            return move_to_its_place(&tree, &staged, &target);
+            return move_to_its_place(&staged, &target, true);
         }
         let layers = self.staging.join("layers").join(container);
-        mounts.iter().try_for_each(|m| mount_as_asked(m, &target, &layers))
+        let mut mounts = mounts.iter();
+        mounts.try_for_each(|asked| mount_as_asked(asked, &target, &staged, &layers))
     }
 
     /// virtiofsd serves it, with mounts of its own.
@@ -240,7 +241,7 @@ impl Share {
                 fixed.push(below.to_owned());
             }
         }
-        move_to_its_place(tree, &staged, &target)?;
+        move_to_its_place(&staged, &target, tree.is_dir)?;
         Ok(fixed)
     }
 
@@ -268,8 +269,8 @@ fn clear(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes a mount read-only, or writable; its other flags stay.
-fn remount(point: &Path, readonly: MsFlags) -> nix::Result<()> {
+/// Sets flags of a mount. It becomes writable unless they say otherwise; its other flags stay.
+fn remount(point: &Path, flags: MsFlags) -> nix::Result<()> {
     const KEPT: &[(FsFlags, MsFlags)] = &[
         (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
         (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
@@ -283,7 +284,7 @@ fn remount(point: &Path, readonly: MsFlags) -> nix::Result<()> {
         .iter()
         .filter(|(flag, _)| has.contains(*flag))
         .map(|(_, flag)| *flag);
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | readonly | kept.collect();
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | flags | kept.collect();
     mount(NONE, point, NONE, flags, NONE)
 }
 
@@ -304,8 +305,14 @@ fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Mounts a tree where nobody sees it. At once it stops being a peer of its original: what is unmounted here stays
-/// mounted on the host.
+/// mounted on the host. No device file in it can be opened here: a guest makes such files for its own kernel only.
 fn attach(tree: &Tree, staged: &Path, propagation: Propagation) -> Result<()> {
+    match sys::forbid_devices(&tree.mount) {
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) => {
+            tracing::info!(place = %staged.display(), "this kernel cannot forbid devices in a tree of mounts");
+        }
+        forbidden => forbidden.at("forbid devices in", staged)?,
+    }
     sys::mount_copy(&tree.mount, staged).at("mount", staged)?;
     let propagation = match propagation {
         Propagation::Private => MsFlags::MS_PRIVATE,
@@ -314,9 +321,9 @@ fn attach(tree: &Tree, staged: &Path, propagation: Propagation) -> Result<()> {
     mount(NONE, staged, NONE, propagation | MsFlags::MS_REC, NONE).at("detach from the host's the mount of", staged)
 }
 
-fn move_to_its_place(tree: &Tree, staged: &Path, target: &Path) -> Result<()> {
+fn move_to_its_place(staged: &Path, target: &Path, is_dir: bool) -> Result<()> {
     mount(Some(staged), target, NONE, MsFlags::MS_MOVE, NONE).at("move to its place", target)?;
-    if tree.is_dir {
+    if is_dir {
         fs::remove_dir(staged)
     } else {
         fs::remove_file(staged)
@@ -324,10 +331,15 @@ fn move_to_its_place(tree: &Tree, staged: &Path, target: &Path) -> Result<()> {
     .at("remove", staged)
 }
 
-/// `layers` is a place for the layers of an image whose IDs are mapped.
-fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
+/// No device file in it can be opened on the host. `staged` is a place where a folder is made ready that is bound,
+/// `layers` one for the layers of an image whose IDs are mapped.
+fn mount_as_asked(asked: &Mount, target: &Path, staged: &Path, layers: &Path) -> Result<()> {
     let (maps, options) = take_maps(&asked.options)?;
     let (flags, data) = parse_options(&options);
+    let flags = flags | MsFlags::MS_NODEV;
+    let bound = flags.contains(MsFlags::MS_BIND);
+    let place = if bound { staged } else { target };
+    fs::create_dir_all(place).at("create", place)?;
     let users = maps.as_ref().map(user_namespace).transpose()?;
     let data = match &users {
         Some(users) => map_layers(&data, users, layers)?,
@@ -346,33 +358,33 @@ fn mount_as_asked(asked: &Mount, target: &Path, layers: &Path) -> Result<()> {
             data.len()
         )));
     }
-    let kind = if flags.contains(MsFlags::MS_BIND) {
-        None
-    } else {
-        Some(asked.type_.as_str())
-    };
+    let kind = (!bound).then_some(asked.type_.as_str());
     let mount_it = || {
-        mount(Some(asked.source.as_str()), target, kind, flags, Some(data.as_str()))
-            .at("mount the root file system on", target)
+        mount(Some(asked.source.as_str()), place, kind, flags, Some(data.as_str()))
+            .at("mount the root file system on", place)
     };
     match folder {
         Some(folder) => host::in_folder(&folder, mount_it)??,
         None => mount_it()?,
     }
-    if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
-        mount(NONE, target, NONE, flags | MsFlags::MS_REMOUNT, NONE).at("make read-only", target)?;
+    if users.is_some() {
+        // The overlay has its own copies of the layers' mounts.
+        for layer in mounts_below(layers)?.iter().rev() {
+            detach(layer)?;
+        }
     }
-    let Some(users) = users else { return Ok(()) };
-    // The overlay has its own copies of the layers' mounts.
-    for layer in mounts_below(layers)?.iter().rev() {
-        detach(layer)?;
+    if !bound {
+        return Ok(());
     }
-    if flags.contains(MsFlags::MS_BIND) {
-        let mapped = mapped_copy(target, &users)?;
-        detach(target)?;
-        sys::mount_copy(&mapped, target).at("mount the root file system on", target)?;
+    // A bind takes no flags but by this second call.
+    let asked = flags & (MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
+    remount(place, asked).at("set the flags of", place)?;
+    if let Some(users) = users {
+        let mapped = mapped_copy(place, &users)?;
+        detach(place)?;
+        sys::mount_copy(&mapped, place).at("mount the root file system on", place)?;
     }
-    Ok(())
+    move_to_its_place(place, target, true)
 }
 
 /// An overlay's options with its layers by their names in the folder that they have in common, and that folder: so an

@@ -205,16 +205,30 @@ pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 /// # Errors
 /// The file system cannot map IDs, or the kernel is older than 5.12.
 pub fn map_ids(tree: &OwnedFd, recursive: bool, users: &OwnedFd) -> io::Result<()> {
+    let users = u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?;
+    set_attributes(tree, recursive, libc::MOUNT_ATTR_IDMAP, users)
+}
+
+/// Lets nobody open a device file in a copy that [`open_tree`] made, nor in what is mounted below it. Source:
+/// mount_setattr(2).
+///
+/// # Errors
+/// The kernel is older than 5.12 (`ENOSYS`).
+pub fn forbid_devices(tree: &OwnedFd) -> io::Result<()> {
+    set_attributes(tree, true, libc::MOUNT_ATTR_NODEV, 0)
+}
+
+fn set_attributes(tree: &OwnedFd, recursive: bool, attributes: u64, users: u64) -> io::Result<()> {
     let below = if recursive { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_set: attributes,
         attr_clr: 0,
         propagation: 0,
-        userns_fd: u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?,
+        userns_fd: users,
     };
     // SAFETY: the descriptors are open, the name is an empty string, and the kernel reads one `mount_attr` of the size
     // that it is told.
-    let mapped = unsafe {
+    let set = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             tree.as_raw_fd(),
@@ -224,7 +238,7 @@ pub fn map_ids(tree: &OwnedFd, recursive: bool, users: &OwnedFd) -> io::Result<(
             size_of::<libc::mount_attr>(),
         )
     };
-    nix::Error::result(mapped).map(drop).map_err(Into::into)
+    nix::Error::result(set).map(drop).map_err(Into::into)
 }
 
 /// Mounts what [`open_tree`] made. Source: move_mount(2).

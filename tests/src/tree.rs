@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -15,40 +15,69 @@ use crate::failure::{Result, Trying, claim};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree(BTreeMap<PathBuf, String>);
 
+/// What is said of a file below a root, both by their metadata.
+type Stamp<'s> = dyn Fn(&fs::Metadata, &fs::Metadata) -> Option<String> + 's;
+
 impl Tree {
     /// Looks at folders and everything in them; one that is not there is as good as empty.
     ///
     /// # Errors
     /// The kernel's.
     pub fn of(folders: &[PathBuf]) -> Result<Tree> {
+        Tree::seen(folders, &|_, _| Some(String::new()))
+    }
+
+    /// The same with everything of an inode that tells of a change: its owner, its number, how many names it has, when
+    /// its contents and when it was changed last. What is mounted below a folder is left out.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn stamped(folders: &[PathBuf]) -> Result<Tree> {
+        let stamp = |root: &fs::Metadata, found: &fs::Metadata| {
+            let owner = (found.uid(), found.gid());
+            let inode = (found.ino(), found.nlink(), found.rdev());
+            let times = (found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec());
+            (found.dev() == root.dev()).then(|| format!(" {owner:?} {inode:?} {times:?}"))
+        };
+        Tree::seen(folders, &stamp)
+    }
+
+    /// `stamp` says more of what is found, or that it is left out.
+    fn seen(folders: &[PathBuf], stamp: &Stamp<'_>) -> Result<Tree> {
         let mut tree = Tree(BTreeMap::new());
         for folder in folders {
-            tree.walk(folder, Path::new(""))
-                .trying(format!("looking at {}", folder.display()))?;
+            let walked = match fs::symlink_metadata(folder) {
+                Ok(root) => tree.walk(&root, folder, stamp),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+            };
+            walked.trying(format!("looking at {}", folder.display()))?;
         }
         Ok(tree)
     }
 
-    fn walk(&mut self, root: &Path, inside: &Path) -> io::Result<()> {
-        let path = root.join(inside);
-        let metadata = match fs::symlink_metadata(&path) {
+    fn walk(&mut self, root: &fs::Metadata, path: &Path, stamp: &Stamp<'_>) -> io::Result<()> {
+        let metadata = match fs::symlink_metadata(path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error),
         };
+        let Some(stamped) = stamp(root, &metadata) else {
+            return Ok(());
+        };
         let mode = metadata.permissions().mode();
         let holds = if metadata.is_symlink() {
-            format!("-> {}", fs::read_link(&path)?.display())
+            format!("-> {}", fs::read_link(path)?.display())
         } else if metadata.is_file() {
-            let digest = Sha256::digest(fs::read(&path)?);
+            let digest = Sha256::digest(fs::read(path)?);
             digest.iter().map(|byte| format!("{byte:02x}")).collect()
         } else {
             String::new()
         };
-        self.0.insert(path.clone(), format!("{mode:o} {holds}"));
+        self.0.insert(path.into(), format!("{mode:o} {holds}{stamped}"));
         if metadata.is_dir() {
-            for entry in fs::read_dir(&path)? {
-                self.walk(root, &inside.join(entry?.file_name()))?;
+            for entry in fs::read_dir(path)? {
+                self.walk(root, &entry?.path(), stamp)?;
             }
         }
         Ok(())

@@ -176,6 +176,9 @@ fn privileges(crio: &Crio<'_>) -> Result {
             capabilities & OF_THE_HOST == 0,
             format!("process {pid} has the capabilities {capabilities:x}"),
         )?;
+        // A core dump is without what is shared (core(5)), which is the guest's memory.
+        let dumped = fs::read_to_string(format!("/proc/{pid}/coredump_filter")).trying("reading a core's filter")?;
+        same("what a core dump holds", dumped.trim(), "00000031")?;
     }
     for server in servers {
         let one_of_the_hosts = Path::new(&format!("/proc/{server}/ns/net")).read_link().ok();

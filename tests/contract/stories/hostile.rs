@@ -1,14 +1,21 @@
-//! A guest that is an attacker's: `tests/src/bin/hostile-agent.rs` is its agent.
+//! A guest that is an attacker's: `tests/src/bin/hostile-agent` is its agent.
 //!
 //! Whatever it says, the shim lives, answers CRI-O in time, stays small, and touches nothing but what is the sandbox's;
 //! and everything is gone afterwards, which the node looks after.
 
-use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::{fs::symlink, net::UnixStream},
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
 
 use containerd_shim_protos::api::Status;
 use tests::{
     config::{accelerator, configuration},
-    failure::{Failure, Result, Trying, claim, same},
+    failure::{Failure, Result, Trying, claim, contains, same},
     places,
     run::{ORDINARY as PROGRAM, succeed},
 };
@@ -31,6 +38,7 @@ pub const TOLD: Told = &[
     (OURS, "a_hostile_guest_that_is_never_born_is_given_up", unborn),
     (OURS, "a_hostile_guest_that_never_gets_ready_is_given_up", unready),
     (OURS, "a_hostile_guest_does_not_link_out_of_its_share", links),
+    (OURS, "a_hostile_guests_metrics_are_its_own_or_none", scraped),
     (
         OURS,
         "an_agent_that_closes_the_output_when_it_is_asked_for_the_end_loses_none",
@@ -51,7 +59,7 @@ const AT_ONCE: Duration = Duration::from_secs(2);
 const HELD_UP: Duration = Duration::from_secs(30);
 
 /// Plays against a hostile guest of this manner; `more` goes to the end of the configuration.
-fn against(crio: &Crio<'_>, manner: &str, more: &str, play: impl FnOnce(&Crio<'_>) -> Result) -> Result {
+pub(super) fn against(crio: &Crio<'_>, manner: &str, more: &str, play: impl FnOnce(&Crio<'_>) -> Result) -> Result {
     let guest = crio.node.folder().join("hostile-guest");
     if !guest.exists() {
         let recipe = places::workspace().join("deploy/guest/build-image.sh");
@@ -283,6 +291,51 @@ fn links(crio: &Crio<'_>) -> Result {
         shim_is_small(crio)?;
         pod.end([container])
     })
+}
+
+/// What is asked of the shim's metrics is answered, whatever the guest says; a frame that is too long is the guest's
+/// last word.
+fn scraped(crio: &Crio<'_>) -> Result {
+    against(crio, "scraped", "", |crio| {
+        let pod = Pod::run(crio)?;
+        let container = pod.start(&wanted("sleeper"))?;
+        let machine = process::of_the_vm(crio);
+        for (what, of_guest) in [
+            ("other metrics", true),
+            ("too many", false),
+            ("a frame without end", false),
+        ] {
+            let text = scrape(&pod.facts.id)?;
+            contains(what, &text, "kata_shim_fds ")?;
+            same(what, text.contains("kata_guest_own 1\n"), of_guest)?;
+            let lines: Vec<_> = text.lines().filter(|line| line.contains("6.66e66")).collect();
+            same(
+                &format!("what the guest said of others with {what}"),
+                lines,
+                Vec::<&str>::new(),
+            )?;
+            if what != "a frame without end" {
+                container.is(Status::RUNNING)?;
+            }
+        }
+        process::gone("the machine", &machine, HELD_UP)?;
+        same("the exit", container.exited(HELD_UP)?.exit_status, 137)?;
+        shim_is_small(crio)?;
+        pod.end([container])
+    })
+}
+
+/// The metrics of a sandbox, as `kata-ctl monitor` asks its shim for them.
+fn scrape(sandbox: &str) -> Result<String> {
+    let socket = format!("/run/kata/{sandbox}/shim-monitor.sock");
+    let mut stream = UnixStream::connect(&socket).trying(format!("connecting to {socket}"))?;
+    stream.set_read_timeout(Some(ORDINARY)).trying("setting a deadline")?;
+    let asked = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: shim\r\n\r\n");
+    asked.trying("asking for metrics")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).trying("reading metrics")?;
+    contains("the answer to a scrape", &text, "HTTP/1.1 200 ")?;
+    Ok(text)
 }
 
 /// An agent that is not ours: its containers' output is there until somebody asks how they ended. And it has fewer

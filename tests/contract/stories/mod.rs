@@ -5,6 +5,7 @@ mod exec;
 mod exits;
 mod host;
 mod hostile;
+mod hostile_share;
 mod lifecycle;
 mod node;
 mod numbers;
@@ -43,7 +44,7 @@ type Told = &'static [(&'static [Runtime], &'static str, fn(&Crio<'_>) -> Result
 
 /// Every story.
 pub fn all() -> impl Iterator<Item = Story> {
-    let told: [Told; 12] = [
+    let told: [Told; 13] = [
         lifecycle::TOLD,
         exec::TOLD,
         exits::TOLD,
@@ -55,6 +56,7 @@ pub fn all() -> impl Iterator<Item = Story> {
         storage::TOLD,
         node::TOLD,
         hostile::TOLD,
+        hostile_share::TOLD,
         host::TOLD,
     ];
     told.into_iter().flatten().flat_map(|(runtimes, name, play)| {

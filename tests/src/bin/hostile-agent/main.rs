@@ -5,6 +5,11 @@
 //! and how to one container by the first word of that container's command line. What neither of them says is answered
 //! honestly.
 
+mod answers;
+mod attack;
+mod fuse;
+mod virtio;
+
 use std::{
     collections::BTreeMap,
     env,
@@ -17,14 +22,10 @@ use std::{
 };
 
 use agent::{
-    client::LONGEST_READ,
-    protocol::{
-        agent::{
-            BlkioStatsEntry, CreateContainerRequest, GuestDetailsResponse, OOMEvent, ReadStreamResponse,
-            SignalProcessRequest, StatsContainerResponse, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
-            WriteStreamResponse,
-        },
-        relay::ReceiveResponse,
+    GUEST_SHARE,
+    protocol::agent::{
+        CreateContainerRequest, Metrics, OOMEvent, ReadStreamResponse, SignalProcessRequest, WaitProcessRequest,
+        WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
     },
 };
 use nix::mount::{MsFlags, mount};
@@ -38,12 +39,13 @@ use ttrpc::{
     proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MESSAGE_TYPE_RESPONSE, MessageHeader},
 };
 
+use answers::{MOST, SPOOFED, crowd, crowded_stats, details, numbers, relayed, strangers};
+use attack::World;
+
 /// What the shim calls the port.
 const PORT: &str = "sandpod.agent";
 /// Longer than any story.
-const EVER: Duration = Duration::from_secs(3600);
-/// Bytes of the longest answers that the shim takes, without what is around them.
-const MOST: usize = LONGEST_READ as usize;
+pub const EVER: Duration = Duration::from_secs(3600);
 
 /// The output of a container of upstream's agent: so many pieces of so many bytes.
 const PIECES: usize = 100;
@@ -61,7 +63,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<std::convert::Infallible> {
-    for (kind, target) in [("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+    for (kind, target) in [("sysfs", "/sys"), ("devtmpfs", "/dev"), ("proc", "/proc")] {
         attach(kind, kind, target)?;
     }
     let mut agent = Agent {
@@ -69,6 +71,7 @@ fn run() -> Result<std::convert::Infallible> {
         manner: env::var("hostile").unwrap_or_default(),
         containers: BTreeMap::new(),
         mute: false,
+        scrapes: 0,
     };
     loop {
         let call = agent.port.call()?;
@@ -164,30 +167,18 @@ fn encode(message: &impl Message) -> Vec<u8> {
     message.write_to_bytes().unwrap_or_default()
 }
 
-/// The smallest fields there are, as many as fit: each is a structure in the reader's memory.
-fn crowd(tag: u8) -> Vec<u8> {
-    [tag, 0].repeat(MOST / 2)
-}
-
-/// As many fields as fit that the protocol does not know, no two of the same number.
-fn strangers() -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut out = protobuf::CodedOutputStream::vec(&mut bytes);
-    for number in 1000..1000 + MOST as u32 / 4 {
-        // Into memory, this cannot fail.
-        let _written = out.write_uint32(number, 0);
-    }
-    let _written = out.flush();
-    drop(out);
-    bytes
-}
-
 #[derive(Default)]
 struct Container {
     manner: String,
+    /// The other words of its command line.
+    words: Vec<String>,
+    /// Where it is in the share.
+    world: World,
+    /// What it has to say, when it has ended.
+    said: String,
     /// Calls to be answered when it ends.
     waits: Vec<u32>,
-    reads: Vec<u32>,
+    reads: Vec<(u32, bool)>,
     /// How it has ended.
     status: Option<i32>,
     /// Pieces of its output that were read.
@@ -199,6 +190,8 @@ struct Agent {
     manner: String,
     containers: BTreeMap<String, Container>,
     mute: bool,
+    /// How often its metrics were asked for.
+    scrapes: usize,
 }
 
 impl Agent {
@@ -218,6 +211,8 @@ impl Agent {
             ("streaming", "StartContainer") => return self.port.frame(MESSAGE_TYPE_DATA, call.stream, &[]),
             ("gone", "StartContainer") => return self.hang_up(),
             ("links", "CreateSandbox") => link_out_of_the_share()?,
+            ("scraped", "GetMetrics") => return self.metrics(call),
+            ("raw-fuse", "StartContainer") => return self.attack(call),
             ("upstream", "WaitProcess" | "ReadStdout" | "ReadStderr") => return self.upstream(call),
             ("upstream", "OnlineCPUMem") => {
                 let words = "only 1 of 2 processors came".into();
@@ -227,6 +222,32 @@ impl Agent {
             _ => {}
         }
         self.honest(call)
+    }
+
+    /// First what is not a guest's to say, then more than is taken, then what breaks the protocol.
+    fn metrics(&mut self, call: &Call) -> Result {
+        self.scrapes += 1;
+        let mut response = Metrics::new();
+        response.metrics = match self.scrapes {
+            1 => SPOOFED.into(),
+            2 => SPOOFED.to_owned() + &" ".repeat(MOST),
+            _ => return self.port.announce(MESSAGE_TYPE_RESPONSE, call.stream, u32::MAX),
+        };
+        self.port.reply(call.stream, encode(&response))
+    }
+
+    /// A container that has its say to the share's server, and tells what became of it.
+    fn attack(&mut self, call: &Call) -> Result {
+        self.port.reply(call.stream, Vec::new())?;
+        let container = self.container(call);
+        let said = match (container.manner.as_str(), container.words.first()) {
+            ("whole", _) => attack::whole(container.world.clone()),
+            ("malformed", Some(kind)) => attack::malformed(kind, &container.world),
+            _ => return Ok(()),
+        };
+        container.said = said.unwrap_or_else(|failure| format!("{failure}\n"));
+        container.said += "that is all\n";
+        self.answer_reads(call)
     }
 
     /// The host is not told that the port is closed, and hears whatever is written after.
@@ -312,8 +333,11 @@ impl Agent {
         match call.method.as_str() {
             "CreateContainer" => {
                 let request = CreateContainerRequest::parse_from_bytes(&call.payload).unwrap_or_default();
+                let mut words = request.OCI.Process.Args.iter().cloned();
                 let container = Container {
-                    manner: request.OCI.Process.Args.first().cloned().unwrap_or_default(),
+                    manner: words.next().unwrap_or_default(),
+                    words: words.collect(),
+                    world: world(&request),
                     ..Container::default()
                 };
                 self.containers.insert(request.container_id, container);
@@ -327,8 +351,9 @@ impl Agent {
                 }
             },
             "ReadStdout" | "ReadStderr" => {
-                self.container(call).reads.push(call.stream);
-                Ok(())
+                let read = (call.stream, call.method == "ReadStdout");
+                self.container(call).reads.push(read);
+                self.answer_reads(call)
             }
             "GetOOMEvent" => Ok(()),
             "WriteStdin" => self.write(call, |count| count),
@@ -337,20 +362,36 @@ impl Agent {
                     .unwrap_or_default()
                     .signal;
                 self.port.reply(call.stream, Vec::new())?;
-                let status = 128 + i32::try_from(signal).unwrap_or(0);
-                let container = std::mem::take(self.container(call));
-                self.container(call).manner = container.manner;
-                self.container(call).status = Some(status);
-                for stream in container.reads {
-                    self.port.reply(stream, Vec::new())?;
-                }
-                container
-                    .waits
-                    .into_iter()
-                    .try_for_each(|stream| self.exit(stream, status))
+                self.end(call, 128 + i32::try_from(signal).unwrap_or(0))
             }
             _ => self.port.reply(call.stream, Vec::new()),
         }
+    }
+
+    /// The container has ended, and everybody who waits for it hears of it.
+    fn end(&mut self, call: &Call, status: i32) -> Result {
+        let container = self.container(call);
+        container.status = Some(status);
+        let waits = std::mem::take(&mut container.waits);
+        self.answer_reads(call)?;
+        waits.into_iter().try_for_each(|stream| self.exit(stream, status))
+    }
+
+    /// What the container has to say goes to whoever reads its output, and with its end everybody has read all.
+    fn answer_reads(&mut self, call: &Call) -> Result {
+        let container = self.container(call);
+        let (ended, speaks) = (container.status.is_some(), !container.said.is_empty());
+        let reads = std::mem::take(&mut container.reads).into_iter();
+        let (now, later): (Vec<_>, _) = reads.partition(|(_, of_output)| ended || (speaks && *of_output));
+        container.reads = later;
+        for (stream, of_output) in now {
+            let mut response = ReadStreamResponse::new();
+            if of_output {
+                response.data = std::mem::take(&mut self.container(call).said).into_bytes();
+            }
+            self.port.reply(stream, encode(&response))?;
+        }
+        Ok(())
     }
 
     /// Every message about a process begins with its container.
@@ -389,52 +430,19 @@ impl Agent {
     }
 }
 
-/// Data of a forwarded connection, of which there is always more.
-fn relayed() -> Vec<u8> {
-    let mut response = ReceiveResponse::new();
-    response.data = vec![b'x'; MOST];
-    encode(&response)
-}
-
-/// A guest that began before time, and has many features.
-fn details() -> Vec<u8> {
-    let mut details = GuestDetailsResponse::new();
-    details.mem_block_size_bytes = u64::MAX;
-    let features = &mut details.agent_details.mut_or_insert_default().extra_features;
-    features.extend([u64::MAX, 0].map(|time| format!("sandpod.pid1_us={time}")));
-    features.push(format!("sandpod.now_us={}", u64::MAX));
-    features.resize(MOST / 2 - 100, String::new());
-    encode(&details)
-}
-
-fn numbers() -> Vec<u8> {
-    let mut stats = StatsContainerResponse::new();
-    let cgroup = stats.cgroup_stats.mut_or_insert_default();
-    let cpu = cgroup
-        .cpu_stats
-        .mut_or_insert_default()
-        .cpu_usage
-        .mut_or_insert_default();
-    cpu.total_usage = u64::MAX;
-    let memory = cgroup.memory_stats.mut_or_insert_default();
-    memory.usage.mut_or_insert_default().usage = u64::MAX;
-    memory.stats = ["anon", "oom_kill", ""].map(|name| (name.to_owned(), u64::MAX)).into();
-    let mut entry = BlkioStatsEntry::new();
-    (entry.op, entry.value, entry.major) = ("read".into(), u64::MAX, u64::MAX);
-    cgroup.blkio_stats.mut_or_insert_default().io_service_bytes_recursive = vec![entry; 4];
-    encode(&stats)
-}
-
-/// Statistics that are one list of nothing.
-fn crowded_stats() -> Vec<u8> {
-    let within = |tag: u8, body: &[u8]| {
-        let mut bytes = Vec::new();
-        let mut out = protobuf::CodedOutputStream::vec(&mut bytes);
-        let _written = out.write_bytes(u32::from(tag), body).and_then(|()| out.flush());
-        drop(out);
-        bytes
+/// Where a container's root and volumes are in the share.
+fn world(request: &CreateContainerRequest) -> World {
+    let in_share = |path: &str| path.strip_prefix(GUEST_SHARE).unwrap_or_default().to_owned();
+    let volume = |name: &str| {
+        let mount = request.OCI.Mounts.iter().find(|mount| mount.destination == name);
+        mount.map(|mount| in_share(&mount.source)).unwrap_or_default()
     };
-    within(1, &within(4, &crowd(0x0a)))
+    World {
+        root: in_share(&request.OCI.Root.Path),
+        writable: volume("/writable"),
+        readonly: volume("/readonly"),
+        canary: env::var("canary").unwrap_or_default(),
+    }
 }
 
 /// A symbolic link on the host where the shim is going to put a copy of a volume.
