@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// A VM shrinks when nothing has changed for so long: a container that is restarted finds its memory still there.
-const QUIET: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
+const QUIET: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1000 });
 /// Changes that are looked at together; the rest comes with the next look.
 const MOST_CHANGES: usize = 1024;
 

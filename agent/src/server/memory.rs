@@ -59,7 +59,7 @@ struct Share {
 }
 
 impl Memory {
-    /// The guest as it has booted, before anybody else has a say.
+    /// The guest as it has booted, before anybody else has a say; [`Memory::fit`] is to follow.
     pub(super) fn at_boot() -> Result<Memory> {
         let mut shares = HashMap::new();
         for name in SHARES {
@@ -75,7 +75,6 @@ impl Memory {
         };
         let pod = Path::new(CGROUPS).join(POD_CGROUP);
         fs::create_dir(&pod).doing(|| format!("make {}", pod.display()))?;
-        memory.fit()?;
         Ok(memory)
     }
 

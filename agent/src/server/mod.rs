@@ -120,7 +120,7 @@ async fn serve(engine: Engine, modules: modules::Boot, began: Duration) -> Resul
         // Once for the call, which has its answer by now, and once for the task that writes it.
         tokio::task::yield_now().await;
     }
-    service.sandbox.has_memory(boot::finish()?);
+    service.sandbox.begin(boot::finish()?).await?;
     if !modules.is_done() {
         blocking(move || modules.load_rest()).await?;
     }

@@ -85,10 +85,10 @@ impl Sandbox {
         }
     }
 
-    /// To be called once the guest is set up.
-    pub(super) fn has_memory(&self, memory: Memory) {
-        // There is one caller.
+    /// To be called once, when the guest is set up.
+    pub(super) async fn begin(&self, memory: Memory) -> Result<()> {
         let _ = self.memory.set(Arc::new(memory));
+        self.fit_memory().await
     }
 
     /// To be called when the guest has got memory, or lost some: the limits that depend on it follow.
