@@ -166,6 +166,7 @@ pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String 
             "[{cri}.containerd.runtimes.{name}]\n\
              runtime_type = \"io.containerd.kata.v2\"\n\
              privileged_without_host_devices = true\n\
+             privileged_without_host_devices_all_devices_allowed = true\n\
              pod_annotations = [\"io.katacontainers.*\"]\n\
              container_annotations = [\"io.katacontainers.*\"]\n"
         );
