@@ -17,15 +17,26 @@ use tests::{
 mod databases;
 mod image;
 mod machines;
+mod names;
 mod packages;
 mod services;
+mod tunnel;
 mod web;
 
 /// A story and its name.
 type Story = (&'static str, fn(&Node, Runtime) -> Result);
 
 /// Stories of every day.
-const STORIES: &[&[Story]] = &[databases::STORIES, web::STORIES, services::STORIES, packages::STORIES];
+const STORIES: &[&[Story]] = &[
+    databases::STORIES,
+    web::STORIES,
+    services::STORIES,
+    packages::STORIES,
+    names::STORIES,
+];
+
+/// Stories of every day about the guest's kernel.
+const OF_A_VM: &[&[Story]] = &[tunnel::OF_A_VM];
 
 /// Stories that take long.
 const AT_LENGTH: &[&[Story]] = &[
@@ -80,7 +91,8 @@ fn main() {
     let runtimes = [("own", Runtime::Kata(Guest::Own)), ("runc", Runtime::Runc)];
     let mut trials = Vec::new();
     for (kind, runtime) in runtimes {
-        for (stories, at_length) in [(STORIES, false), (AT_LENGTH, true)] {
+        let of_a_vm = if runtime == Runtime::Runc { &[] } else { OF_A_VM };
+        for (stories, at_length) in [(STORIES, false), (of_a_vm, false), (AT_LENGTH, true)] {
             for (story, tell) in stories.iter().copied().flatten().copied() {
                 let trial = stage::trial(format!("{kind}/{story}"), &stage, move |node| tell(node, runtime));
                 trials.push(trial.with_ignored_flag(at_length || runtime == Runtime::Runc));
