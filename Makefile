@@ -26,9 +26,9 @@ export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 DEMO_GROUPS := build run peers
 TEST_GROUPS := build kernel run test fresh peers
 
-.PHONY: help demo cluster node test fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
+.PHONY: help demo cluster node test test-all fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
-.PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-fresh
+.PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-software suite-fresh
 
 help: ## list the targets
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -58,7 +58,10 @@ test: deps-test ## every test and every lint (half an hour on two cores, an hour
 	$(MAKE) images-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
-	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-crash suite-contract suite-soak suite-fresh
+	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-software suite-crash suite-contract suite-soak suite-fresh
+
+test-all: test ## every test, and the stories with real software that take long, each with runc too (half an hour more)
+	$(MAKE) suite-software FLAGS=--ignored
 
 TARGET := demo
 fresh: ## `make demo`, or TARGET, in a Debian 12 that has next to nothing installed: whether deploy/deps.sh names all that it needs
@@ -140,7 +143,7 @@ units: ## every test that needs no peers: units, golden files, properties, the a
 # Two suites run at once, so each has half of the processors; a story's virtual machine takes one.
 # FLAGS are for the test program, `--include-ignored` for what takes long too.
 FLAGS :=
-suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node: suite-%:
+suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-software suite-cluster suite-node: suite-%:
 	cargo test --release --quiet --workspace --test $* -- --test-threads=$$((($$(nproc) + 1) / 2)) $(FLAGS)
 
 # The quick form of `make fresh`, for both of the quick start's targets.

@@ -505,8 +505,16 @@ impl Container<'_> {
     /// # Errors
     /// [`Failure::Deadline`] with the log so far.
     pub fn wait_for_log(&self, text: &str) -> Result {
+        self.wait_for_log_within(text, EXIT)
+    }
+
+    /// Waits up to a deadline until its log contains `text`.
+    ///
+    /// # Errors
+    /// [`Failure::Deadline`] with the log so far.
+    pub fn wait_for_log_within(&self, text: &str, deadline: Duration) -> Result {
         let what = format!("{text:?} in the log");
-        self.node.events().bell.until(&what, EXIT, || match self.logs() {
+        self.node.events().bell.until(&what, deadline, || match self.logs() {
             Ok(logs) if logs.contains(text) => Ok(()),
             Ok(logs) => Err(logs),
             Err(failure) => Err(failure.to_string()),

@@ -257,7 +257,12 @@ impl Layout {
     /// # Errors
     /// When a path is too long for a tar file.
     pub fn layer(&mut self, tree: &Tree) -> Result<Layer> {
-        Ok(Layer(self.blob(tree.layer()?, "layer.v1.tar")))
+        Ok(self.layer_of(tree.layer()?))
+    }
+
+    /// Adds a layer that somebody else made: a tar file without compression.
+    pub fn layer_of(&mut self, archive: Vec<u8>) -> Layer {
+        Layer(self.blob(archive, "layer.v1.tar"))
     }
 
     /// Adds an image: its name with registry and tag, its layers from the lowest up, the command it runs, and the user

@@ -1,0 +1,44 @@
+//! Containers within containers.
+
+use tests::{
+    config::Runtime,
+    cri::Access,
+    failure::{Result, contains, same},
+    node::Node,
+};
+
+use crate::{Story, at_length, empty_dir, large};
+
+pub const AT_LENGTH: &[Story] = &[("podman_in_a_privileged_pod", podman_in_a_privileged_pod)];
+
+/// An image of a shell, and a container of it. The kernel's overlay takes no virtio-fs for its upper layer, fuse-overlayfs
+/// does. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the machine of a story need not have.
+const PODMAN: &str = "[ -e /dev/fuse ] || mknod /dev/fuse c 10 229
+    mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
+    podman() {
+      command podman --root $STORAGE --runroot /run/podman$STORAGE --storage-driver overlay \
+        --storage-opt overlay.mount_program=/usr/bin/fuse-overlayfs --cgroup-manager cgroupfs --events-backend file \"$@\"
+    }
+    podman import --quiet /tmp/image.tar shell
+    podman run --name first --cgroups disabled --network none shell /bin/sh -c 'echo kept >/new; echo hello from within'
+    podman commit --quiet first second
+    podman run --rm --cgroups disabled --network none second \
+      /bin/sh -c 'read word </new; echo $word; read line </proc/mounts; echo $line'";
+
+/// Podman runs containers and makes images in a privileged pod, on the container's root and on a volume.
+fn podman_in_a_privileged_pod(node: &Node, runtime: Runtime) -> Result {
+    let data = empty_dir(node, "data")?;
+    let pod = node.pod(runtime, "podman")?.privileged().run()?;
+    let podman = large(&pod, "podman", "exec sleep infinity")?
+        .volume(&data, "/data", Access::ReadWrite)
+        .privileged()
+        .run()?;
+    for storage in ["/var/lib/containers/storage", "/data/storage"] {
+        let seen = at_length(&podman, &format!("STORAGE={storage}; {PODMAN}"))?;
+        for part in ["hello from within", "kept", "fuse-overlayfs / fuse.fuse-overlayfs"] {
+            contains(storage, &seen, part)?;
+        }
+    }
+    same("on the volume", data.join("storage/overlay").is_dir(), true)?;
+    pod.remove()
+}
