@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tests::{
     cold_read::{ColdRead, FILE_MIB, View},
-    config::{Guest, Runtime},
+    config::Runtime,
     cri::{Access, Container, Exit},
     failure::{Failure, Result, Trying, claim, contains, same},
     footprint::Charge,
@@ -198,7 +198,7 @@ fn a_greedy_pod_ends_before_its_guest(node: &Node, runtime: Runtime) -> Result {
     same("exit code", culprit.wait_exit_within(FILLING)?.code, 137)?;
     same("the app", app.shell("rm /scratch/all; echo alive")?.as_str(), "alive")?;
 
-    app.shell("echo 12345 >/proc/sys/user/max_uts_namespaces")?;
+    app.shell("echo 12345 >/proc/sys/fs/epoll/max_user_watches")?;
     pod.container("limited", &["sleep", "infinity"])
         .memory_mib(2048)
         .run()?;
@@ -209,7 +209,7 @@ fn a_greedy_pod_ends_before_its_guest(node: &Node, runtime: Runtime) -> Result {
             format!("twice as much after {small:?}: {large:?}"),
         )?;
     }
-    let set = app.shell("cat /proc/sys/user/max_uts_namespaces")?;
+    let set = app.shell("cat /proc/sys/fs/epoll/max_user_watches")?;
     same("what the pod has set", set.as_str(), "12345")?;
     pod.remove()?;
     on_the_node("umount", &[]).map(drop)

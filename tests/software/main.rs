@@ -16,6 +16,7 @@ use tests::{
 
 mod databases;
 mod image;
+mod kernel;
 mod machines;
 mod names;
 mod packages;
@@ -36,7 +37,7 @@ const STORIES: &[&[Story]] = &[
 ];
 
 /// Stories of every day about the guest's kernel.
-const OF_A_VM: &[&[Story]] = &[tunnel::OF_A_VM];
+const OF_A_VM: &[&[Story]] = &[tunnel::OF_A_VM, kernel::OF_A_VM];
 
 /// Stories that take long.
 const AT_LENGTH: &[&[Story]] = &[
