@@ -74,6 +74,11 @@ enum Output {
 }
 
 impl Stdio {
+    /// Whether the process reads something.
+    pub fn has_input(&self) -> bool {
+        self.terminal || !self.stdin.is_empty()
+    }
+
     /// Opens what the caller named. Must be called in the runtime.
     pub fn open(&self) -> Result<Streams> {
         let stdin = match self.stdin.as_str() {

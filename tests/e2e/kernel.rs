@@ -11,10 +11,51 @@ use tests::{
 use crate::Story;
 
 /// Stories of our own kernel.
-pub const OF_A_VM: &[Story] = &[(
-    "a_privileged_container_has_the_devices_of_its_guest",
-    a_privileged_container_has_the_devices_of_its_guest,
-)];
+pub const OF_A_VM: &[Story] = &[
+    (
+        "a_privileged_container_has_the_devices_of_its_guest",
+        a_privileged_container_has_the_devices_of_its_guest,
+    ),
+    ("overlay_works_on_a_volume", overlay_works_on_a_volume),
+];
+
+/// A privileged container mounts an overlay whose layers are in a volume, as Docker does for an image: changed, removed
+/// and replaced files are so, also after another mount of it, and no other container sees or forges its notes.
+fn overlay_works_on_a_volume(node: &Node, runtime: Runtime) -> Result {
+    let volume = node.path(&format!("layers-{}", node.serial()));
+    node.write(&volume.join("lower/folder/old"), "old")?;
+    node.write(&volume.join("lower/kept"), "kept")?;
+    let pod = node.pod(runtime, "overlay")?.privileged().run()?;
+    let container = pod
+        .container("docker", &["sleep", "infinity"])
+        .privileged()
+        .volume(&volume, "/layers", Access::ReadWrite)
+        .run()?;
+    let mount = "mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay at";
+    container.shell(&format!(
+        "cd /layers; mkdir upper work at; {mount}; echo more >>at/kept; rm -r at/folder; mkdir at/folder; \
+         echo new >at/folder/new; umount at"
+    ))?;
+    let seen = container.shell(&format!(
+        "cd /layers; {mount}; cat at/kept; ls at at/folder; umount at; cat lower/kept"
+    ))?;
+    same(
+        "what is there",
+        seen.as_str(),
+        "keptmore\nat:\nfolder\nkept\n\nat/folder:\nnew\nkept",
+    )?;
+    let neighbour = pod
+        .container("neighbour", &["sleep", "infinity"])
+        .volume(&volume, "/layers", Access::ReadWrite)
+        .run()?;
+    let name = "user.virtiofs.trusted.overlay.opaque";
+    refuses(
+        &neighbour,
+        &format!("setfattr -n {name} -v y /layers/lower/folder"),
+        "Operation not permitted",
+    )?;
+    pod.remove()
+}
 
 /// Makes a file system in a file, mounts it and writes to it; opens what FUSE and VPN programs open.
 const USE_DEVICES: &str = "cd /root; truncate -s 16M image; mke2fs -F image >/dev/null 2>&1; mkdir -p at; \

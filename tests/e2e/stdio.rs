@@ -12,6 +12,7 @@ use tests::{
 use crate::Story;
 
 pub const STORIES: &[Story] = &[
+    ("no_input_is_dev_null", no_input_is_dev_null),
     ("output_and_errors", output_and_errors),
     ("an_exec_has_its_own_exit_code", an_exec_has_its_own_exit_code),
     ("input_is_half_closed", input_is_half_closed),
@@ -146,4 +147,13 @@ pub fn noise(length: usize) -> Vec<u8> {
     }
     bytes.truncate(length);
     bytes
+}
+
+/// A process that nobody gives input reads what no server takes for a client that has left.
+fn no_input_is_dev_null(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "no-input")?.run()?;
+    let container = pod.container("reader", &["sleep", "infinity"]).run()?;
+    let seen = container.shell("readlink /proc/1/fd/0; readlink /proc/$$/fd/0")?;
+    same("what they read", seen.as_str(), "/dev/null\n/dev/null")?;
+    pod.remove()
 }

@@ -75,9 +75,9 @@ const SOCKETS: &[&str] = &[
     "socket(S,15,3,2)",
     "socket(S,16,3,6)",
     "socket(S,38,5,0)",
-    // userfaultfd(UFFD_USER_MODE_ONLY) and io_uring_setup, which wants more
+    // userfaultfd(UFFD_USER_MODE_ONLY) and io_uring_setup, which wants to be told where
     "syscall(323,1)>=0",
-    "syscall(425,0,0)<0 && $!{EINVAL}",
+    "syscall(425,0,0)<0 && $!{EFAULT}",
 ];
 
 const FILE_SYSTEMS: &[&str] = &[
@@ -88,7 +88,7 @@ const FILE_SYSTEMS: &[&str] = &[
 fn a_kernel_for_the_workloads_of_pods(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "kernel")?.privileged().run()?;
     let container = software(&pod, "asker", "exec sleep infinity")?.privileged().run()?;
-    let links = at_length(&container, "ls /sys/class/net")?;
+    let links = at_length(&container, "ls -d /sys/class/net/*/ | xargs -n 1 basename")?;
     claim(
         links
             .split_whitespace()

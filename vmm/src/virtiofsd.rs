@@ -55,6 +55,10 @@ pub struct Virtiofsd {
     log: Tail,
 }
 
+/// Overlay keeps its notes in `trusted.*`, which the host lets nobody write who is not root of the whole node. So they
+/// are kept under another name there, which the guest cannot use by itself.
+const XATTRMAP: &str = ":map:trusted.:user.virtiofs.:";
+
 impl Virtiofsd {
     /// Starts virtiofsd; returns it and the connection that QEMU is to have. To be called within a tokio runtime.
     ///
@@ -75,6 +79,10 @@ impl Virtiofsd {
         // Programs have capabilities by their extended attributes. The option may be given but once.
         if !spec.extra_args.iter().any(|argument| argument == "--xattr") {
             command.arg("--xattr");
+        }
+        let says = |word: &str| spec.extra_args.iter().any(|argument| argument.contains(word));
+        if !says("xattrmap") && !says("no_xattr") {
+            command.arg(format!("--xattrmap={XATTRMAP}"));
         }
         command.arg(format!("--cache={}", spec.cache));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);

@@ -167,6 +167,7 @@ impl Sandbox {
             .OCI
             .take()
             .ok_or_else(|| Error::Invalid("CreateContainer has no OCI".into()))?;
+        let input = !spec.Process.NoInput;
         let mut spec = oci::spec_from_wire(&spec)?;
         let id = request.container_id;
         let is_sandbox = self.id.get().is_some_and(|sandbox| *sandbox == id);
@@ -184,7 +185,7 @@ impl Sandbox {
         if !devices.is_empty() {
             spec = blocking(move || disk::give(&devices, &mut spec).map(|()| spec)).await?;
         }
-        let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?)?;
+        let (prepared, stdio) = Prepared::new(container::has_terminal(&spec)?, input)?;
         let storages = self.add_storages(request.storages).await?;
         let huge_pages = huge::wanted(&spec);
         let volumes = Volumes::of(&spec);
@@ -261,6 +262,7 @@ impl Sandbox {
             .process
             .take()
             .ok_or_else(|| Error::Invalid("ExecProcess has no process".into()))?;
+        let input = !process.NoInput;
         let process = oci::process_from_wire(&process)?;
         // It would freeze before it became the program, and whoever waits for its start with it.
         if freezer::is_set(&self.engine.cgroup(&container.id)?)? {
@@ -269,7 +271,7 @@ impl Sandbox {
         }
         container.reserve(&request.exec_id)?;
         let started = async {
-            let (prepared, stdio) = Prepared::new(process.terminal() == Some(true))?;
+            let (prepared, stdio) = Prepared::new(process.terminal() == Some(true), input)?;
             let expected = self.reaper.expect();
             let exec = Exec {
                 id: container.id.clone(),

@@ -52,8 +52,8 @@ pub(super) enum Prepared {
     Terminal,
     /// Our ends.
     Pipes {
-        /// Write end.
-        stdin: OwnedFd,
+        /// Write end; `None` if the process has no input.
+        stdin: Option<OwnedFd>,
         /// Read end.
         stdout: OwnedFd,
         /// Read end.
@@ -62,21 +62,23 @@ pub(super) enum Prepared {
 }
 
 impl Prepared {
-    /// Makes the streams of a process to come; the engine gets its side.
-    pub(super) fn new(terminal: bool) -> Result<(Prepared, engine::Stdio)> {
+    /// Makes the streams of a process to come; the engine gets its side. Without `input` and a terminal the process
+    /// reads `/dev/null`: a pipe at its end looks to some programs like a client that has left.
+    pub(super) fn new(terminal: bool, input: bool) -> Result<(Prepared, engine::Stdio)> {
         if terminal {
             return Ok((Prepared::Terminal, engine::Stdio::Terminal));
         }
         let pipes = || -> nix::Result<_> {
-            let ((inner_in, stdin), (stdout, out), (stderr, err)) = (pipe()?, pipe()?, pipe()?);
-            for ours in [&stdin, &stdout, &stderr] {
+            let ((stdout, out), (stderr, err)) = (pipe()?, pipe()?);
+            let (inner_in, stdin) = if input { Some(pipe()?) } else { None }.unzip();
+            for ours in stdin.iter().chain([&stdout, &stderr]) {
                 do_not_wait(ours)?;
             }
             for output in [&stdout, &stderr] {
                 sys::set_pipe_size(output, PIPE)?;
             }
             let theirs = engine::Stdio::Pipes {
-                stdin: Some(inner_in),
+                stdin: inner_in,
                 stdout: out,
                 stderr: err,
             };
@@ -90,7 +92,10 @@ impl Prepared {
         let made = || -> io::Result<_> {
             match (self, terminal) {
                 (Prepared::Pipes { stdin, stdout, stderr }, _) => Ok(Some(Streams {
-                    stdin: Input::new(sys::asynchronous(stdin, Interest::WRITABLE)?.into(), false),
+                    stdin: match stdin {
+                        Some(stdin) => Input::new(sys::asynchronous(stdin, Interest::WRITABLE)?.into(), false),
+                        None => Input::none(),
+                    },
                     stdout: Output::new(sys::asynchronous(stdout, Interest::READABLE)?.into()),
                     stderr: Some(Output::new(sys::asynchronous(stderr, Interest::READABLE)?.into())),
                     terminal: None,
@@ -134,6 +139,13 @@ impl Input {
         Input {
             end: Mutex::new(Some(end)),
             terminal,
+        }
+    }
+
+    fn none() -> Input {
+        Input {
+            end: Mutex::new(None),
+            terminal: false,
         }
     }
 

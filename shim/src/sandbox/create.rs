@@ -183,7 +183,9 @@ impl Sandbox {
             create.sandbox_pidns = guest_spec.sandbox_pidns;
             create.devices = guest.disks.add(&container.id, &guest_spec.disks).await?;
             create.storages = guest_spec.memory.iter().map(MemoryVolume::storage).collect();
-            create.OCI = Some(agent::oci::spec_to_wire(&guest_spec.spec)).into();
+            let mut specification = agent::oci::spec_to_wire(&guest_spec.spec);
+            specification.Process.mut_or_insert_default().NoInput = !container.init.stdio.has_input();
+            create.OCI = Some(specification).into();
             guest.agent.with_deadline(patience).create_container(create).await?;
             Ok(())
         }

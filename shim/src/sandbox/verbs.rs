@@ -98,7 +98,9 @@ impl Sandbox {
         let mut request = wire::ExecProcessRequest::new();
         request.container_id = container.id.clone();
         request.exec_id = id.into();
-        request.process = Some(agent::oci::process_to_wire(&exec.spec)).into();
+        let mut process = agent::oci::process_to_wire(&exec.spec);
+        process.NoInput = !exec.process.stdio.has_input();
+        request.process = Some(process).into();
         guest.agent.exec_process(request).await?;
         self.apply_size(guest, &exec.process, &name).await;
         follow::process(self.clone(), guest, container.clone(), Some(id.into()), name, streams);
