@@ -101,8 +101,11 @@ key=$( { echo "$version" "$(gcc -dumpfullversion)" "$(ld --version | head -n 1)"
   declare -f unpack configure pci_aliases compile; } | sha256sum | cut -c1-16)
 out=$cache/kernel-$key
 mkdir -p "$cache"
-exec 9>"$cache/kernel.lock"
-flock 9
+if [ ! -f "$out/vmlinux" ]; then
+  exec 9>"$cache/kernel.lock"
+  flock 9
+fi
+# Another may have built it meanwhile.
 if [ ! -f "$out/vmlinux" ]; then
   log=$cache/kernel-build.log
   work=$(mktemp -d "$cache/kernel-build.XXXXXX")

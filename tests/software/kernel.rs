@@ -1,4 +1,5 @@
-//! What the guest's kernel can do for programs that bring no kernel of their own, tried by the programs that ask for it.
+//! What the guest's kernel can do for programs that bring no kernel of their own, tried by the programs that ask for
+//! it.
 
 use tests::{
     config::Runtime,

@@ -17,8 +17,6 @@ pub const AT_LENGTH: &[Story] = &[
         "postfix_in_its_chroot_delivers_mail",
         postfix_in_its_chroot_delivers_mail,
     ),
-    // Does not hold in a VM yet: a container without standard input has a pipe there that is at its end, not /dev/null,
-    // and smbd takes the end of a pipe for the wish that it end.
     ("samba_shares_a_volume", samba_shares_a_volume),
 ];
 

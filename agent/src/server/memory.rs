@@ -1,5 +1,5 @@
-//! What follows from the size of the guest's memory, which changes: a reserve for the guest itself, the limits that Linux
-//! derives from the memory at boot, and the most that a volume in memory may hold.
+//! What follows from the size of the guest's memory, which changes: a reserve for the guest itself, the limits that
+//! Linux derives from the memory at boot, and the most that a volume in memory may hold.
 
 use std::{
     collections::HashMap,
@@ -134,8 +134,8 @@ fn scale(at_boot: u64, now: u64, boot: u64) -> u64 {
     i64::try_from(scaled).map_or(at_boot, i64::cast_unsigned)
 }
 
-/// Where transparent huge pages may be asked for, the kernel keeps some 35 MiB out of use to have them at hand, and again
-/// with each piece of memory that comes. The pod gets them, and the kernel its usual reserve for such a machine
+/// Where transparent huge pages may be asked for, the kernel keeps some 35 MiB out of use to have them at hand, and
+/// again with each piece of memory that comes. The pod gets them, and the kernel its usual reserve for such a machine
 /// (`init_per_zone_wmark_min` in its `mm/page_alloc.c`).
 fn limit_reserve(total_kib: u64) -> Result<()> {
     let path = sysctl(MIN_FREE);

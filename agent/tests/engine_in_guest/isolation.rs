@@ -422,6 +422,11 @@ async fn what_cannot_be_honoured_is_refused_by_name(guest: Arc<Guest>) {
         (json!({ "process": { "args": [] } }), "process.args"),
         (json!({ "linux": { "cgroupsPath": "../../x" } }), "cgroup path"),
         (json!({ "linux": { "namespaces": [] } }), "mount namespace"),
+        (
+            json!({ "mounts": [{ "destination": "/data", "type": "bind", "source": "/tmp",
+                                 "options": ["rbind", "nosymfollow"] }] }),
+            "nosymfollow of the mount on /data",
+        ),
     ];
     for (change, name) in refusals {
         let error = guest
