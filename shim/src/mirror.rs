@@ -283,7 +283,7 @@ impl Seen {
             // Also a link that the kubelet is about to rename is none of a container's business. Nor is one that it is
             // about to remove since its file is gone: it has to be made again if its file comes back.
             let is_links = !entry.file_name().as_bytes().starts_with(KUBELET_DATA.as_bytes());
-            if is_links && entry.file_type()?.is_symlink() && leads_somewhere(&entry.path())? {
+            if is_links && entry.file_type()?.is_symlink() && is_there(&volume.join(&data).join(entry.file_name()))? {
                 links.insert(entry.file_name());
             }
         }
@@ -304,8 +304,11 @@ impl Seen {
     }
 }
 
-fn leads_somewhere(link: &Path) -> io::Result<bool> {
-    match fs::metadata(link) {
+/// The name is looked up in the folder that `..data` leads to: through the links of a volume that everybody may write to
+/// Linux lets nobody pass but their owner (`fs.protected_symlinks`), and those of a pod with `fsGroup` or a user are not
+/// root's.
+fn is_there(file: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(file) {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),

@@ -352,8 +352,11 @@ impl Machine {
     /// The guest uses memory that has come by itself; the agent sees to the limits that follow from its size.
     async fn tell_memory(&self, state: &MemoryState) {
         let plugged_mib = state.plugged_mib;
+        let mut request = OnlineCPUMemRequest::new();
+        // A piece that virtio-mem is still adding cannot be taken into use by anybody else.
+        request.cpu_only = true;
         if self.plugged_mib.swap(plugged_mib, Ordering::SeqCst) != plugged_mib
-            && let Err(error) = self.agent.online_cpu_mem(OnlineCPUMemRequest::new()).await
+            && let Err(error) = self.agent.online_cpu_mem(request).await
         {
             tracing::warn!(%error, plugged_mib, "the guest's limits do not follow its memory");
         }
