@@ -365,13 +365,8 @@ impl Service {
     }
 
     async fn online_cpu_mem(&self, request: OnlineCPUMemRequest) -> Result<()> {
-        let cpu_only = request.cpu_only;
         blocking(move || guest::online(&request)).await?;
-        if cpu_only {
-            Ok(())
-        } else {
-            self.sandbox.fit_memory().await
-        }
+        self.sandbox.fit_memory().await
     }
 
     async fn get_guest_details(&self, request: GuestDetailsRequest) -> Result<GuestDetailsResponse> {
