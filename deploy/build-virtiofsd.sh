@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds virtiofsd, the file server between a node and its pods' virtual machines; prints the program's path.
-# Static like our own programs, so that a node needs none of this machine's libraries. A panic ends it: one thread serves
-# the guest, and a server that loses that thread alone would leave the guest waiting for ever.
+# Static like our own programs, so that a node needs none of this machine's libraries. A panic ends it: one thread
+# serves the guest, and a server that loses that thread alone would leave the guest waiting for ever.
 set -euo pipefail
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
 version=1.14.0

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! kubelet: ..2026_11 ◀─ ..data ◀─ key          host's inotify            CopyFile
-//!          (AtomicWriter swaps ..data)  ────────────────────▶ shim ─────────────────▶ the guest does the same in the share
-//! ```
+//!          (AtomicWriter swaps ..data)  ────────────────────▶ shim ─────────────────▶ the guest does the same in the
+//! share ```
 //!
 //! A guest's watchers hear only of what its own kernel does: a volume that is merely shared changes without waking
 //! anybody. So the share holds a copy. Its first contents are put there from here, before the guest sees it; each
@@ -304,9 +304,9 @@ impl Seen {
     }
 }
 
-/// The name is looked up in the folder that `..data` leads to: through the links of a volume that everybody may write to
-/// Linux lets nobody pass but their owner (`fs.protected_symlinks`), and those of a pod with `fsGroup` or a user are not
-/// root's.
+/// The name is looked up in the folder that `..data` leads to: through the links of a volume that everybody may write
+/// to Linux lets nobody pass but their owner (`fs.protected_symlinks`), and those of a pod with `fsGroup` or a user are
+/// not root's.
 fn is_there(file: &Path) -> io::Result<bool> {
     match fs::symlink_metadata(file) {
         Ok(_) => Ok(true),

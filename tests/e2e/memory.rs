@@ -164,8 +164,8 @@ fn without_a_limit_the_machine_is_the_bound(node: &Node, runtime: Runtime) -> Re
 }
 
 /// A volume in memory is as large as the node, as the kubelet asks for it when a pod has no limit; the guest is
-/// smaller. Whoever fills it is told so, and a container that takes all that is left is killed; its neighbours and the machine
-/// live. With the machine grow the volume and what Linux allows by memory, unless somebody has set it.
+/// smaller. Whoever fills it is told so, and a container that takes all that is left is killed; its neighbours and the
+/// machine live. With the machine grow the volume and what Linux allows by memory, unless somebody has set it.
 fn a_greedy_pod_ends_before_its_guest(node: &Node, runtime: Runtime) -> Result {
     let kubelet = node.path(&format!("kubelet-{}/pods/1f0a", node.serial()));
     let volume = kubelet.join("volumes/kubernetes.io~empty-dir/scratch");

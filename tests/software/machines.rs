@@ -12,7 +12,8 @@ use crate::{Story, at_length, empty_dir, large};
 pub const AT_LENGTH: &[Story] = &[("podman_in_a_privileged_pod", podman_in_a_privileged_pod)];
 
 /// An image of a shell, and a container of it. On a root file system, which is an overlay itself, the kernel's overlay
-/// cannot write, fuse-overlayfs can. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the machine of a story need not have.
+/// cannot write, fuse-overlayfs can. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the
+/// machine of a story need not have.
 const PODMAN: &str = "mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
     podman() {
       command podman --root $STORAGE --runroot /run/podman$STORAGE --storage-driver overlay \

@@ -46,8 +46,8 @@ def app(environ, start_response):
     return [f'{len(body)} {hashlib.sha256(body).hexdigest()}\\n'.encode()]
 ";
 
-/// nginx passes requests on to an application by a Unix socket on a volume, keeps a large one in a file there meanwhile,
-/// and serves files that the application made.
+/// nginx passes requests on to an application by a Unix socket on a volume, keeps a large one in a file there
+/// meanwhile, and serves files that the application made.
 fn nginx_before_an_application_with_a_unix_socket(node: &Node, runtime: Runtime) -> Result {
     let settings = node.path(&format!("web-settings-{}", node.serial()));
     node.write(&settings.join("nginx.conf"), NGINX)?;

@@ -1,6 +1,6 @@
 //! The images of every node: [`PAUSE`], which only sleeps, and [`TEST`], with busybox, coreutils, `inotifywait`,
-//! `flock`, `setarch`, `setfattr`, a web page under /www, and the users root and app (1000), and [`HELLO`], a web server
-//! as the documentation's examples run it. They share their first layers.
+//! `flock`, `setarch`, `setfattr`, a web page under /www, and the users root and app (1000), and [`HELLO`], a web
+//! server as the documentation's examples run it. They share their first layers.
 
 use std::path::{Path, PathBuf};
 

@@ -87,8 +87,8 @@ pub fn command_line(spec: &VmSpec, fds: &FdNumbers) -> String {
         "console=hvc0 quiet panic=-1 reboot=t noreplace-smp swiotlb=noforce memhp_default_state=online \
          memory_hotplug.online_policy=auto-movable cgroup_no_v1=all",
     );
-    // Drivers that are built in make interfaces at boot, and tunnels one in each namespace (`tunl0`, `sit0`). A node has
-    // none of them until somebody asks for one, and a pod has those of its namespace only.
+    // Drivers that are built in make interfaces at boot, and tunnels one in each namespace (`tunl0`, `sit0`). A node
+    // has none of them until somebody asks for one, and a pod has those of its namespace only.
     line += " dummy.numdummies=0 bonding.max_bonds=0 ifb.numifbs=0 fb_tunnels=none";
     // For the sake of huge pages Linux holds back four times the memory that it would otherwise, 24 MiB of 2 GiB more.
     let held_back_kib = (spec.memory.boot_mib * 1024 * 16).isqrt();
@@ -162,8 +162,8 @@ impl Args {
         match spec.accelerator {
             Accelerator::Kvm => {
                 self.pair("-accel", "kvm");
-                // Counters would let a guest watch its neighbours. Virtual machines within it are what KVM has most code
-                // for that a guest can reach and a pod does not use. Each name is unknown to no processor.
+                // Counters would let a guest watch its neighbours. Virtual machines within it are what KVM has most
+                // code for that a guest can reach and a pod does not use. Each name is unknown to no processor.
                 let virtualization = if spec.nested { "" } else { ",vmx=off,svm=off" };
                 self.pair("-cpu", format!("host,pmu=off{virtualization}"));
             }

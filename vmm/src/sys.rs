@@ -30,8 +30,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// The name of a keeper in process lists.
 const KEEPER: &std::ffi::CStr = c"vm-keeper";
 
-/// What a child's core dump holds (core(5)): its own memory, and not the guest's, which it shares. A guest that makes its
-/// server crash would otherwise fill the node's disk with it.
+/// What a child's core dump holds (core(5)): its own memory, and not the guest's, which it shares. A guest that makes
+/// its server crash would otherwise fill the node's disk with it.
 const DUMPED: &str = "0x31";
 
 /// What a child does between fork and exec.

@@ -20,7 +20,7 @@ mod wire;
 mod worker;
 mod zygote;
 
-pub(crate) use spec::POD_CGROUP;
+pub(crate) use spec::{POD_CGROUP, is_bind};
 
 use std::{
     collections::HashMap,

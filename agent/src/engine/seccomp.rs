@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io::{Read, Seek},
+    rc::Rc,
     str::FromStr,
 };
 
@@ -32,7 +33,7 @@ const X32: u32 = 0x4000_0000;
 /// A profile that the kernel takes.
 #[derive(Debug, Clone)]
 pub(super) struct Filter {
-    program: Vec<libc::sock_filter>,
+    program: Rc<[libc::sock_filter]>,
     flags: libc::c_ulong,
 }
 
@@ -47,7 +48,7 @@ impl Filter {
         let mut program = for_newer_calls(profile);
         program.extend(export(&rules(profile)?).map_err(|e| format!("linux.seccomp: {e}"))?);
         Ok(Filter {
-            program,
+            program: program.into(),
             flags: profile
                 .flags()
                 .iter()
@@ -245,7 +246,7 @@ fn audit_arch(arch: ScmpArch) -> Option<u32> {
 /// Whoever may gain privileges by `execve` needs CAP_SYS_ADMIN to install a filter, and libcontainer has taken the
 /// capabilities away when it hands the process over. So it is told to leave this one, and it goes with the filter's
 /// coming. A process that gains nothing (`no_new_privileges`) installs it as its last step.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Confinement {
     filter: Option<Filter>,
     /// The sets in which CAP_SYS_ADMIN is lent.

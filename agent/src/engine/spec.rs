@@ -7,7 +7,7 @@ use std::{
 
 use oci_spec::runtime::{
     Capabilities, Hook, Hooks, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxPids,
-    LinuxResources, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    LinuxResources, Mount, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 
 /// The search path of a process without `PATH`, as containerd and CRI-O set it.
@@ -123,8 +123,7 @@ fn refuse(spec: &Spec) -> Result<(), SpecError> {
     for mount in spec.mounts().iter().flatten() {
         let mapped = |m: &Option<Vec<LinuxIdMapping>>| m.as_ref().is_some_and(|m| !m.is_empty());
         // Of a bind it takes flags and leaves the rest out.
-        let bind = mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind");
-        if bind && mount.options().iter().flatten().any(|o| o == "nosymfollow") {
+        if is_bind(mount) && mount.options().iter().flatten().any(|o| o == "nosymfollow") {
             let destination = mount.destination().display();
             return Err(SpecError::Unsupported(format!(
                 "the option nosymfollow of the mount on {destination}"
@@ -137,6 +136,12 @@ fn refuse(spec: &Spec) -> Result<(), SpecError> {
         }
     }
     Ok(())
+}
+
+/// Whether a mount shows what is somewhere else already.
+pub(crate) fn is_bind(mount: &Mount) -> bool {
+    let bind = |option: &String| option == "bind" || option == "rbind";
+    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(bind)
 }
 
 fn refuse_process(process: &Process) -> Result<(), SpecError> {
@@ -311,7 +316,6 @@ pub(super) fn for_exec(container: &Spec, mut process: Process, init: i32) -> Res
     linux.set_cgroups_path(from.cgroups_path().clone());
     // By which the owner of its streams is told.
     linux.set_uid_mappings(from.uid_mappings().clone());
-    linux.set_seccomp(None);
     linux.set_personality(from.personality().clone());
     linux.set_resources(None);
     let mut spec = Spec::default();

@@ -35,11 +35,7 @@ struct Held {
 impl Held {
     fn new(spec: Spec, id: &str) -> Result<Held, String> {
         let mut spec = spec::complete(spec, id).map_err(|e| e.to_string())?;
-        let profile = spec.linux_mut().as_mut().and_then(|linux| {
-            let profile = linux.seccomp().clone();
-            linux.set_seccomp(None);
-            profile
-        });
+        let profile = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
         let filter = profile.as_ref().map(Filter::compile).transpose()?;
         Ok(Held { spec, filter })
     }

@@ -283,7 +283,6 @@ fn capabilities(set: &Option<oci::Capabilities>) -> Vec<String> {
 }
 
 /// The name that an enumeration's value has in `config.json`.
-/// The name that the specification has for a value of an enumeration.
 pub(crate) fn name<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(name)) => name,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    boot::CGROUPS,
+    boot::{CGROUPS, write},
     error::{Doing, Result},
 };
 use crate::engine::POD_CGROUP;
@@ -89,15 +89,17 @@ impl Memory {
                 .iter()
                 .map(|n| scale(*n, sizes.total, self.boot_kib))
                 .collect();
-            if read(&path)?.as_deref() == Some(&share.ours) && numbers(&share.ours).as_ref() != Some(&scaled) {
+            if numbers(&share.ours).as_ref() != Some(&scaled) && read(&path)?.as_deref() == Some(&share.ours) {
                 let text: Vec<_> = scaled.iter().map(u64::to_string).collect();
-                fs::write(&path, text.join(" ")).doing(|| format!("write {}", path.display()))?;
+                write(&path, &text.join(" "))?;
                 share.ours = read(&path)?.unwrap_or_default();
             }
         }
         let bytes = for_the_pod(&sizes) * 1024;
-        let limit = Path::new(CGROUPS).join(POD_CGROUP).join("memory.max");
-        fs::write(&limit, bytes.to_string()).doing(|| format!("write {}", limit.display()))?;
+        write(
+            Path::new(CGROUPS).join(POD_CGROUP).join("memory.max"),
+            &bytes.to_string(),
+        )?;
         Ok(bytes - bytes / BESIDES_A_VOLUME)
     }
 }
@@ -141,7 +143,7 @@ fn limit_reserve(total_kib: u64) -> Result<()> {
     let path = sysctl(MIN_FREE);
     let usual = (total_kib * 16).isqrt();
     match read(&path)?.and_then(|text| text.parse::<u64>().ok()) {
-        Some(now) if now > usual => fs::write(&path, usual.to_string()).doing(|| format!("write {}", path.display())),
+        Some(now) if now > usual => write(path, &usual.to_string()),
         _ => Ok(()),
     }
 }

@@ -16,7 +16,7 @@ use nix::{
     sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat},
     unistd::{Gid, Uid, fchown},
 };
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::Spec;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::{
@@ -24,7 +24,7 @@ use super::{
     devices,
     error::{Doing, Error, Result},
 };
-use crate::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES};
+use crate::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES, engine::is_bind};
 
 /// Where sources are mounted while a container is made; each container has a folder there.
 const PINNED: &str = "/run/kata-containers/pinned";
@@ -113,11 +113,6 @@ impl Drop for Pinned {
         }
         let _ = fs::remove_dir(&self.folder);
     }
-}
-
-fn is_bind(mount: &Mount) -> bool {
-    let bind = |option: &String| option == "bind" || option == "rbind";
-    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(bind)
 }
 
 fn look_up(source: &Path) -> io::Result<OwnedFd> {

@@ -92,10 +92,13 @@ impl Prepared {
         let made = || -> io::Result<_> {
             match (self, terminal) {
                 (Prepared::Pipes { stdin, stdout, stderr }, _) => Ok(Some(Streams {
-                    stdin: match stdin {
-                        Some(stdin) => Input::new(sys::asynchronous(stdin, Interest::WRITABLE)?.into(), false),
-                        None => Input::none(),
-                    },
+                    stdin: Input::new(
+                        stdin
+                            .map(|stdin| sys::asynchronous(stdin, Interest::WRITABLE))
+                            .transpose()?
+                            .map(Arc::new),
+                        false,
+                    ),
                     stdout: Output::new(sys::asynchronous(stdout, Interest::READABLE)?.into()),
                     stderr: Some(Output::new(sys::asynchronous(stderr, Interest::READABLE)?.into())),
                     terminal: None,
@@ -104,7 +107,7 @@ impl Prepared {
                     do_not_wait(&master)?;
                     let master = Arc::new(sys::asynchronous(master, BOTH)?);
                     Ok(Some(Streams {
-                        stdin: Input::new(Arc::clone(&master), true),
+                        stdin: Input::new(Some(Arc::clone(&master)), true),
                         stdout: Output::new(Arc::clone(&master)),
                         stderr: None,
                         terminal: Some(master),
@@ -129,23 +132,16 @@ fn do_not_wait(fd: &OwnedFd) -> nix::Result<()> {
 /// A stream that the process reads.
 #[derive(Debug)]
 pub(super) struct Input {
-    /// `None` when it was closed.
+    /// `None` when it was closed, or there is none.
     end: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
     terminal: bool,
 }
 
 impl Input {
-    fn new(end: Arc<AsyncFd<OwnedFd>>, terminal: bool) -> Input {
+    fn new(end: Option<Arc<AsyncFd<OwnedFd>>>, terminal: bool) -> Input {
         Input {
-            end: Mutex::new(Some(end)),
+            end: Mutex::new(end),
             terminal,
-        }
-    }
-
-    fn none() -> Input {
-        Input {
-            end: Mutex::new(None),
-            terminal: false,
         }
     }
 

@@ -147,10 +147,10 @@ async fn seccomp_compares_arguments_as_the_specification_says(guest: Arc<Guest>)
 
 /// What this program and the last steps before it take.
 const CALLS: &str = "accept4 access arch_prctl brk capget capset chdir clock_gettime clone close connect execve exit \
-     exit_group fcntl fstat futex getcwd getpid getppid getrandom gettid ioctl lseek madvise mmap mprotect mremap munmap \
-     newfstatat openat poll prctl pread64 prlimit64 read readlink recvfrom recvmsg rseq rt_sigaction rt_sigprocmask \
-     rt_sigreturn sched_getaffinity sched_yield sendmsg sendto set_robust_list set_tid_address sigaltstack socket stat \
-     statx tgkill uname unlink unlinkat write writev";
+     exit_group fcntl fstat futex getcwd getpid getppid getrandom gettid ioctl lseek madvise mmap mprotect mremap \
+     munmap newfstatat openat poll prctl pread64 prlimit64 read readlink recvfrom recvmsg rseq rt_sigaction \
+     rt_sigprocmask rt_sigreturn sched_getaffinity sched_yield sendmsg sendto set_robust_list set_tid_address \
+     sigaltstack socket stat statx tgkill uname unlink unlinkat write writev";
 
 /// A container in which this test makes system calls by their numbers.
 fn caller(id: &str, calls: &[&str]) -> Value {
@@ -377,9 +377,12 @@ async fn devices_exist_and_others_are_refused(guest: Arc<Guest>) {
     );
     assert!(ended.err.contains("Operation not permitted"), "{ended:?}");
     let given = json!({ "linux": {
-        "devices": [{ "path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o640, "uid": 0, "gid": 9 }],
+        "devices": [
+            { "path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o640, "uid": 0, "gid": 9 }
+        ],
         "resources": { "devices": [
-            { "allow": false, "access": "rwm" }, { "allow": true, "type": "c", "major": 10, "minor": 200, "access": "rw" }
+            { "allow": false, "access": "rwm" },
+            { "allow": true, "type": "c", "major": 10, "minor": 200, "access": "rw" }
         ] }
     } });
     let ended = guest

@@ -287,7 +287,8 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     Err(invalid(key, format!("is `{}`, not an absolute path", path.display())))
 }
 
-/// Whether the guest's CPU has the host's virtualization. Nothing else of it can be chosen; what is not named stays off.
+/// Whether the guest's CPU has the host's virtualization. Nothing else of it can be chosen; what is not named stays
+/// off.
 fn nested(features: &str) -> Result<bool, ConfigError> {
     let mut nested = false;
     for feature in features.split(',').map(str::trim).filter(|feature| !feature.is_empty()) {

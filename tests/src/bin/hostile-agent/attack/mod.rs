@@ -45,8 +45,8 @@ struct Attack {
     told: Vec<String>,
 }
 
-/// Attacks the share. Returns a line for each message that was not answered as it should be, and one for what went wrong
-/// with the device; without either, that all was right.
+/// Attacks the share. Returns a line for each message that was not answered as it should be, and one for what went
+/// wrong with the device; without either, that all was right.
 ///
 /// # Errors
 /// There is no device.
