@@ -10,6 +10,7 @@ use tests::{
     config::Runtime,
     cri::{self, Exit},
     failure::{Result, Trying, claim, contains, same},
+    images,
     node::Node,
     run,
 };
@@ -255,7 +256,8 @@ fn a_pod_outlives_its_containerd(node: &Node, runtime: Runtime) -> Result {
 /// code.
 fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
     let task = node.task(runtime, "plain")?;
-    let output = task.run(&["sh", "-c", "ls /sys/class/net; echo to stderr >&2; exit 7"])?;
+    let script = format!("{}; echo to stderr >&2; exit 7", images::INTERFACES);
+    let output = task.run(&["sh", "-c", &script])?;
     same("exit code", output.code, 7)?;
     same("network devices", output.text().as_str(), "lo")?;
     contains("standard error", &output.errors(), "to stderr")?;

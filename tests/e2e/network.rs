@@ -84,7 +84,7 @@ fn a_network_that_was_there_before(node: &Node, runtime: Runtime) -> Result {
 /// Without interfaces in its namespace a container has its loopback, and nothing beyond it.
 fn no_network_at_all(node: &Node, runtime: Runtime) -> Result {
     let task = node.task(runtime, "alone")?.start(SERVER)?;
-    let devices = task.exec(&["ls", "/sys/class/net"])?;
+    let devices = task.exec(&["sh", "-c", images::INTERFACES])?;
     same("devices", devices.text().as_str(), "lo")?;
     let beyond = task.exec(&["wget", "-qO-", "http://10.88.0.1:8080/"])?;
     claim(beyond.code != 0, "nothing beyond the loopback answers")?;

@@ -190,7 +190,7 @@ fn a_network_that_belongs_to_the_pods_root(node: &Node, _: Runtime) -> Result {
         &server.shell("ping -c 1 -W 10 127.0.0.1")?,
         "1 packets received",
     )?;
-    same("interfaces", server.shell("ls /sys/class/net")?.as_str(), "eth0\nlo")?;
+    same("interfaces", server.shell(images::INTERFACES)?.as_str(), "eth0\nlo")?;
     pod.remove()
 }
 

@@ -4,6 +4,7 @@
 use tests::{
     config::Runtime,
     failure::{Result, claim, same},
+    images::INTERFACES,
     node::Node,
 };
 
@@ -89,7 +90,7 @@ const FILE_SYSTEMS: &[&str] = &[
 fn a_kernel_for_the_workloads_of_pods(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "kernel")?.privileged().run()?;
     let container = software(&pod, "asker", "exec sleep infinity")?.privileged().run()?;
-    let links = at_length(&container, "ls -d /sys/class/net/*/ | xargs -n 1 basename")?;
+    let links = at_length(&container, INTERFACES)?;
     claim(
         links
             .split_whitespace()

@@ -30,6 +30,9 @@ const HELLO_COMMAND: &[&str] = &["/usr/bin/busybox", "httpd", "-f", "-vv", "-p",
 /// What the web server in the test image answers to `GET /`.
 pub const PAGE: &str = "hello from a pod\n";
 
+/// Lists the network interfaces, in a shell of any image. The bonding driver has a file of its own beside them.
+pub const INTERFACES: &str = "cd /sys/class/net && ls -d */ | tr -d /";
+
 /// The one of [`PAUSE`].
 const BUSYBOX: Package = ("busybox-static", &["bin/busybox"]);
 

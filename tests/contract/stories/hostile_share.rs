@@ -139,6 +139,7 @@ fn whole(crio: &Crio<'_>) -> Result {
         world.is_whole()?;
         Tree::stamped(slice::from_ref(&top))?.same_as(&share)?;
         no_devices(server, &world.writable)?;
+        no_trusted_attributes(&world.writable)?;
         pod.sandbox.is(Status::RUNNING)?;
         still_there(&honest)?;
         pod.end([container])
@@ -177,6 +178,25 @@ fn no_devices(server: i32, volume: &Path) -> Result {
         }
     }
     same("places with a device file", devices, 2)
+}
+
+/// What the attacker has set as an attribute of the host's root is none on the host.
+fn no_trusted_attributes(volume: &Path) -> Result {
+    let mut names = Vec::with_capacity(1 << 10);
+    rustix::fs::listxattr(volume, rustix::buffer::spare_capacity(&mut names))
+        .trying("listing a volume's attributes")?;
+    let names = String::from_utf8_lossy(&names);
+    let mut names: Vec<_> = names
+        .split_terminator('\0')
+        .filter(|name| name.contains("trusted."))
+        .collect();
+    names.sort_unstable();
+    let renamed = ["any", "overlay.opaque", "overlay.redirect"].map(|key| format!("user.virtiofs.trusted.{key}"));
+    same(
+        "attributes of the volume on the host",
+        names,
+        renamed.each_ref().map(String::as_str).to_vec(),
+    )
 }
 
 /// Each message in a pod of its own. It is answered, or the server ends and the pod with it.

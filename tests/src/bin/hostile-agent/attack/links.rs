@@ -114,18 +114,22 @@ impl Attack {
                 )?;
             }
         }
-        // Overlays know a layer's deleted file by such a device, and by attributes that only the host's root may set.
+        // Overlays know a layer's deleted file by such a device.
         let whiteout = special(CHARACTERS, 0, 0, "whiteout");
         self.refused("of a whiteout", Op::Mknod, nodes.root, &whiteout, &[Errno::EPERM])?;
         let rename = rename2(nodes.root, RENAME_WHITEOUT, "new", "old");
         self.refused("with a whiteout", Op::Rename2, nodes.root, &rename, &[Errno::EINVAL])?;
+        // The host keeps these under other names, which nobody in the guest may use.
         for (what, folder) in [("of the root", nodes.root), ("of the volume", nodes.writable)] {
             for key in ["trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.any"] {
+                let what = &format!("{key} {what}");
+                self.granted(what, Op::Setxattr, folder, &extended(key, b"/nowhere"))?;
+                let renamed = extended(&format!("user.virtiofs.{key}"), b"/nowhere");
                 self.refused(
-                    &format!("{key} {what}"),
+                    &format!("user.virtiofs.{what}"),
                     Op::Setxattr,
                     folder,
-                    &extended(key, b"/nowhere"),
+                    &renamed,
                     &[Errno::EPERM],
                 )?;
             }
