@@ -176,6 +176,7 @@ fn read(spec: &Spec) {
             pid_target: None,
             id_maps: maps.as_ref(),
             vfio_groups: &BTreeSet::new(),
+            open_files: (1024, 4096),
         };
         if let Ok(container) = spec::translate(spec, &context) {
             for share in &container.shares {
@@ -199,7 +200,7 @@ proptest! {
         }
         let part = |name: &str| document[name].clone();
         if let Ok(process) = serde_json::from_value::<Process>(part("process")) {
-            let _ = spec::guest_process(process);
+            let _ = spec::guest_process(process, (1024, 4096));
         }
         if let Ok(resources) = serde_json::from_value::<LinuxResources>(part("linux")["resources"].clone()) {
             let _ = Limits::of_resources(&resources);

@@ -14,16 +14,20 @@
 mod links;
 mod loopback;
 mod namespace;
+mod sysctls;
 mod wire;
 
 pub use loopback::Loopback;
 use namespace::Namespace;
 use nix::net::if_::if_nametoindex;
+use rtnetlink::packet_route::link::LinkFlags;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use sysctls::Sysctls;
 
 /// An interface of the pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,10 +40,8 @@ pub struct Interface {
     pub mtu: u32,
     /// Addresses and their prefix lengths, without the link-local ones that every kernel makes for itself.
     pub addresses: Vec<(IpAddr, u8)>,
-    /// The interface does not answer ARP (`IFF_NOARP`).
-    pub noarp: bool,
-    /// It hears all multicast groups (`IFF_ALLMULTI`).
-    hears_all: bool,
+    /// `IFF_NOARP`, `IFF_PROMISC` and `IFF_ALLMULTI` of netdevice(7), if it has them.
+    pub flags: LinkFlags,
     index: u32,
 }
 
@@ -121,6 +123,7 @@ pub struct Network {
     neighbors: Vec<Neighbor>,
     taps: Vec<OwnedFd>,
     loopback: Option<Loopback>,
+    sysctls: Arc<Sysctls>,
 }
 
 /// What `attach` changes on the host, for whoever has to take it back later, in another process if need be.
@@ -218,14 +221,14 @@ impl Snapshot {
             deaf: self
                 .interfaces
                 .iter()
-                .filter(|interface| !interface.hears_all)
+                .filter(|interface| !interface.flags.contains(LinkFlags::Allmulti))
                 .map(name)
                 .collect(),
         }
     }
 
     /// Makes a tap for each interface and redirects the traffic of the one to the other, both ways. Blocks for some
-    /// milliseconds.
+    /// milliseconds. A thread goes on to read the namespace's sysctls, which takes as long again.
     ///
     /// # Errors
     /// No `/dev/net/tun`, or the kernel refuses a queueing discipline or a filter; [`Record::remove`] takes back what
@@ -247,12 +250,14 @@ impl Snapshot {
             );
             Ok((taps, loopback.ok()))
         })?;
+        let names = interfaces.iter().map(|interface| interface.name.clone()).collect();
         Ok(Network {
             interfaces,
             routes,
             neighbors,
             taps,
             loopback,
+            sysctls: Sysctls::read(namespace, names)?,
         })
     }
 }

@@ -16,7 +16,7 @@ pub use resources::guest_resources;
 
 use crate::annotations::Role;
 use agent::{GUEST_SHARE, idmap::IdMaps};
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, PosixRlimit, PosixRlimitType, Process, Spec};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -79,6 +79,8 @@ pub struct Context<'a> {
     pub id_maps: Option<&'a IdMaps>,
     /// The VFIO groups that the VM has.
     pub vfio_groups: &'a BTreeSet<u32>,
+    /// The soft and the hard limit of open files that the node's CRI has.
+    pub open_files: (u64, u64),
 }
 
 /// Why a container cannot run in a guest.
@@ -184,7 +186,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
 
     let process = guest.process_mut().take().ok_or(SpecError::Missing("process"))?;
     let notes = lost_labels(&process, &mut warnings);
-    guest.set_process(Some(guest_process(process)?));
+    guest.set_process(Some(guest_process(process, context.open_files)?));
 
     let translated = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
     guest.set_mounts(Some(translated.mounts));
@@ -259,7 +261,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
 ///
 /// # Errors
 /// A scheduling attribute that the agent's protocol does not carry.
-pub fn guest_process(mut process: Process) -> Result<Process, SpecError> {
+pub fn guest_process(mut process: Process, open_files: (u64, u64)) -> Result<Process, SpecError> {
     const LOST: &str = "the agent's protocol does not carry it";
     if process.io_priority().is_some() {
         return Err(unsupported("`process.ioPriority`", LOST));
@@ -271,7 +273,22 @@ pub fn guest_process(mut process: Process) -> Result<Process, SpecError> {
         return Err(unsupported("`process.execCPUAffinity`", LOST));
     }
     process.set_selinux_label(None).set_apparmor_profile(None);
+    limit_open_files(&mut process, open_files);
     Ok(process)
+}
+
+/// With runc a process that sets no limit of open files has those of the node's CRI, by inheritance.
+fn limit_open_files(process: &mut Process, (soft, hard): (u64, u64)) {
+    /// The most that Linux allows by default (`nr_open` of proc_sys_fs(5)); systemd raises it on nodes.
+    const MOST: u64 = 1 << 20;
+    let mut limits = process.rlimits().clone().unwrap_or_default();
+    if limits.iter().all(|limit| limit.typ() != PosixRlimitType::RlimitNofile) {
+        let mut limit = PosixRlimit::default();
+        limit.set_typ(PosixRlimitType::RlimitNofile);
+        limit.set_soft(soft.min(MOST)).set_hard(hard.min(MOST));
+        limits.push(limit);
+        process.set_rlimits(Some(limits));
+    }
 }
 
 /// What is said of the labels that the node's security modules have for a process: notes of those that each container

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 use tests::{
     config::Runtime,
@@ -31,6 +32,10 @@ pub const STORIES: &[Story] = &[
     ("events", events),
     ("a_pod_outlives_its_containerd", a_pod_outlives_its_containerd),
     ("a_task_without_kubernetes", a_task_without_kubernetes),
+    (
+        "open_files_are_limited_as_the_nodes_are",
+        open_files_are_limited_as_the_nodes_are,
+    ),
     ("a_task_of_several_processes", a_task_of_several_processes),
 ];
 
@@ -269,6 +274,21 @@ fn a_task_without_kubernetes(node: &Node, runtime: Runtime) -> Result {
     let task = node.task(runtime, "running")?.start(&["sleep", "infinity"])?;
     let output = task.exec(&["sh", "-c", "echo hello; exit 5"])?;
     same("exec", (output.code, output.text().as_str()), (5, "hello"))?;
+    task.remove()
+}
+
+/// A container and an exec that set no limit of open files have those that the node's CRI was started with.
+fn open_files_are_limited_as_the_nodes_are(node: &Node, runtime: Runtime) -> Result {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).trying("asking for the limits of open files")?;
+    // As long as Linux's own default allows as many, which is all that a guest's kernel does.
+    let [soft, hard] = [soft, hard].map(|limit| limit.min(1 << 20));
+    let expected = format!("{soft}\n{hard}");
+    let script = "ulimit -Sn; ulimit -Hn";
+    let limited = node.task(runtime, "limited")?.run(&["sh", "-c", script])?;
+    same("limits of a container", limited.text().as_str(), expected.as_str())?;
+    let task = node.task(runtime, "exec-limited")?.start(&["sleep", "infinity"])?;
+    let limited = task.exec(&["sh", "-c", script])?;
+    same("limits of an exec", limited.text().as_str(), expected.as_str())?;
     task.remove()
 }
 

@@ -12,6 +12,7 @@ use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
+use serde_json::json;
 use tests::{
     config::Runtime,
     failure::{Failure, Result, Trying, claim, contains, same},
@@ -27,6 +28,7 @@ pub const STORIES: &[Story] = &[
     ("a_web_server_on_the_pods_address", a_web_server_on_the_pods_address),
     ("two_pods_talk", two_pods_talk),
     ("a_network_that_was_there_before", a_network_that_was_there_before),
+    ("a_network_has_what_cni_has_set", a_network_has_what_cni_has_set),
     ("no_network_at_all", no_network_at_all),
     ("a_port_is_forwarded", a_port_is_forwarded),
     ("the_loopback_of_the_pods_network", the_loopback_of_the_pods_network),
@@ -78,6 +80,44 @@ fn a_network_that_was_there_before(node: &Node, runtime: Runtime) -> Result {
     same("page", node.get(&network.ip(), 8080, "/")?.as_str(), images::PAGE)?;
     task.remove()?;
     same("devices and filters afterwards", network.look()?, before)?;
+    network.remove()
+}
+
+/// Sysctls and flags that a plugin sets in a pod's network namespace are those that its containers have.
+fn a_network_has_what_cni_has_set(node: &Node, runtime: Runtime) -> Result {
+    let network = Network::make(node)?;
+    network.tune(json!({
+        "sysctl": {
+            "net.core.somaxconn": "500",
+            "net.ipv4.tcp_keepalive_time": "60",
+            "net.ipv4.ip_local_port_range": "20000 30000",
+            "net.ipv4.conf.all.forwarding": "1",
+            "net.ipv4.conf.eth0.arp_filter": "1",
+            "net.ipv4.neigh.eth0.gc_stale_time": "61",
+            "net.ipv6.conf.all.disable_ipv6": "1",
+        },
+        "promisc": true,
+    }))?;
+    let task = node
+        .task(runtime, "tuned")?
+        .flag(&format!("network:{}", network.path()));
+    let task = task.start(&["sleep", "infinity"])?;
+    let script = "cd /proc/sys/net && cat core/somaxconn ipv4/tcp_keepalive_time ipv4/ip_local_port_range \
+        ipv4/ip_forward ipv4/conf/eth0/arp_filter ipv4/neigh/eth0/gc_stale_time ipv4/tcp_fin_timeout && \
+        ip -6 address show dev eth0 | wc -l; ip link show dev eth0";
+    let seen = task.exec(&["sh", "-c", script])?.text();
+    let seen: Vec<_> = seen.split_whitespace().collect();
+    let (values, link) = seen.split_at(9.min(seen.len()));
+    same(
+        "sysctls",
+        values,
+        &["500", "60", "20000", "30000", "1", "1", "61", "60", "0"],
+    )?;
+    claim(
+        link.join(" ").contains("PROMISC"),
+        format!("eth0 is promiscuous: {link:?}"),
+    )?;
+    task.remove()?;
     network.remove()
 }
 

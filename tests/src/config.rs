@@ -10,6 +10,9 @@ use crate::{failure::Result, images, places};
 /// pull.
 pub const REGISTRIES: &str = "registries";
 
+/// Where Debian has CNI's plugins.
+pub const CNI_PLUGINS: &str = "/usr/lib/cni";
+
 /// Where a bare node's containerd looks for further configuration.
 pub const DROP_INS: &str = "/etc/containerd/conf.d";
 
@@ -150,7 +153,7 @@ pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String 
          [{cri}.registry]\n\
          config_path = \"{node}/{REGISTRIES}\"\n\
          [{cri}.cni]\n\
-         bin_dir = \"/usr/lib/cni\"\n\
+         bin_dir = \"{CNI_PLUGINS}\"\n\
          conf_dir = \"{node}/cni\"\n\
          [{cri}.containerd]\n\
          snapshotter = \"overlayfs\"\n\

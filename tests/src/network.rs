@@ -1,6 +1,9 @@
 //! A network namespace that nobody's runtime made.
 
+use serde_json::{Value, json};
+
 use crate::{
+    config::CNI_PLUGINS,
     failure::Result,
     node::Node,
     run::{self, succeed},
@@ -40,6 +43,28 @@ impl<'n> Network<'n> {
     #[must_use]
     pub fn ip(&self) -> String {
         self.address(2)
+    }
+
+    /// Has CNI's plugin `tuning` change the namespace and its eth0 by this part of its configuration.
+    ///
+    /// # Errors
+    /// What the plugin says.
+    pub fn tune(&self, settings: Value) -> Result {
+        let mut configuration = json!({
+            "cniVersion": "1.0.0", "name": "tuned", "type": "tuning", "dataDir": self.node.path("tuned"),
+            "prevResult": {"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": self.path()}]},
+        });
+        if let (Value::Object(all), Value::Object(settings)) = (&mut configuration, settings) {
+            all.extend(settings);
+        }
+        let script = format!(
+            "CNI_COMMAND=ADD CNI_CONTAINERID={} CNI_NETNS={} CNI_IFNAME=eth0 CNI_PATH={CNI_PLUGINS} {CNI_PLUGINS}/tuning <<'E'
+{configuration}
+E",
+            self.name(),
+            self.path(),
+        );
+        self.shell(&script).map(drop)
     }
 
     /// Its devices, queues and filters, as ip(8) and tc(8) list them.

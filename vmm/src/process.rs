@@ -38,7 +38,7 @@ pub struct Spawner {
     requests: mpsc::Sender<Request>,
     keeper: Arc<Mutex<Keeper>>,
     /// The soft limit of open files that this process had.
-    open_files: u64,
+    open_files: (u64, u64),
     born: Moment,
 }
 
@@ -97,6 +97,11 @@ impl Spawner {
         self.born
     }
 
+    /// The soft and the hard limit of open files (`RLIMIT_NOFILE` of getrlimit(2)) that this process was started with.
+    pub fn open_files(&self) -> (u64, u64) {
+        self.open_files
+    }
+
     /// The process whose end ends all children; there is one as long as there are children.
     pub fn keeper(&self) -> Option<u32> {
         self.kept().process.upgrade().map(|keeper| keeper.pid())
@@ -125,7 +130,7 @@ impl Spawner {
     pub(crate) fn start(&self, mut command: Command, setup: ChildSetup) -> io::Result<Child> {
         command.env_clear().current_dir("/");
         let setup = ChildSetup {
-            open_files: Some(self.open_files),
+            open_files: Some(self.open_files.0),
             ..setup
         };
         sys::prepare(&mut command, setup);
@@ -332,7 +337,7 @@ mod tests {
     #[tokio::test]
     async fn this_process_has_all_the_open_files_it_may_and_its_children_have_what_it_had() {
         let spawner = Spawner {
-            open_files: 345,
+            open_files: (345, u64::MAX),
             ..Spawner::new().unwrap()
         };
         let (soft, hard) = open_files(std::process::id());

@@ -177,13 +177,13 @@ fn drop_capability(number: u8) -> Result<(), Errno> {
     }
 }
 
-/// Lets this process have as many open files as it may, and returns how many it had before.
-pub(crate) fn raise_open_files() -> io::Result<u64> {
+/// Lets this process have as many open files as it may. Returns the limits that it was started with, soft and hard.
+pub(crate) fn raise_open_files() -> io::Result<(u64, u64)> {
     /// What the kernel itself allows by default (`nr_open` in proc_sys_fs(5)).
     const MOST: u64 = 1 << 20;
     let (now, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, now.max(most.min(MOST)), most)?;
-    Ok(now)
+    Ok((now, most))
 }
 
 /// Makes a PID namespace for the children that this thread starts from now on, and its first process, the keeper, which

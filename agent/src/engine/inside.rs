@@ -16,7 +16,7 @@ use nix::{
 };
 use oci_spec::runtime::{Linux, Spec};
 
-use super::spec::guest_id;
+use super::spec::{guest_id, is_bind};
 
 /// Bytes of `/etc/passwd` that are searched.
 const MAX_PASSWD: u64 = 1 << 20;
@@ -91,9 +91,7 @@ fn cwd_source(root: &Path, spec: &Spec, cwd: &Path) -> Option<(PathBuf, PathBuf)
     let Some((mount, below)) = covering else {
         return Some((root.to_owned(), cwd.strip_prefix("/").ok()?.to_owned()));
     };
-    let bind =
-        mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(|o| o == "bind" || o == "rbind");
-    bind.then(|| Some((mount.source().clone()?, below.to_owned())))?
+    is_bind(mount).then(|| Some((mount.source().clone()?, below.to_owned())))?
 }
 
 fn make_directories(base: &Path, below: &Path, owner: (Uid, Gid)) -> nix::Result<()> {

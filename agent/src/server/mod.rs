@@ -11,6 +11,7 @@ mod channel;
 mod clock;
 mod container;
 mod copy;
+mod copy_up;
 mod devices;
 mod disk;
 mod error;

@@ -1,6 +1,11 @@
 //! The guest's network: interfaces, addresses and neighbours as the host has them.
 
-use std::{fs, io, net::IpAddr, path::Path, time::Duration};
+use std::{
+    fs, io,
+    net::IpAddr,
+    path::{Component, Path},
+    time::Duration,
+};
 
 use futures::TryStreamExt;
 use rtnetlink::{
@@ -19,7 +24,7 @@ use super::{
     uevent::Uevents,
 };
 use crate::protocol::{
-    agent::{ARPNeighbors, Interfaces},
+    agent::{ARPNeighbors, Interfaces, Sysctl},
     types::{ARPNeighbor, IPAddress, IPFamily, Interface},
 };
 
@@ -27,8 +32,6 @@ use crate::protocol::{
 const APPEARS: Duration = Duration::from_secs(3);
 /// The most bytes of an interface's name (`IFNAMSIZ` without the final NUL).
 const LONGEST_NAME: usize = 15;
-/// `IFF_NOARP`: the one flag of an interface that the host passes on.
-const NOARP: u32 = 0x80;
 
 /// Speaks to the kernel's network.
 #[derive(Debug, Default)]
@@ -57,7 +60,10 @@ impl Network {
         if link.name != wanted.name {
             self.make_room(&wanted.name).await?;
         }
-        let mut message = LinkUnspec::new_with_index(link.index).arp(!wanted.noarp);
+        let mut message = LinkUnspec::new_with_index(link.index)
+            .arp(!wanted.flags.contains(LinkFlags::Noarp))
+            .promiscuous(wanted.flags.contains(LinkFlags::Promisc))
+            .allmulticast(wanted.flags.contains(LinkFlags::Allmulti));
         if link.name != wanted.name || link.mac != wanted.mac {
             // The kernel renames only an interface that is down.
             let down = LinkUnspec::new_with_index(link.index).down().build();
@@ -73,6 +79,20 @@ impl Network {
         handle.link().change(message.up().build()).execute().await.doing(what)?;
         self.update_addresses(link.index, &wanted).await?;
         Ok(interface)
+    }
+
+    /// Sets sysctls of the network, in their order. Returns those that the kernel has not, or not with such values.
+    pub(super) fn set_sysctls(&self, sysctls: &[Sysctl]) -> Result<Vec<String>> {
+        let mut refused = Vec::new();
+        for Sysctl { name, value, .. } in sysctls {
+            if !is_below(name) {
+                return Err(bad("a sysctl's path", name));
+            }
+            if let Err(error) = fs::write(Path::new(SYSCTLS).join(name), value) {
+                refused.push(format!("{name} = {value}: {error}"));
+            }
+        }
+        Ok(refused)
     }
 
     /// Renames the interface that holds a name another is to get.
@@ -173,7 +193,7 @@ struct Wanted {
     name: String,
     mac: Option<[u8; 6]>,
     mtu: Option<u32>,
-    noarp: bool,
+    flags: LinkFlags,
     addresses: Vec<(IpAddr, u8)>,
 }
 
@@ -203,7 +223,7 @@ impl Wanted {
             name: name.to_owned(),
             mac: parse_mac(&interface.hwAddr)?,
             mtu,
-            noarp: interface.raw_flags & NOARP != 0,
+            flags: LinkFlags::from_bits_truncate(interface.raw_flags),
             addresses,
         })
     }
@@ -267,6 +287,14 @@ fn link(name: &str) -> Option<Link> {
 }
 
 const CLASS: &str = "/sys/class/net";
+
+const SYSCTLS: &str = "/proc/sys/net";
+
+/// Whether a path has names alone.
+fn is_below(path: &str) -> bool {
+    let mut parts = Path::new(path).components();
+    !path.is_empty() && parts.all(|part| matches!(part, Component::Normal(_)))
+}
 
 /// The index of an interface.
 pub(super) fn index_of(name: &str) -> Option<u32> {
@@ -396,6 +424,6 @@ mod tests {
         assert_eq!(wanted.name, "eth0");
         assert_eq!(wanted.mac, Some([2, 0, 0, 0, 0, 1]));
         assert_eq!(wanted.addresses, [("10.0.0.1".parse().unwrap(), 24)]);
-        assert!(wanted.noarp && wanted.mtu.is_none());
+        assert!(wanted.flags == LinkFlags::Noarp && wanted.mtu.is_none());
     }
 }

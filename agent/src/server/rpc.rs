@@ -349,7 +349,10 @@ impl Service {
     }
 
     async fn update_routes(&self, request: UpdateRoutesRequest) -> Result<Routes> {
-        self.network.update_routes(request.routes.unwrap_or_default()).await
+        let refused = self.network.set_sysctls(&request.sysctls)?;
+        let mut routes = self.network.update_routes(request.routes.unwrap_or_default()).await?;
+        routes.refused = refused;
+        Ok(routes)
     }
 
     async fn list_interfaces(&self, _: ListInterfacesRequest) -> Result<Interfaces> {

@@ -21,13 +21,16 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::{
     beneath::{self, BASE, is_ours, open_at},
-    devices,
+    copy_up, devices,
     error::{Doing, Error, Result},
 };
 use crate::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES, engine::is_bind};
 
 /// Where sources are mounted while a container is made; each container has a folder there.
 const PINNED: &str = "/run/kata-containers/pinned";
+
+/// What is of a mount, and not of the file system.
+const PER_MOUNT: [&str; 7] = ["ro", "nodev", "noexec", "nosuid", "noatime", "nodiratime", "relatime"];
 
 /// The sources of one container, mounted until this is dropped.
 #[derive(Debug)]
@@ -52,6 +55,18 @@ impl Pinned {
             let (layer, place) = (pinned.folder("layer")?, pinned.folder("dev")?);
             devices::mount_for(spec, &layer, &place)?;
             mount.set_source(Some(place));
+        }
+        let root = spec.root().as_ref().map(|root| root.path().clone());
+        for mount in mounts.iter_mut().filter(|mount| copy_up::is_asked(mount)) {
+            let place = pinned.folder(&format!("tmpfs{}", pinned.places.len()))?;
+            copy_up::mount_on(&place, root.as_deref().unwrap_or(Path::new("")), mount)?;
+            let is_kept = |option: &&String| PER_MOUNT.contains(&option.as_str());
+            let options = mount.options().iter().flatten().filter(is_kept).cloned();
+            let options = options.chain(["bind".to_owned()]).collect();
+            mount
+                .set_typ(Some("bind".into()))
+                .set_source(Some(place))
+                .set_options(Some(options));
         }
         for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
             let Some(source) = mount.source().clone().filter(|source| is_ours(source)) else {

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs, io,
-    os::unix::fs::{PermissionsExt, chown},
+    os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown},
     path::Path,
 };
 
@@ -12,6 +12,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::syncfs,
 };
+use walkdir::WalkDir;
 
 use super::{
     beneath::{self, BASE},
@@ -19,7 +20,10 @@ use super::{
     error::{Doing, Error, Result},
     watchable::Watches,
 };
-use crate::protocol::agent::Storage;
+use crate::protocol::{
+    agent::{FSGroup, Storage},
+    types::FSGroupChangePolicy,
+};
 
 /// The drivers that there are.
 pub(super) const DRIVERS: [&str; 6] = ["blk", "ephemeral", "local", "scsi", "virtio-fs", "watchable-bind"];
@@ -240,14 +244,18 @@ fn mount_storage(storage: &Storage, source: &Path, point: &Path, most: Option<u6
     let data = (!data.is_empty()).then_some(data.as_str());
     let what = || format!("mount {} {} on {}", storage.fstype, source.display(), point.display());
     mount(Some(source), point, Some(storage.fstype.as_str()), flags, data).doing(what)?;
-    give_to(group.or(storage.fs_group.as_ref().map(|group| group.group_id)), point)?;
+    give_to(group, point)?;
+    // The kubelet changes no volume that may only be read.
+    if !flags.contains(MsFlags::MS_RDONLY) {
+        give_all_to(storage.fs_group.as_ref(), point)?;
+    }
     Ok(InMemory { flags, size })
 }
 
 /// A folder of the guest's memory that lives as long as the sandbox.
 fn make_local(storage: &Storage, point: &Path) -> Result<()> {
     make_folder(point)?;
-    let mut group = storage.fs_group.as_ref().map(|group| group.group_id);
+    let mut group = None;
     for option in &storage.options {
         match option.split_once('=') {
             Some(("mode", mode)) => {
@@ -259,18 +267,49 @@ fn make_local(storage: &Storage, point: &Path) -> Result<()> {
             _ => return Err(bad(option)),
         }
     }
-    give_to(group, point)
+    give_to(group, point)?;
+    give_all_to(storage.fs_group.as_ref(), point)
 }
+
+/// What a volume's group may do with its folders, and what its files are for.
+const OF_FOLDERS: u32 = 0o2070;
+const OF_FILES: u32 = 0o060;
 
 /// A volume's group: its members may write, and what they make is the group's too.
 fn give_to(group: Option<u32>, point: &Path) -> Result<()> {
     let Some(group) = group else { return Ok(()) };
     let given = || {
         chown(point, None, Some(group))?;
-        let mode = fs::metadata(point)?.permissions().mode() | 0o2070;
+        let mode = fs::metadata(point)?.permissions().mode() | OF_FOLDERS;
         fs::set_permissions(point, fs::Permissions::from_mode(mode))
     };
     given().doing(|| format!("give {} to group {group}", point.display()))
+}
+
+/// The same for everything in the volume, as the kubelet does for volumes that are mounted on the node
+/// (`pkg/volume/volume_linux.go` of Kubernetes): the volume itself comes last, so that `OnRootMismatch` finds out
+/// whether all was done. No container has the volume yet, so nobody puts a link in a folder's place.
+fn give_all_to(group: Option<&FSGroup>, point: &Path) -> Result<()> {
+    let Some(group) = group else { return Ok(()) };
+    let (id, policy) = (group.group_id, group.group_change_policy.enum_value_or_default());
+    let given = || -> io::Result<()> {
+        let whole = fs::metadata(point)?;
+        if policy == FSGroupChangePolicy::OnRootMismatch && whole.gid() == id && whole.mode() & OF_FOLDERS == OF_FOLDERS
+        {
+            return Ok(());
+        }
+        for entry in WalkDir::new(point).contents_first(true) {
+            let entry = entry?;
+            let found = entry.metadata()?;
+            lchown(entry.path(), None, Some(id))?;
+            let wanted = if found.is_dir() { OF_FOLDERS } else { OF_FILES };
+            if !found.is_symlink() {
+                fs::set_permissions(entry.path(), fs::Permissions::from_mode(found.mode() | wanted))?;
+            }
+        }
+        Ok(())
+    };
+    given().doing(|| format!("give all of {} to group {id}", point.display()))
 }
 
 fn make_folder(point: &Path) -> Result<()> {
@@ -283,14 +322,15 @@ fn bad(option: &str) -> Error {
 
 /// The options of a mount.
 #[derive(Debug, PartialEq)]
-struct Options {
-    flags: MsFlags,
-    data: String,
+pub(super) struct Options {
+    pub(super) flags: MsFlags,
+    /// What is left to the file system.
+    pub(super) data: String,
     group: Option<u32>,
 }
 
 impl Options {
-    fn parse(options: &[String]) -> Result<Options> {
+    pub(super) fn parse(options: &[String]) -> Result<Options> {
         let mut parsed = Options {
             flags: MsFlags::empty(),
             data: String::new(),
@@ -408,6 +448,38 @@ mod tests {
         ] {
             assert_eq!(options(&[given]).unwrap().limited(most).data, expected);
         }
+    }
+
+    #[test]
+    fn all_of_a_volume_becomes_its_groups() {
+        let folder = tempfile::tempdir().unwrap();
+        let point = folder.path().join("volume");
+        fs::create_dir_all(point.join("data/deep")).unwrap();
+        fs::write(point.join("data/deep/file"), "").unwrap();
+        fs::set_permissions(point.join("data/deep/file"), fs::Permissions::from_mode(0o4700)).unwrap();
+        fs::write(folder.path().join("outside"), "").unwrap();
+        std::os::unix::fs::symlink("../../outside", point.join("data/link")).unwrap();
+        let look = |path: &str| {
+            let found = fs::symlink_metadata(folder.path().join(path)).unwrap();
+            (found.gid(), found.mode() & 0o7777)
+        };
+        let outside = look("outside");
+        let mut group = FSGroup::new();
+        (group.group_id, group.group_change_policy) = (1234, FSGroupChangePolicy::OnRootMismatch.into());
+        give_all_to(Some(&group), &point).unwrap();
+        assert_eq!([look("volume"), look("volume/data/deep")], [(1234, 0o2775); 2]);
+        assert_eq!(look("volume/data/deep/file"), (1234, 0o4760));
+        assert_eq!(look("volume/data/link").0, 1234);
+        assert_eq!(look("outside"), outside);
+
+        // Its root says that all was done, so nothing is looked at unless it is to be each time.
+        fs::write(point.join("later"), "").unwrap();
+        chown(point.join("later"), None, Some(0)).unwrap();
+        give_all_to(Some(&group), &point).unwrap();
+        assert_eq!(look("volume/later").0, 0);
+        group.group_change_policy = FSGroupChangePolicy::Always.into();
+        give_all_to(Some(&group), &point).unwrap();
+        assert_eq!(look("volume/later").0, 1234);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::pod::{Pod, base, create};
 super::cases![
     an_interface_becomes_the_hosts,
     routes_go_over_it,
+    sysctls_are_set_in_their_order,
     neighbours_are_permanent,
     the_kernel_loads_what_is_first_used,
     what_cannot_be_is_refused
@@ -75,6 +76,53 @@ async fn an_interface_becomes_the_hosts(pod: Arc<Pod>) {
 
 /// `RTN_BLACKHOLE` of rtnetlink(7).
 const BLACKHOLE: u32 = 6;
+
+async fn sysctls_are_set_in_their_order(pod: Arc<Pod>) {
+    let ask = |sysctls: &[(&str, &str)]| {
+        let mut request = UpdateRoutesRequest::new();
+        request.sysctls = sysctls
+            .iter()
+            .map(|(name, value)| {
+                let mut sysctl = Sysctl::new();
+                (sysctl.name, sysctl.value) = ((*name).into(), (*value).into());
+                sysctl
+            })
+            .collect();
+        request
+    };
+    let (before, backlog) = ("4096", "core/somaxconn");
+    let request = ask(&[
+        (backlog, "77"),
+        ("ipv4/ip_forward", "1"),
+        ("ipv4/conf/lo/forwarding", "0"),
+        ("ipv4/of_a_newer_kernel", "1"),
+        ("ipv4/tcp_congestion_control", "nobody's"),
+    ]);
+    let answer = pod.client.update_routes(request).await.unwrap();
+    assert_eq!(
+        answer.refused,
+        [
+            "ipv4/of_a_newer_kernel = 1: No such file or directory (os error 2)",
+            "ipv4/tcp_congestion_control = nobody's: No such file or directory (os error 2)"
+        ]
+    );
+    pod.try_create(create("c", base("sleep 600"))).await.unwrap();
+    pod.start("c").await;
+    let script = "cd /proc/sys/net; cat core/somaxconn ipv4/ip_forward ipv4/conf/lo/forwarding";
+    assert_eq!(pod.exec("c", script).await.1, "77\n1\n0\n");
+    pod.remove("c").await;
+    for path in ["", "../kernel/core_pattern", "/proc/sys/kernel/core_pattern"] {
+        let refused = pod
+            .client
+            .update_routes(ask(&[(path, "x")]))
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("a sysctl's path is"), "{refused}");
+    }
+    let again = ask(&[(backlog, before), ("ipv4/ip_forward", "0")]);
+    assert!(pod.client.update_routes(again).await.unwrap().refused.is_empty());
+}
 
 async fn routes_go_over_it(pod: Arc<Pod>) {
     pod.client

@@ -13,6 +13,7 @@ super::cases![
     a_limit_changes,
     a_frozen_container_stands_still,
     a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod,
+    a_tmpfs_begins_with_what_the_image_has,
     a_small_correction_of_the_clock_is_no_jump,
     the_clock_is_set,
     entropy_is_added,
@@ -162,6 +163,38 @@ async fn a_volume_in_memory_has_its_size_and_group_and_stays_with_the_pod(pod: A
         }
     }
     pod.remove("d").await;
+}
+
+async fn a_tmpfs_begins_with_what_the_image_has(pod: Arc<Pod>) {
+    // The image of the guest's test is shared by all containers: this one makes the folder that the next one finds.
+    pod.run(
+        "c",
+        "mkdir -p /copied/deep; echo text >/copied/deep/file; ln -s deep/file /copied/link; chmod 1770 /copied",
+    )
+    .await;
+    assert_eq!(pod.wait("c", "c").await, 0);
+    pod.remove("c").await;
+    let mut spec =
+        base("stat -f -c %T /copied; stat -c %a /copied; cat /copied/link; echo new >/copied/own; sleep 600");
+    let options = ["rw", "nodev", "nosuid", "tmpcopyup", "size=65536k"];
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({ "destination": "/copied", "type": "tmpfs", "source": "tmpfs", "options": options }));
+    let read_only = ["ro", "tmpcopyup", "mode=0700"];
+    mounts.push(json!({ "destination": "/none/yet", "type": "tmpfs", "source": "tmpfs", "options": read_only }));
+    pod.try_create(create("d", spec)).await.unwrap();
+    pod.start("d").await;
+    pod.read_until("d", "", "tmpfs\n1770\ntext").await;
+    let (code, said) = pod.exec("d", "grep ' /copied ' /proc/mounts; touch /none/yet/x").await;
+    assert!(
+        code != 0 && said.contains("nosuid,nodev") && said.contains("size=65536k"),
+        "{code}: {said}"
+    );
+    pod.remove("d").await;
+    // What it wrote is not the image's.
+    pod.run("e", "cat /copied/deep/file; ls /copied; rm -r /copied").await;
+    pod.read_until("e", "", "text\ndeep\nlink\n").await;
+    assert_eq!(pod.wait("e", "e").await, 0);
+    pod.remove("e").await;
 }
 
 /// The guest's clock, in microseconds since the epoch, as the agent tells it.

@@ -139,18 +139,14 @@ pub(super) fn interface(link: &LinkMessage, addresses: Vec<(IpAddr, u8)>) -> Res
         }
     }
     match mac {
-        Some(mac) if link.header.link_layer_type == LinkLayerType::Ether => {
-            let noarp = link.header.flags.contains(LinkFlags::Noarp);
-            Ok(Interface {
-                name,
-                mac,
-                mtu,
-                addresses,
-                noarp,
-                hears_all: link.header.flags.contains(LinkFlags::Allmulti),
-                index: link.header.index,
-            })
-        }
+        Some(mac) if link.header.link_layer_type == LinkLayerType::Ether => Ok(Interface {
+            name,
+            mac,
+            mtu,
+            addresses,
+            flags: link.header.flags & (LinkFlags::Noarp | LinkFlags::Promisc | LinkFlags::Allmulti),
+            index: link.header.index,
+        }),
         _ => Err(NetError::NotEthernet(name)),
     }
 }

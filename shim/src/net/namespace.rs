@@ -67,9 +67,7 @@ impl Namespace {
         &self,
         work: impl AsyncFnOnce(rtnetlink::Handle) -> Result<T, NetError> + Send,
     ) -> Result<T, NetError> {
-        let run = || {
-            setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
-                .map_err(|error| NetError::system(format!("enter {}", self.path.display()), error))?;
+        self.enter(|| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_io()
                 .build()
@@ -80,19 +78,34 @@ impl Namespace {
                 tokio::spawn(connection);
                 work(handle).await
             })
-        };
-        in_thread(run)
+        })
+    }
+
+    /// Runs `work` on a thread that is in the namespace and ends with the work.
+    pub(super) fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T, NetError> + Send) -> Result<T, NetError> {
+        in_thread(|| {
+            setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
+                .map_err(|error| NetError::system(format!("enter {}", self.path.display()), error))?;
+            work()
+        })
     }
 }
 
 /// Makes a namespace that has no name.
 pub(super) fn new_anonymous() -> Result<OwnedFd, NetError> {
-    in_thread(|| {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetError::system("make a network namespace", error))?;
+    in_new(|| {
         let namespace = File::open("/proc/thread-self/ns/net");
         namespace
             .map(Into::into)
             .map_err(|error| NetError::system("open a new network namespace", error))
+    })
+}
+
+/// Runs `work` on a thread that is in a new namespace, which goes with it.
+pub(super) fn in_new<T: Send>(work: impl FnOnce() -> Result<T, NetError> + Send) -> Result<T, NetError> {
+    in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetError::system("make a network namespace", error))?;
+        work()
     })
 }
 

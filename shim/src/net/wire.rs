@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use agent::{
     client::{Client, ClientError},
     protocol::{
-        agent::{AddARPNeighborsRequest, UpdateInterfaceRequest, UpdateRoutesRequest},
+        agent::{AddARPNeighborsRequest, Sysctl, UpdateInterfaceRequest, UpdateRoutesRequest},
         types,
     },
 };
@@ -13,8 +13,6 @@ use vmm::spec::Nic;
 
 use super::{Interface, Neighbor, Network, NextHop, Route, mac_text};
 
-/// `IFF_NOARP` of linux/if.h, the one flag that the protocol takes.
-const NOARP: u32 = 0x80;
 /// `NUD_PERMANENT` of linux/neighbour.h.
 const PERMANENT: i32 = 0x80;
 /// `RTN_UNICAST` of linux/rtnetlink.h.
@@ -38,11 +36,23 @@ impl Network {
         for request in self.interface_requests() {
             agent.update_interface(request).await?;
         }
-        agent.update_routes(self.routes_request()).await?;
+        let mut request = self.routes_request();
+        request.sysctls = self.sysctls().await;
+        let answer = agent.update_routes(request).await?;
+        if !answer.refused.is_empty() {
+            let refused = answer.refused.join(", ");
+            tracing::warn!(refused, "the guest's kernel has no such sysctls of the pod's network");
+        }
         if let Some(neighbours) = self.neighbours_request() {
             agent.add_arp_neighbors(neighbours).await?;
         }
         Ok(())
+    }
+
+    async fn sysctls(&self) -> Vec<Sysctl> {
+        let sysctls = self.sysctls.clone();
+        let read = tokio::task::spawn_blocking(move || sysctls.changed().iter().map(sysctl).collect());
+        read.await.unwrap_or_default()
     }
 
     /// One request per interface: the guest gives its card the pod's name and addresses.
@@ -75,13 +85,19 @@ fn interface_request(from: &Interface) -> UpdateInterfaceRequest {
     interface.name = from.name.clone();
     interface.mtu = from.mtu.into();
     interface.hwAddr = from.mac_text();
-    interface.raw_flags = if from.noarp { NOARP } else { 0 };
+    interface.raw_flags = from.flags.bits();
     interface.IPAddresses = from
         .addresses
         .iter()
         .map(|(ip, length)| address(ip, &length.to_string()))
         .collect();
     request
+}
+
+fn sysctl((name, value): &(String, String)) -> Sysctl {
+    let mut sysctl = Sysctl::new();
+    (sysctl.name, sysctl.value) = (name.clone(), value.clone());
+    sysctl
 }
 
 fn route(from: &Route) -> types::Route {

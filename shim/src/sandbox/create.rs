@@ -133,6 +133,7 @@ impl Sandbox {
             pid_target: pid_target.as_deref(),
             id_maps: guest.pod.id_maps.as_ref(),
             vfio_groups: &guest.devices.groups,
+            open_files: self.spawner.open_files(),
         };
         let mut guest_spec = spec::translate(spec, &context)?;
         for warning in &guest_spec.warnings {

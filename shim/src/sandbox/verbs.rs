@@ -157,7 +157,7 @@ impl Sandbox {
         }
         let spec: oci_spec::runtime::Process =
             serde_json::from_slice(&request.spec.value).map_err(decode("the exec's process"))?;
-        let mut spec = spec::guest_process(spec)?;
+        let mut spec = spec::guest_process(spec, self.spawner.open_files())?;
         // CRI-O sends the container's process with other args: only the request says whether this one has a terminal.
         spec.set_terminal(Some(request.terminal));
         let stdio = Stdio {

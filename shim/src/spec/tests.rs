@@ -45,6 +45,7 @@ fn in_guest_of(spec: &Spec, id: &str, id_maps: Option<&IdMaps>) -> Result<GuestC
             pid_target: None,
             id_maps,
             vfio_groups: &BTreeSet::from([12]),
+            open_files: (1024, 4096),
         },
     )
 }
@@ -280,6 +281,28 @@ fn a_pause_container_can_be_translated_too() {
 }
 
 #[test]
+fn open_files_are_limited_as_those_of_the_cri_are() {
+    let limit = |process: Value, open_files| {
+        let process = guest_process(serde_json::from_value(process).unwrap(), open_files).unwrap();
+        let limits = process.rlimits().clone().unwrap();
+        let own = limits
+            .iter()
+            .filter(|limit| limit.typ() == PosixRlimitType::RlimitNofile);
+        own.map(|limit| (limit.soft(), limit.hard())).collect::<Vec<_>>()
+    };
+    let none = json!({"cwd": "/", "args": ["x"]});
+    let own = json!({"cwd": "/", "args": ["x"], "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 7, "hard": 8}]});
+    assert_eq!(limit(none.clone(), (1024, 524_288)), [(1024, 524_288)]);
+    assert_eq!(limit(own, (1024, 524_288)), [(7, 8)]);
+    let systemds = 1 << 30;
+    assert_eq!(
+        limit(none, (systemds, systemds)),
+        [(1 << 20, 1 << 20)],
+        "no more than the guest's kernel allows"
+    );
+}
+
+#[test]
 fn a_pods_sysctls_reach_its_containers() {
     let pod = HashMap::from([
         ("net.core.somaxconn".into(), "9".into()),
@@ -296,6 +319,7 @@ fn a_pods_sysctls_reach_its_containers() {
         pid_target: None,
         id_maps: None,
         vfio_groups: &BTreeSet::new(),
+        open_files: (1024, 4096),
     };
     let guest = translate(&spec, &context).unwrap();
     let linux = guest.spec.linux().as_ref().unwrap();
