@@ -40,7 +40,6 @@ initrd() {
   folder dev
   entry 2180 5 1 dev/console # crw-------: the kernel opens it as PID 1's stdio
   entry 21b6 1 3 dev/null    # crw-rw-rw-: stands in where the console's driver is a module that PID 1 loads
-  entry 21b6 1 3 dev/null    # crw-rw-rw-: what PID 1 opens instead when the console's driver is a module
   folder etc
   program init "$agent"
   if [ -d "$kernel/modules" ]; then
@@ -49,6 +48,11 @@ initrd() {
     while read -r name; do
       if [ -d "$kernel/modules/$name" ]; then folder "$name"; else text "$name" "$kernel/modules/$name"; fi
     done <"$new/modules"
+  fi
+  if [ -f "$kernel/modules.builtin" ]; then
+    # Which modules need not be loaded.
+    for name in lib lib/modules "lib/modules/$(cat "$kernel/release")"; do folder "$name"; done
+    text "lib/modules/$(cat "$kernel/release")/modules.builtin" "$kernel/modules.builtin"
   fi
   for name in proc run sys tmp; do folder $name; done
   entry 0 0 0 'TRAILER!!!'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds our guest kernel from Debian's linux-source-6.12, kernel.config and the patches here; prints the folder that
-# holds `vmlinux`, `config`, `release`, `source` and `pci`. The folder is named by the hash of everything that goes in
+# holds `vmlinux`, `config`, `release`, `source`, `pci` and `modules.builtin`. The folder is named by the hash of everything that goes in
 # (source, compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never
 # passes for it.
 #
@@ -78,6 +78,7 @@ compile() {
   make -s kernelrelease >out/release
   echo "$package $version" >out/source
   pci_aliases vmlinux >out/pci
+  cp modules.builtin out/modules.builtin
   cp .config out/config
   chmod 755 out
   chmod 644 out/*

@@ -77,7 +77,7 @@ fetch() {
   depmod -b out/modules "$release"
   # Which PCI devices those drive, one a line. What is built in drives none that a node could hand over.
   sed -n 's/^alias \(pci:[^ ]*\) .*/\1/p' "out/modules/lib/modules/$release/modules.alias" | LC_ALL=C sort -u >out/pci
-  find out/modules -name 'modules.*' ! -name modules.dep ! -name modules.alias ! -name modules.softdep -delete
+  find out/modules -name 'modules.*' ! -name modules.builtin ! -name modules.dep ! -name modules.alias ! -name modules.softdep -delete
   find out -type d -exec chmod 755 {} +
   find out -type f -exec chmod 644 {} +
 }

@@ -218,12 +218,13 @@ impl Engine {
             spec: Box::new(spec),
             streams,
         };
-        match self.started(request, fds).await {
-            Ok((pid, fds)) => {
-                let mut fds = fds.into_iter();
-                let (Some(pidfd), Some(status)) = (fds.next(), fds.next()) else {
-                    return Err(EngineError::Gone);
-                };
+        let started = self.started(request, fds).await.and_then(|(pid, fds)| {
+            let mut fds = fds.into_iter();
+            let (pidfd, status) = fds.next().zip(fds.next()).ok_or(EngineError::Gone)?;
+            Ok((pid, pidfd, status, fds.next()))
+        });
+        match started {
+            Ok((pid, pidfd, status, pty)) => {
                 let status = Mutex::new(Some(status));
                 let init = Init {
                     pid,
@@ -235,7 +236,7 @@ impl Engine {
                     poststop,
                 };
                 self.containers().insert(id, Entry::Created(Arc::new(init)));
-                Ok(Started { pid, pty: fds.next() })
+                Ok(Started { pid, pty })
             }
             Err(error) => {
                 self.ask(Request::Forget { id: id.clone() }, Vec::new()).await?;

@@ -30,8 +30,11 @@ use libcontainer::{
 };
 use nix::{
     fcntl::OFlag,
-    sys::resource::{Resource, getrlimit},
-    unistd::{Uid, fchown, pipe2},
+    sys::{
+        resource::{Resource, getrlimit},
+        signal::{Signal, kill},
+    },
+    unistd::{Pid, Uid, fchown, pipe2},
 };
 use oci_spec::runtime::{Box as Size, Hook, Linux, LinuxResources, Process, Spec};
 
@@ -280,11 +283,12 @@ impl Launch<'_> {
                 return Err(Failure { text, ends });
             }
         };
-        let pty = if terminal {
-            Some(receive_terminal(&console.0, console_size, uid)?)
-        } else {
-            None
-        };
+        let pty = terminal.then(|| receive_terminal(&console.0, console_size, uid)).transpose();
+        let pty = pty.map_err(|text| {
+            // It would wait for ever to be started.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            Failure { text, ends: true }
+        })?;
         Ok(Launched { pid, status, pty })
     }
 }

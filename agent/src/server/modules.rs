@@ -79,10 +79,19 @@ pub(super) fn load(name: &str, parameters: &[String]) -> Result<()> {
     let kernel = uname().doing(|| "ask the kernel's release".into())?;
     let folder = Path::new("/lib/modules").join(kernel.release());
     let name = &canonical(name);
+    let index = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
+    if is_built_in(&index("modules.builtin"), name) {
+        return match parameters {
+            [] => Ok(()),
+            [first, ..] => Err(Error::Invalid(format!(
+                "the module {name} is built into the guest's kernel, which takes its parameters at boot alone: \
+                 write {name}.{first} into `kernel_params`, not into `kernel_modules`"
+            ))),
+        };
+    }
     if is_loaded(name) {
         return Ok(());
     }
-    let index = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
     let dependencies = index("modules.dep");
     let mut wanted = vec![name.clone()];
     if order(&dependencies, name).is_none() {
@@ -112,7 +121,12 @@ pub(super) fn serve_kernel(arguments: impl Iterator<Item = String>) -> i32 {
     i32::from(!names.into_iter().all(|name| load(&name, &[]).is_ok()))
 }
 
-/// A module that is loaded or built in.
+/// Whether a module is in the text of `modules.builtin` (a file a line).
+fn is_built_in(built_in: &str, name: &str) -> bool {
+    built_in.lines().any(|file| name_of(Path::new(file)) == name)
+}
+
+/// A module that is loaded, or is built in and has parameters.
 fn is_loaded(name: &str) -> bool {
     Path::new("/sys/module").join(name).exists()
 }
@@ -175,6 +189,13 @@ mod tests {
         assert_eq!(names, ["llc", "stp", "bridge"]);
         assert_eq!(order(DEPENDENCIES, "virtio_rng").unwrap().len(), 1);
         assert_eq!(order(DEPENDENCIES, "brid"), None);
+    }
+
+    #[test]
+    fn a_module_may_be_built_in() {
+        let built_in = "kernel/drivers/net/tun.ko\nkernel/net/netfilter/xt_CT.ko\nkernel/fs/fuse/virtio-fs.ko\n";
+        let found = ["tun", "xt_CT", "virtio_fs", "tu", "net"].map(|name| is_built_in(built_in, name));
+        assert_eq!(found, [true, true, true, false, false]);
     }
 
     #[test]

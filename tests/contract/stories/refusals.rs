@@ -22,6 +22,7 @@ pub const TOLD: Told = &[
     (OURS, "a_pod_on_the_hosts_network_is_refused", host_network),
     (OURS, "an_unknown_key_of_the_configuration_is_named", unknown_key),
     (OURS, "a_kernel_that_is_not_there_is_named", no_kernel),
+    (OURS, "a_module_that_the_kernel_has_needs_no_loading", modules),
     (OURS, "a_file_server_that_fails_is_told_in_its_own_words", no_server),
     (OURS, "a_shim_that_is_asked_for_nothing_ends", unused),
     (OURS, "a_container_of_an_unknown_sandbox_is_refused", unknown_sandbox),
@@ -107,6 +108,26 @@ fn no_kernel(crio: &Crio<'_>) -> Result {
         &refused(&crio, &PodWanted::default())?,
         "/no/such/vmlinux",
     )
+}
+
+/// `kernel_modules` may name what is built in, but such a module takes its parameters from `kernel_params`.
+fn modules(crio: &Crio<'_>) -> Result {
+    let with = |modules: &str| -> Result<Crio<'_>> {
+        let text = Guest::Own.configuration()?;
+        let text = format!("{text}[agent.kata]\nkernel_modules = [{modules}]\n");
+        Crio::new(crio.node, Runtime::Sandpod)?.configured(&text)
+    };
+    let crio = with("\"tun\", \"xt_CT\"")?;
+    let pod = Pod::run(&crio)?;
+    let container = pod.idle()?;
+    pod.end([container])?;
+    for (modules, word) in [
+        ("\"loop max_loop=4\"", "write loop.max_loop=4 into `kernel_params`"),
+        ("\"nobodys\"", "has no module \"nobodys\""),
+    ] {
+        contains("the refusal", &refused(&with(modules)?, &PodWanted::default())?, word)?;
+    }
+    Ok(())
 }
 
 /// QEMU, which it leaves alone, only says that it could not read from a socket.
