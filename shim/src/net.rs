@@ -21,6 +21,7 @@ pub use loopback::Loopback;
 use namespace::Namespace;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::link::LinkFlags;
+use rtnetlink::packet_route::rule::RuleMessage;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
@@ -78,6 +79,8 @@ pub struct Route {
     pub kind: u8,
     /// The paths of a multipath route; empty when there is one.
     pub next_hops: Vec<NextHop>,
+    /// Its table, as ip-route(8) numbers them.
+    pub table: u32,
 }
 
 /// One of several paths to a destination.
@@ -112,6 +115,7 @@ pub struct Snapshot {
     namespace: Namespace,
     interfaces: Vec<Interface>,
     routes: Vec<Route>,
+    rules: Vec<RuleMessage>,
     neighbors: Vec<Neighbor>,
 }
 
@@ -120,6 +124,7 @@ pub struct Snapshot {
 pub struct Network {
     interfaces: Vec<Interface>,
     routes: Vec<Route>,
+    rules: Vec<RuleMessage>,
     neighbors: Vec<Neighbor>,
     taps: Vec<OwnedFd>,
     loopback: Option<Loopback>,
@@ -186,7 +191,7 @@ impl NetError {
     }
 }
 
-/// Reads the network namespace at `netns`: every interface but the loopback that has an address, its routes and its
+/// Reads the network namespace at `netns`: every interface but the loopback that has an address, its routes, rules and
 /// permanent neighbours. Blocks for some milliseconds.
 ///
 /// # Errors
@@ -194,11 +199,17 @@ impl NetError {
 pub fn snapshot(netns: &Path) -> Result<Snapshot, NetError> {
     let namespace = Namespace::open(netns)?;
     let found = namespace.inside(async |handle| links::read(&handle).await)?;
-    let (interfaces, routes, neighbors) = found;
+    let links::Found {
+        interfaces,
+        routes,
+        rules,
+        neighbors,
+    } = found;
     Ok(Snapshot {
         namespace,
         interfaces,
         routes,
+        rules,
         neighbors,
     })
 }
@@ -238,6 +249,7 @@ impl Snapshot {
             namespace,
             interfaces,
             routes,
+            rules,
             neighbors,
         } = self;
         let (taps, loopback) = namespace.inside(async |handle| {
@@ -254,6 +266,7 @@ impl Snapshot {
         Ok(Network {
             interfaces,
             routes,
+            rules,
             neighbors,
             taps,
             loopback,

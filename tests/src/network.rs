@@ -45,20 +45,24 @@ impl<'n> Network<'n> {
         self.address(2)
     }
 
-    /// Has CNI's plugin `tuning` change the namespace and its eth0 by this part of its configuration.
+    /// Has one of CNI's plugins that change what is there do so, by this part of its configuration.
     ///
     /// # Errors
     /// What the plugin says.
-    pub fn tune(&self, settings: Value) -> Result {
+    pub fn changed_by(&self, plugin: &str, settings: Value) -> Result {
+        let address = json!({
+            "address": format!("{}/24", self.ip()), "gateway": self.address(1), "interface": 0,
+        });
+        let interface = json!({"name": "eth0", "sandbox": self.path()});
         let mut configuration = json!({
-            "cniVersion": "1.0.0", "name": "tuned", "type": "tuning", "dataDir": self.node.path("tuned"),
-            "prevResult": {"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": self.path()}]},
+            "cniVersion": "1.0.0", "name": "changed", "type": plugin, "dataDir": self.node.path("cni-data"),
+            "prevResult": {"cniVersion": "1.0.0", "interfaces": [interface], "ips": [address]},
         });
         if let (Value::Object(all), Value::Object(settings)) = (&mut configuration, settings) {
             all.extend(settings);
         }
         let script = format!(
-            "CNI_COMMAND=ADD CNI_CONTAINERID={} CNI_NETNS={} CNI_IFNAME=eth0 CNI_PATH={CNI_PLUGINS} {CNI_PLUGINS}/tuning <<'E'
+            "CNI_COMMAND=ADD CNI_CONTAINERID={} CNI_NETNS={} CNI_IFNAME=eth0 CNI_PATH={CNI_PLUGINS} {CNI_PLUGINS}/{plugin} <<'E'
 {configuration}
 E",
             self.name(),

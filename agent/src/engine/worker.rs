@@ -283,7 +283,9 @@ impl Launch<'_> {
                 return Err(Failure { text, ends });
             }
         };
-        let pty = terminal.then(|| receive_terminal(&console.0, console_size, uid)).transpose();
+        let pty = terminal
+            .then(|| receive_terminal(&console.0, console_size, uid))
+            .transpose();
         let pty = pty.map_err(|text| {
             // It would wait for ever to be started.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

@@ -8,13 +8,14 @@ use std::{
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::{
     Handle, RouteMessageBuilder,
-    packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, Parseable},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop,
             RouteNextHopFlags, RouteProtocol, RouteScope, RouteType,
         },
+        rule::RuleMessage,
     },
 };
 
@@ -41,7 +42,7 @@ impl Network {
                 continue;
             }
             let handle = self.handle().await?;
-            let is_first = seen.insert((u8::from(family), &route.dest, route.priority));
+            let is_first = seen.insert((u8::from(family), route.table, &route.dest, route.priority));
             let added = match is_first {
                 true => handle.route().add(message).replace().execute().await,
                 false => append(handle.clone(), message).await,
@@ -52,6 +53,23 @@ impl Network {
             }
         }
         self.list_routes().await
+    }
+
+    /// Adds rules, each a message of the kernel's without its header. Idempotent.
+    pub(super) async fn add_rules(&self, rules: &[Vec<u8>]) -> Result<()> {
+        for bytes in rules {
+            let rule = RuleMessage::parse(bytes.as_slice()).map_err(|error| bad("a rule", &error.to_string()))?;
+            if rule.header.family == AddressFamily::Inet6 && !has_ipv6() {
+                continue;
+            }
+            let mut request = self.handle().await?.rule().add();
+            *request.message_mut() = rule.clone();
+            match request.execute().await {
+                Err(rtnetlink::Error::NetlinkError(refusal)) if refusal.raw_code() == -libc::EEXIST => {}
+                other => other.doing(|| format!("add the rule {rule:?}"))?,
+            }
+        }
+        Ok(())
     }
 
     /// The routes of the main table.
@@ -119,7 +137,14 @@ fn parse(route: &Route) -> Result<RouteMessage> {
         Some(IpAddr::V6(_)) => AddressFamily::Inet6,
         None => told,
     };
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    // The number that has no room in the header stands in an attribute, and then the header's is not looked at.
+    message.header.table = match route.table {
+        0 => RouteHeader::RT_TABLE_MAIN,
+        table => u8::try_from(table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC),
+    };
+    if route.table > u8::MAX.into() {
+        message.attributes.push(RouteAttribute::Table(route.table));
+    }
     message.header.protocol = RouteProtocol::Boot;
     message.header.kind = parse_kind(route.kind)?;
     message.header.scope =

@@ -350,7 +350,10 @@ impl Service {
 
     async fn update_routes(&self, request: UpdateRoutesRequest) -> Result<Routes> {
         let refused = self.network.set_sysctls(&request.sysctls)?;
-        let mut routes = self.network.update_routes(request.routes.unwrap_or_default()).await?;
+        let mut routes = request.routes.unwrap_or_default();
+        routes.Routes.extend(request.further_routes);
+        let mut routes = self.network.update_routes(routes).await?;
+        self.network.add_rules(&request.rules).await?;
         routes.refused = refused;
         Ok(routes)
     }

@@ -9,10 +9,10 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags,
     RouteProtocol, RouteType,
 };
-use rtnetlink::packet_route::rule::RuleAttribute;
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use std::collections::BTreeMap;
@@ -28,7 +28,13 @@ const MOST_MTU: u32 = 65521;
 /// `RT_TABLE_LOCAL` of linux/rtnetlink.h, which is the kernel's own.
 const LOCAL_TABLE: u32 = 255;
 
-type Found = (Vec<Interface>, Vec<Route>, Vec<Neighbor>);
+/// What a namespace has.
+pub(super) struct Found {
+    pub(super) interfaces: Vec<Interface>,
+    pub(super) routes: Vec<Route>,
+    pub(super) rules: Vec<RuleMessage>,
+    pub(super) neighbors: Vec<Neighbor>,
+}
 
 /// Everything of the namespace that the guest is to have.
 pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
@@ -101,13 +107,9 @@ pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
         routes.extend(carried.filter_map(|message| route(message, &name)));
         outside.extend(found.iter().filter_map(left_out));
     }
-    outside.extend(rules(handle).await);
     if !outside.is_empty() {
         let outside = outside.join(", ");
-        tracing::warn!(
-            outside,
-            "the guest has no such routes and rules of its pod: it has those of the main table"
-        );
+        tracing::warn!(outside, "the guest has no such routes of its pod");
     }
     // A gateway must be reachable before a route through it is accepted.
     routes.sort_by_key(|route| route.gateway.is_some());
@@ -123,7 +125,12 @@ pub(super) async fn read(handle: &Handle) -> Result<Found, NetError> {
         .iter()
         .filter_map(|message| neighbor(message, &name))
         .collect();
-    Ok((interfaces.into_values().collect(), routes, neighbors))
+    Ok(Found {
+        interfaces: interfaces.into_values().collect(),
+        routes,
+        rules: rules(handle).await?,
+        neighbors,
+    })
 }
 
 pub(super) fn interface(link: &LinkMessage, addresses: Vec<(IpAddr, u8)>) -> Result<Interface, NetError> {
@@ -173,7 +180,7 @@ fn table_of(message: &RouteMessage) -> u32 {
     table.unwrap_or(message.header.table.into())
 }
 
-/// Routes of the main table that somebody added; the kernel's own follow from the addresses.
+/// Routes that somebody added; the kernel's own follow from the addresses.
 fn is_the_pods(message: &RouteMessage) -> bool {
     const CARRIED: [RouteType; 5] = [
         RouteType::Unicast,
@@ -182,7 +189,7 @@ fn is_the_pods(message: &RouteMessage) -> bool {
         RouteType::Prohibit,
         RouteType::Throw,
     ];
-    table_of(message) == u32::from(RouteHeader::RT_TABLE_MAIN)
+    table_of(message) != LOCAL_TABLE
         && message.header.protocol != RouteProtocol::Kernel
         && CARRIED.contains(&message.header.kind)
         // A cache entry, not a route.
@@ -238,6 +245,7 @@ fn route(message: &RouteMessage, name: &impl Fn(u32) -> Option<String>) -> Optio
         ipv6: message.header.address_family == AddressFamily::Inet6,
         kind: message.header.kind.into(),
         next_hops,
+        table: table_of(message),
     })
 }
 
@@ -273,35 +281,30 @@ pub(super) fn left_out(message: &RouteMessage) -> Option<String> {
     Some(format!("{kind:?} {to} table {table}").to_lowercase())
 }
 
-/// Rules beside those that each namespace begins with (ip-rule(8)).
-async fn rules(handle: &Handle) -> Vec<String> {
-    const OF_THE_KERNEL: [u32; 3] = [0, 32766, 32767];
+/// Rules that somebody added; those that each namespace begins with are the kernel's (ip-rule(8)).
+async fn rules(handle: &Handle) -> Result<Vec<RuleMessage>, NetError> {
+    /// `FIB_RULE_INVERT` and `FIB_RULE_FIND_SADDR` of linux/fib_rules.h; the others are states, not wishes.
+    const WISHES: u32 = 0x2 | 0x1_0000;
     let mut found = Vec::new();
     for version in [IpVersion::V4, IpVersion::V6] {
-        // A kernel may have no rules at all.
-        let rules: Vec<_> = handle
-            .rule()
-            .get(version)
-            .execute()
-            .try_collect()
-            .await
-            .unwrap_or_default();
-        for rule in rules {
-            let attributes = rule.attributes.iter();
-            let (mut priority, mut table) = (0, rule.header.table.into());
-            for attribute in attributes {
-                match attribute {
-                    RuleAttribute::Priority(number) => priority = *number,
-                    RuleAttribute::Table(number) => table = *number,
-                    _ => {}
-                }
-            }
-            if !OF_THE_KERNEL.contains(&priority) {
-                found.push(format!("rule {priority} table {table}"));
-            }
+        let rules: Result<Vec<_>, _> = handle.rule().get(version).execute().try_collect().await;
+        match rules {
+            Ok(rules) => found.extend(rules),
+            // A kernel without rules, or without IPv6.
+            Err(rtnetlink::Error::NetlinkError(refusal))
+                if matches!(-refusal.raw_code(), nix::libc::EOPNOTSUPP | nix::libc::EAFNOSUPPORT) => {}
+            Err(source) => return Err(netlink("list the pod's rules".into(), source)),
         }
     }
-    found
+    found.retain(|rule| {
+        !rule
+            .attributes
+            .contains(&RuleAttribute::Protocol(RouteProtocol::Kernel))
+    });
+    for rule in &mut found {
+        rule.header.flags = RuleFlags::from_bits_retain(rule.header.flags.bits() & WISHES);
+    }
+    Ok(found)
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

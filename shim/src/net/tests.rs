@@ -259,7 +259,11 @@ fn the_snapshot_holds_what_the_cni_set_up() {
 fn routes_that_go_nowhere_and_over_several_paths_are_the_pods_too() {
     use rtnetlink::{
         RouteNextHopBuilder,
-        packet_route::route::{RouteProtocol, RouteType},
+        packet_core::Parseable,
+        packet_route::{
+            route::{RouteProtocol, RouteType},
+            rule::{RuleAction, RuleAttribute, RuleMessage},
+        },
     };
     let cluster = cluster();
     let route =
@@ -271,15 +275,23 @@ fn routes_that_go_nowhere_and_over_several_paths_are_the_pods_too() {
             hop.via(Ipv4Addr::new(10, 9, 0, last).into()).unwrap().build()
         };
         let several = route(3).multipath(vec![hop(1, 0), hop(9, 2)]).build();
-        let elsewhere = route(4).output_interface(eth0).table_id(100).build();
+        let elsewhere = |third: u8, table| route(third).output_interface(eth0).table_id(table).build();
         for message in [
             route(1).kind(RouteType::BlackHole).build(),
             route(2).kind(RouteType::Prohibit).build(),
             several,
-            elsewhere,
+            elsewhere(4, 100),
+            elsewhere(5, 1000),
         ] {
             handle.route().add(message).execute().await.unwrap();
         }
+        let rule = handle
+            .rule()
+            .add()
+            .v4()
+            .source_prefix(Ipv4Addr::new(10, 9, 0, 0), 24)
+            .table_id(100);
+        rule.priority(9).action(RuleAction::ToTable).execute().await.unwrap();
         Ok(())
     });
     let snapshot = snapshot(&path_of(&cluster.pod)).unwrap();
@@ -304,12 +316,39 @@ fn routes_that_go_nowhere_and_over_several_paths_are_the_pods_too() {
     );
     assert_eq!(several.gateway, Some(Ipv4Addr::new(10, 9, 0, 1).into()));
 
+    // Those of other tables too, and the rules that lead there.
+    let tables = ["10.50.3.0", "10.50.4.0", "10.50.5.0"].map(|to| find(to).unwrap().table);
+    assert_eq!(tables, [254, 100, 1000]);
+    let network = snapshot.attach().unwrap();
+    let request = network.routes_request();
+    let further: Vec<_> = request
+        .further_routes
+        .iter()
+        .map(|route| (route.dest.as_str(), route.table))
+        .collect();
+    let expected = [
+        ("10.50.1.0/24", 0),
+        ("10.50.2.0/24", 0),
+        ("10.50.4.0/24", 100),
+        ("10.50.5.0/24", 1000),
+    ];
+    assert_eq!(further, expected);
+    let [rule] = request.rules.as_slice() else {
+        panic!("{:?}", request.rules)
+    };
+    let rule = RuleMessage::parse(rule.as_slice()).unwrap();
+    assert_eq!((rule.header.table, rule.header.src_len), (100, 24));
+    assert!(rule.attributes.contains(&RuleAttribute::Priority(9)));
+
     // What stays outside is told.
-    assert_eq!(find("10.50.4.0"), None);
-    let mut elsewhere = route(4).table_id(100).protocol(RouteProtocol::Static).build();
-    assert_eq!(links::left_out(&elsewhere).unwrap(), "unicast 10.50.4.0/24 table 100");
-    elsewhere.header.protocol = RouteProtocol::Kernel;
-    assert_eq!(links::left_out(&elsewhere), None);
+    let mut outside = route(6)
+        .table_id(100)
+        .kind(RouteType::Multicast)
+        .protocol(RouteProtocol::Static)
+        .build();
+    assert_eq!(links::left_out(&outside).unwrap(), "multicast 10.50.6.0/24 table 100");
+    outside.header.protocol = RouteProtocol::Kernel;
+    assert_eq!(links::left_out(&outside), None);
 }
 
 #[test]

@@ -9,12 +9,15 @@ use agent::{
         types,
     },
 };
+use rtnetlink::{packet_core::Emitable, packet_route::rule::RuleMessage};
 use vmm::spec::Nic;
 
 use super::{Interface, Neighbor, Network, NextHop, Route, mac_text};
 
 /// `NUD_PERMANENT` of linux/neighbour.h.
 const PERMANENT: i32 = 0x80;
+/// `RT_TABLE_MAIN` of linux/rtnetlink.h.
+const MAIN_TABLE: u32 = 254;
 /// `RTN_UNICAST` of linux/rtnetlink.h.
 const UNICAST: u8 = 1;
 
@@ -63,7 +66,11 @@ impl Network {
     /// All routes, those that others depend on first.
     pub fn routes_request(&self) -> UpdateRoutesRequest {
         let mut request = UpdateRoutesRequest::new();
-        request.routes.mut_or_insert_default().Routes = self.routes.iter().map(route).collect();
+        let is_upstreams = |route: &&Route| route.kind == UNICAST && route.table == MAIN_TABLE;
+        let (main, further): (Vec<_>, Vec<_>) = self.routes.iter().partition(is_upstreams);
+        request.routes.mut_or_insert_default().Routes = main.into_iter().map(route).collect();
+        request.further_routes = further.into_iter().map(route).collect();
+        request.rules = self.rules.iter().map(bytes).collect();
         request
     }
 
@@ -122,7 +129,14 @@ fn route(from: &Route) -> types::Route {
     route.priority = from.metric;
     route.kind = if from.kind == UNICAST { 0 } else { from.kind.into() };
     route.next_hops = from.next_hops.iter().map(next_hop).collect();
+    route.table = if from.table == MAIN_TABLE { 0 } else { from.table };
     route
+}
+
+fn bytes(rule: &RuleMessage) -> Vec<u8> {
+    let mut bytes = vec![0; rule.buffer_len()];
+    rule.emit(&mut bytes);
+    bytes
 }
 
 fn next_hop(from: &NextHop) -> types::NextHop {
