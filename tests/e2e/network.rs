@@ -83,10 +83,11 @@ fn a_network_that_was_there_before(node: &Node, runtime: Runtime) -> Result {
     network.remove()
 }
 
-/// Sysctls and flags that a plugin sets in a pod's network namespace are those that its containers have.
+/// What CNI's plugins change in a pod's network namespace is so for its containers: sysctls, flags, rules and routes of
+/// other tables.
 fn a_network_has_what_cni_has_set(node: &Node, runtime: Runtime) -> Result {
     let network = Network::make(node)?;
-    network.tune(json!({
+    let settings = json!({
         "sysctl": {
             "net.core.somaxconn": "500",
             "net.ipv4.tcp_keepalive_time": "60",
@@ -97,7 +98,9 @@ fn a_network_has_what_cni_has_set(node: &Node, runtime: Runtime) -> Result {
             "net.ipv6.conf.all.disable_ipv6": "1",
         },
         "promisc": true,
-    }))?;
+    });
+    network.changed_by("tuning", settings)?;
+    network.changed_by("sbr", json!({}))?;
     let task = node
         .task(runtime, "tuned")?
         .flag(&format!("network:{}", network.path()));
@@ -117,6 +120,10 @@ fn a_network_has_what_cni_has_set(node: &Node, runtime: Runtime) -> Result {
         link.join(" ").contains("PROMISC"),
         format!("eth0 is promiscuous: {link:?}"),
     )?;
+    let rules = task.exec(&["ip", "rule"])?.text();
+    contains("rules", &rules, &format!("from {} lookup 100", network.ip()))?;
+    let routes = task.exec(&["ip", "route", "show", "table", "100"])?.text();
+    contains("routes of the source", &routes, "default via 10.99.")?;
     task.remove()?;
     network.remove()
 }

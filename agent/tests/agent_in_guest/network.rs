@@ -1,12 +1,19 @@
 //! The guest's network.
 
-use std::sync::Arc;
+use std::{net::Ipv4Addr, sync::Arc};
 
 use agent::protocol::{
     agent::*,
     types::{ARPNeighbor, IPAddress, IPFamily, Interface, NextHop, Route},
 };
 
+use rtnetlink::{
+    packet_core::Emitable,
+    packet_route::{
+        AddressFamily,
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+};
 use serde_json::json;
 
 use super::pod::{Pod, base, create};
@@ -161,9 +168,34 @@ async fn routes_go_over_it(pod: Arc<Pod>) {
         ..Default::default()
     })
     .into();
+    request.further_routes = [100, 1000]
+        .map(|table| {
+            let mut elsewhere = route("10.70.0.0/16", "10.1.2.1", 0);
+            elsewhere.table = table;
+            elsewhere
+        })
+        .to_vec();
+    let mut rule = RuleMessage::default();
+    rule.header.family = AddressFamily::Inet;
+    rule.header.action = RuleAction::ToTable;
+    rule.header.table = 100;
+    rule.header.src_len = 24;
+    rule.attributes = vec![
+        RuleAttribute::Priority(9),
+        RuleAttribute::Source(Ipv4Addr::new(10, 1, 2, 0).into()),
+    ];
+    request.rules = vec![vec![0; rule.buffer_len()]];
+    rule.emit(&mut request.rules[0]);
     for _ in 0..2 {
         pod.client.update_routes(request.clone()).await.unwrap();
     }
+    pod.run("c", "ip rule; ip route show table 100; ip route show table 1000")
+        .await;
+    let seen = String::from_utf8(pod.output("c", "").await).unwrap();
+    assert!(seen.matches("10.70.0.0/16 via 10.1.2.1").count() == 2, "{seen}");
+    assert!(seen.contains("9:\tfrom 10.1.2.0/24 lookup 100"), "{seen}");
+    assert_eq!(seen.matches("lookup 100").count(), 1, "{seen}");
+    pod.remove("c").await;
     let routes = pod.client.list_routes(ListRoutesRequest::new()).await.unwrap().Routes;
     let find = |dest: &str| routes.iter().find(|route| route.dest == dest && route.device == "pod0");
     let default = find("").unwrap();
