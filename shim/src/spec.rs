@@ -16,7 +16,9 @@ pub use resources::guest_resources;
 
 use crate::annotations::Role;
 use agent::{GUEST_SHARE, idmap::IdMaps};
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, PosixRlimit, PosixRlimitType, Process, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxNamespace, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -283,10 +285,11 @@ fn limit_open_files(process: &mut Process, (soft, hard): (u64, u64)) {
     const MOST: u64 = 1 << 20;
     let mut limits = process.rlimits().clone().unwrap_or_default();
     if limits.iter().all(|limit| limit.typ() != PosixRlimitType::RlimitNofile) {
-        let mut limit = PosixRlimit::default();
-        limit.set_typ(PosixRlimitType::RlimitNofile);
-        limit.set_soft(soft.min(MOST)).set_hard(hard.min(MOST));
-        limits.push(limit);
+        let limit = PosixRlimitBuilder::default()
+            .typ(PosixRlimitType::RlimitNofile)
+            .soft(soft.min(MOST))
+            .hard(hard.min(MOST));
+        limits.extend(limit.build());
         process.set_rlimits(Some(limits));
     }
 }

@@ -114,7 +114,7 @@ fn a_network_has_what_cni_has_set(node: &Node, runtime: Runtime) -> Result {
     same(
         "sysctls",
         values,
-        &["500", "60", "20000", "30000", "1", "1", "61", "60", "0"],
+        ["500", "60", "20000", "30000", "1", "1", "61", "60", "0"],
     )?;
     claim(
         link.join(" ").contains("PROMISC"),

@@ -30,6 +30,8 @@ use crate::protocol::{
 
 /// How long an interface may take to appear after the host has named it: it may be one that is being plugged.
 const APPEARS: Duration = Duration::from_secs(3);
+/// The flags of an interface that the host passes on.
+const OF_THE_HOST: LinkFlags = LinkFlags::Noarp.union(LinkFlags::Promisc).union(LinkFlags::Allmulti);
 /// The most bytes of an interface's name (`IFNAMSIZ` without the final NUL).
 const LONGEST_NAME: usize = 15;
 
@@ -374,9 +376,7 @@ fn describe(link: &LinkMessage, addresses: &[AddressMessage]) -> Interface {
         }
     }
     interface.device = interface.name.clone();
-    if link.header.flags.contains(LinkFlags::Noarp) {
-        interface.raw_flags = NOARP;
-    }
+    interface.raw_flags = (link.header.flags & OF_THE_HOST).bits();
     let own = addresses
         .iter()
         .filter(|address| address.header.index == link.header.index);

@@ -39,7 +39,9 @@ impl Sysctls {
         let reader = sysctls.clone();
         std::thread::Builder::new()
             .name("sysctls".into())
-            .spawn(move || drop(reader.changed()))
+            .spawn(move || {
+                reader.changed();
+            })
             .map_err(|error| NetError::system("start a thread", error))?;
         Ok(sysctls)
     }
