@@ -187,7 +187,7 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     root.set_path(PathBuf::from(format!("{GUEST_SHARE}/{}/rootfs", context.container_id)));
 
     let process = guest.process_mut().take().ok_or(SpecError::Missing("process"))?;
-    let notes = lost_labels(&process, &mut warnings);
+    let mut notes = lost_labels(&process, &mut warnings);
     guest.set_process(Some(guest_process(process, context.open_files)?));
 
     let translated = mounts::translate(guest.mounts_mut().take().unwrap_or_default(), context, &mut warnings)?;
@@ -195,6 +195,9 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
 
     check_maps(spec, context)?;
     let mut linux = guest.linux_mut().take().ok_or(SpecError::Missing("linux"))?;
+    if devices::leave_out_the_hosts(&mut linux) {
+        notes.push("the host's devices are left out of privileged containers: they have those of their guest.");
+    }
     devices::leave_to_the_guest(&mut linux, context.vfio_groups)?;
     let disks = devices::translate(&linux)?;
     if context.id_maps.is_some() && !disks.is_empty() {

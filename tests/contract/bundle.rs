@@ -48,12 +48,16 @@ pub struct Wanted {
     pub stdin: bool,
     /// Its memory limit in bytes.
     pub memory: Option<u64>,
+    /// Whether an OOM kill is to end all of it: the kubelet asks for that on nodes with cgroup v2 since Kubernetes 1.28.
+    pub killed_whole: bool,
     /// The host's processors that the kubelet's static CPU manager has given it.
     pub cpus: Option<&'static str>,
     /// Its limit of CPUs.
     pub cpu_limit: Option<u64>,
     /// Its limit of huge pages of 2 MiB, in bytes.
     pub huge_pages: u64,
+    /// Whether it is privileged: CRI-O then lists the devices of the host.
+    pub privileged: bool,
     /// Volumes: host path, path in the container, whether read-only.
     pub volumes: Vec<(PathBuf, String, bool)>,
 }
@@ -90,6 +94,14 @@ impl Wanted {
         }
     }
 
+    /// Killed as a whole when its memory is not enough.
+    pub fn killed_whole(self) -> Wanted {
+        Wanted {
+            killed_whole: true,
+            ..self
+        }
+    }
+
     /// With a limit of CPUs.
     pub fn with_cpu_limit(self, cpus: u64) -> Wanted {
         Wanted {
@@ -110,6 +122,14 @@ impl Wanted {
     pub fn with_huge_pages(self, mib: u64) -> Wanted {
         Wanted {
             huge_pages: mib << 20,
+            ..self
+        }
+    }
+
+    /// Privileged.
+    pub fn privileged(self) -> Wanted {
+        Wanted {
+            privileged: true,
             ..self
         }
     }
@@ -218,6 +238,23 @@ pub fn of_container(pod: &PodFacts, id: &str, bundle: &Path, root: &Path, wanted
     spec["linux"]["resources"]["pids"] = json!({"limit": -1});
     if wanted.huge_pages > 0 {
         spec["linux"]["resources"]["hugepageLimits"] = json!([{"pageSize": "2MB", "limit": wanted.huge_pages}]);
+    }
+    if wanted.privileged {
+        // By numbers that are other devices in the guest, or none.
+        let devices = [
+            ("kvm", "c", 10, 232),
+            ("sda", "b", 8, 0),
+            ("vfio/vfio", "c", 10, 196),
+            ("nvidia0", "c", 195, 0),
+        ];
+        let devices = devices.map(|(name, kind, major, minor)| {
+            json!({"path": format!("/dev/{name}"), "type": kind, "major": major, "minor": minor, "fileMode": 0o660, "uid": 0, "gid": 6})
+        });
+        spec["linux"]["devices"] = json!(devices);
+        spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    }
+    if wanted.killed_whole {
+        spec["linux"]["resources"]["unified"] = json!({"memory.oom.group": "1"});
     }
     if let Some(bytes) = wanted.memory {
         spec["linux"]["resources"]["memory"] = json!({"limit": bytes, "swap": bytes});

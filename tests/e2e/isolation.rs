@@ -22,6 +22,7 @@ use crate::Story;
 
 pub const COMMON: &[Story] = &[
     ("a_restricted_container", a_restricted_container),
+    ("a_profile_compares_in_seven_ways", a_profile_compares_in_seven_ways),
     ("a_kernel_parameter", a_kernel_parameter),
     ("a_shared_process_namespace", a_shared_process_namespace),
     ("a_container_that_debugs_another", a_container_that_debugs_another),
@@ -35,6 +36,109 @@ pub const OF_A_VM: &[Story] = &[
 
 /// Turning off address randomization (personality(2)) needs no privilege; the runtime's seccomp profile refuses it.
 const REFUSED: &[&str] = &["setarch", "x86_64", "--addr-no-randomize", "true"];
+
+/// For each comparison of a seccomp profile: the system calls and which argument of each, what it is compared with, a
+/// script for each of three values, and those that are refused.
+type Comparison<'t> = (&'t str, &'t [(&'t str, u32)], [u64; 2], &'t str, [&'t str; 3], &'t str);
+const COMPARISONS: &[Comparison<'_>] = &[
+    (
+        "SCMP_CMP_NE",
+        &[("chmod", 1), ("fchmodat", 2)],
+        [0o640, 0],
+        "chmod $value f",
+        ["600", "640", "740"],
+        "600 740",
+    ),
+    (
+        "SCMP_CMP_LT",
+        &[("ftruncate", 1)],
+        [0x1_0000_0005, 0],
+        "truncate -s $value f",
+        ["4294967300", "4294967301", "4294967302"],
+        "4294967300",
+    ),
+    (
+        "SCMP_CMP_LE",
+        &[("chown", 1), ("lchown", 1), ("fchownat", 2)],
+        [5, 0],
+        "chown $value f",
+        ["4", "5", "6"],
+        "4 5",
+    ),
+    (
+        "SCMP_CMP_EQ",
+        &[("kill", 1)],
+        [18, 0],
+        "kill -$value $$",
+        ["17", "18", "28"],
+        "18",
+    ),
+    (
+        "SCMP_CMP_GE",
+        &[("setpriority", 2)],
+        [5, 0],
+        "sh -c \"renice -n $value -p \\$\\$\"",
+        ["4", "5", "6"],
+        "5 6",
+    ),
+    (
+        "SCMP_CMP_GT",
+        &[("mknod", 1), ("mknodat", 2)],
+        [0o10_640, 0],
+        "mknod -m $value pipe$value p",
+        ["600", "640", "740"],
+        "740",
+    ),
+    // The first is the mask, the second what the masked argument is compared with.
+    (
+        "SCMP_CMP_MASKED_EQ",
+        &[("chown", 2), ("lchown", 2), ("fchownat", 3)],
+        [0o70, 0o40],
+        "chgrp $value f",
+        ["38", "92", "103"],
+        "38 103",
+    ),
+];
+
+fn a_profile_compares_in_seven_ways(node: &Node, runtime: Runtime) -> Result {
+    let rule = |(comparison, calls, values, ..): &Comparison<'_>| {
+        let rule = |(call, argument): &(&str, u32)| {
+            let compared = json!({"index": argument, "op": comparison, "value": values[0], "valueTwo": values[1]});
+            json!({"names": [call], "action": "SCMP_ACT_ERRNO", "args": [compared]})
+        };
+        calls.iter().map(rule).collect::<Vec<_>>()
+    };
+    let rules: Vec<_> = COMPARISONS.iter().flat_map(rule).collect();
+    let profile = json!({
+        "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": rules,
+    });
+    let path = node.path("comparisons.json");
+    node.write(&path, &profile.to_string())?;
+    let tries = COMPARISONS.iter().map(|(.., script, values, _)| {
+        format!(
+            "for value in {}; do ({script}) >/dev/null 2>&1 || echo $value; done; echo",
+            values.join(" ")
+        )
+    });
+    let script = format!("cd /tmp; touch f; {}", tries.collect::<Vec<_>>().join("; "));
+    let task = node
+        .task(runtime, "compared")?
+        .flag("--seccomp")
+        .flag("--seccomp-profile");
+    let seen = task
+        .flag(&path.display().to_string())
+        .run(&["sh", "-c", &script])?
+        .text();
+    let seen: Vec<_> = seen
+        .trim_end()
+        .split("\n\n")
+        .map(|lines| lines.replace('\n', " "))
+        .collect();
+    for ((comparison, .., refused), seen) in COMPARISONS.iter().zip(&seen) {
+        same(comparison, seen.trim(), *refused)?;
+    }
+    same("comparisons", seen.len(), COMPARISONS.len())
+}
 
 /// User 1000 without capabilities, seccomp and no_new_privs are in force where the container runs.
 fn a_restricted_container(node: &Node, runtime: Runtime) -> Result {

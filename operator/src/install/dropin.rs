@@ -141,7 +141,7 @@ mod tests {
             key("runtime_config_path"),
             Some("/opt/sandpod/current/configuration.toml".into())
         );
-        assert_eq!(key("privileged_without_host_devices"), Some(true.into()));
+        assert_eq!(key("privileged_without_host_devices"), Some(false.into()));
         assert_eq!(key("allowed_annotations"), None);
     }
 

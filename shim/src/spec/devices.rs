@@ -61,6 +61,35 @@ pub fn translate(linux: &Linux) -> Result<Vec<BlockDevice>, SpecError> {
     Ok(volumes)
 }
 
+/// Takes the host's devices out of a container that may open every device: the CRI gives a privileged container all that
+/// the host has, and the agent gives it all that the guest has. What a rule names is a volume, or was asked for by
+/// itself, and stays. Returns whether there were any.
+pub fn leave_out_the_hosts(linux: &mut Linux) -> bool {
+    let rules = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().clone());
+    let rules = rules.unwrap_or_default();
+    let of_all = |rule: &&LinuxDeviceCgroup| {
+        rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A) && rule.major().is_none() && rule.minor().is_none()
+    };
+    if !rules.iter().rev().find(of_all).is_some_and(LinuxDeviceCgroup::allow) {
+        return false;
+    }
+    let Some(devices) = linux.devices_mut() else {
+        return false;
+    };
+    let before = devices.len();
+    devices.retain(|device| {
+        let numbers = (Some(device.major()), Some(device.minor()));
+        is_standard(device)
+            || rules
+                .iter()
+                .any(|rule| rule.allow() && (rule.major(), rule.minor()) == numbers)
+    });
+    devices.len() < before
+}
+
 /// Takes the files of the VFIO groups that the VM has out of a container, and the rules about them: in the guest the
 /// devices are those of its kernel (`vfio_mode = "guest-kernel"`, `update_spec_devices` of kata-containers).
 ///
@@ -116,26 +145,29 @@ const STANDARD_DEVICES: &[(LinuxDeviceType, i64, i64)] = &[
     (LinuxDeviceType::C, 10, 229), // fuse
 ];
 
-fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
+fn is_standard(device: &LinuxDevice) -> bool {
     // `u` is an unbuffered character device, the same as `c`.
     let typ = if device.typ() == LinuxDeviceType::U {
         LinuxDeviceType::C
     } else {
         device.typ()
     };
-    let standard = STANDARD_DEVICES.contains(&(typ, device.major(), device.minor()));
-    if standard || typ == LinuxDeviceType::P {
+    typ == LinuxDeviceType::P || STANDARD_DEVICES.contains(&(typ, device.major(), device.minor()))
+}
+
+fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
+    if is_standard(device) {
         return Ok(());
     }
     let what = format!(
         "host device {} ({} {}:{})",
         device.path().display(),
-        typ.as_str(),
+        device.typ().as_str(),
         device.major(),
         device.minor()
     );
     Err(unsupported(
         what,
-        "only block volumes and VFIO devices are passed to the guest; for privileged pods set `privileged_without_host_devices = true` in the CRI's runtime",
+        "only block volumes and VFIO devices are passed to the guest",
     ))
 }

@@ -565,6 +565,39 @@ fn a_vfio_device_that_the_vm_has_is_its_kernels() {
 }
 
 #[test]
+fn a_privileged_container_has_none_of_the_hosts_devices() {
+    let mut value = serde_json::to_value(spec(CRIO_CONTAINER)).unwrap();
+    let device = |path: &str, kind: &str, major: u32, minor: u32| json!({"path": path, "type": kind, "major": major, "minor": minor});
+    value["linux"]["devices"] = json!([
+        device("/dev/kvm", "c", 10, 232),
+        device("/dev/sda", "b", 8, 0),
+        device("/dev/vfio/vfio", "c", 10, 196),
+        device("/dev/fuse", "c", 10, 229),
+        device("/dev/data", "b", 7, 3)
+    ]);
+    value["linux"]["resources"]["devices"] = json!([
+        {"allow": true, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 7, "minor": 3, "access": "rwm"}
+    ]);
+    let guest = in_guest(&serde_json::from_value(value.clone()).unwrap(), "c").unwrap();
+    let linux = guest.spec.linux().as_ref().unwrap();
+    let files: Vec<_> = linux.devices().iter().flatten().map(|device| device.path()).collect();
+    assert_eq!(files, [Path::new("/dev/fuse")]);
+    let disks: Vec<_> = guest.disks.iter().map(|disk| disk.path.as_path()).collect();
+    assert_eq!(disks, [Path::new("/dev/data")]);
+    assert!(
+        guest.notes.iter().any(|note| note.contains("devices")),
+        "{:?}",
+        guest.notes
+    );
+
+    // Without a rule for all it is refused, as before.
+    value["linux"]["resources"]["devices"] = json!([]);
+    let refused = in_guest(&serde_json::from_value(value).unwrap(), "c").unwrap_err();
+    assert!(refused.to_string().starts_with("host device /dev/kvm"), "{refused}");
+}
+
+#[test]
 fn a_block_device_is_a_volume_if_a_rule_names_it() {
     let rule = |access: &str, numbers: Option<(i64, i64)>| {
         let (major, minor) = numbers.unzip();
@@ -586,12 +619,7 @@ fn a_block_device_is_a_volume_if_a_rule_names_it() {
         }];
         assert_eq!(volume(rule(access, Some((7, 3)))).unwrap(), expected, "{access}");
     }
-    // To a privileged container the CRI gives all devices of the host, and one rule for all.
-    for rules in [
-        rule("rwm", None),
-        rule("rwm", Some((7, 4))),
-        json!([{"allow": true, "access": "rwm"}]),
-    ] {
+    for rules in [rule("rwm", None), rule("rwm", Some((7, 4)))] {
         let refused = volume(rules).unwrap_err().to_string();
         assert!(
             refused.starts_with("host device /dev/data (b 7:3) cannot be had"),

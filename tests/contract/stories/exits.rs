@@ -200,7 +200,12 @@ fn out_of_memory(crio: &Crio<'_>) -> Result {
     let other = pod.start(&Wanted::shell("kill -9 $$; exit 137"))?;
     same("the exit code of another", other.exited(ORDINARY)?.exit_status, 137)?;
     claim(!file(&other), "a container that had memory enough has a file `oom`")?;
-    pod.end([hog, other])
+    // A first process that would live on without its children.
+    let parent = "(x=abcdefgh; while :; do x=$x$x; done); exec sleep 1000";
+    let whole = pod.start(&Wanted::shell(parent).with_memory(32).killed_whole())?;
+    same("the exit code of all", whole.exited(ORDINARY)?.exit_status, 137)?;
+    claim(file(&whole), "a container that was killed as a whole has no file `oom`")?;
+    pod.end([hog, other, whole])
 }
 
 fn host_out_of_memory(crio: &Crio<'_>) -> Result {

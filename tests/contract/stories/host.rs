@@ -15,6 +15,7 @@ use tests::{
 
 use super::{OURS, Told};
 use crate::{
+    bundle::Wanted,
     crio::Crio,
     pod::Pod,
     process::{self, Kind},
@@ -26,6 +27,7 @@ pub const TOLD: Told = &[
     (OURS, "a_machine_is_as_protected_as_its_containers", protection),
     (OURS, "a_shim_has_all_the_open_files_it_may", open_files),
     (OURS, "nothing_of_a_pod_can_gain_privileges", privileges),
+    (OURS, "a_privileged_container_has_its_guests_devices", guests_devices),
 ];
 
 /// A field of a process's status, such as `Uid` (proc_pid_status(5)).
@@ -188,4 +190,16 @@ fn privileges(crio: &Crio<'_>) -> Result {
         )?;
     }
     pod.end([])
+}
+
+/// CRI-O lists the devices of the host, which are other devices in the guest, or none.
+fn guests_devices(crio: &Crio<'_>) -> Result {
+    let pod = Pod::run(crio)?;
+    let container = pod.start(&Wanted::idle().privileged())?;
+    let devices =
+        container.shell("cd /dev; ls kvm sda vfio nvidia0 2>/dev/null; ls -d fuse loop-control loop0 net/tun")?;
+    let devices: Vec<_> = devices.split_whitespace().collect();
+    same("the devices", devices, vec!["fuse", "loop-control", "loop0", "net/tun"])?;
+    container.shell("exec 3<>/dev/loop-control 4<>/dev/loop0")?;
+    pod.end([container])
 }
