@@ -54,11 +54,14 @@ fn copy(root: &Path, from: &Path, to: &Path, keeps_mode: bool) -> io::Result<()>
     match openat2(&root, from, how.resolve(inside)) {
         // The container's creation makes the folder.
         Err(Errno::ENOENT) => Ok(()),
-        from => copy_tree(
-            Path::new(&format!("/proc/self/fd/{}", from?.as_raw_fd())),
-            to,
-            keeps_mode,
-        ),
+        found => {
+            let found = found?;
+            copy_tree(
+                Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())),
+                to,
+                keeps_mode,
+            )
+        }
     }
 }
 

@@ -225,7 +225,7 @@ impl Wanted {
             name: name.to_owned(),
             mac: parse_mac(&interface.hwAddr)?,
             mtu,
-            flags: LinkFlags::from_bits_truncate(interface.raw_flags),
+            flags: LinkFlags::from_bits_retain(interface.raw_flags) & OF_THE_HOST,
             addresses,
         })
     }

@@ -327,10 +327,10 @@ fn routes_that_go_nowhere_and_over_several_paths_are_the_pods_too() {
         .map(|route| (route.dest.as_str(), route.table))
         .collect();
     let expected = [
-        ("10.50.1.0/24", 0),
-        ("10.50.2.0/24", 0),
         ("10.50.4.0/24", 100),
         ("10.50.5.0/24", 1000),
+        ("10.50.1.0/24", 0),
+        ("10.50.2.0/24", 0),
     ];
     assert_eq!(further, expected);
     let [rule] = request.rules.as_slice() else {

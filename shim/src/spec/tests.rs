@@ -290,8 +290,9 @@ fn open_files_are_limited_as_those_of_the_cri_are() {
             .filter(|limit| limit.typ() == PosixRlimitType::RlimitNofile);
         own.map(|limit| (limit.soft(), limit.hard())).collect::<Vec<_>>()
     };
-    let none = json!({"cwd": "/", "args": ["x"]});
-    let own = json!({"cwd": "/", "args": ["x"], "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 7, "hard": 8}]});
+    let none = json!({"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["x"]});
+    let mut own = none.clone();
+    own["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 7, "hard": 8}]);
     assert_eq!(limit(none.clone(), (1024, 524_288)), [(1024, 524_288)]);
     assert_eq!(limit(own, (1024, 524_288)), [(7, 8)]);
     let systemds = 1 << 30;
@@ -582,7 +583,7 @@ fn a_privileged_container_has_none_of_the_hosts_devices() {
     let guest = in_guest(&serde_json::from_value(value.clone()).unwrap(), "c").unwrap();
     let linux = guest.spec.linux().as_ref().unwrap();
     let files: Vec<_> = linux.devices().iter().flatten().map(|device| device.path()).collect();
-    assert_eq!(files, [Path::new("/dev/fuse")]);
+    assert_eq!(files, [Path::new("/dev/fuse"), Path::new("/dev/data")]);
     let disks: Vec<_> = guest.disks.iter().map(|disk| disk.path.as_path()).collect();
     assert_eq!(disks, [Path::new("/dev/data")]);
     assert!(
