@@ -283,13 +283,17 @@ fn open_files_are_limited_as_the_nodes_are(node: &Node, runtime: Runtime) -> Res
     // As long as Linux's own default allows as many, which is all that a guest's kernel does.
     let [soft, hard] = [soft, hard].map(|limit| limit.min(1 << 20));
     let expected = format!("{soft}\n{hard}");
-    let script = "ulimit -Sn; ulimit -Hn";
-    let limited = node.task(runtime, "limited")?.run(&["sh", "-c", script])?;
-    same("limits of a container", limited.text().as_str(), expected.as_str())?;
-    let task = node.task(runtime, "exec-limited")?.start(&["sleep", "infinity"])?;
-    let limited = task.exec(&["sh", "-c", script])?;
-    same("limits of an exec", limited.text().as_str(), expected.as_str())?;
-    task.remove()
+    let pod = node.pod(runtime, "limited")?.run()?;
+    let container = pod
+        .shell("limited", "ulimit -Sn; ulimit -Hn; exec sleep infinity")
+        .run()?;
+    same(
+        "limits of an exec",
+        container.shell("ulimit -Sn; ulimit -Hn")?.trim(),
+        expected.trim(),
+    )?;
+    same("limits of a container", container.logs()?.trim(), expected.trim())?;
+    pod.remove()
 }
 
 /// The task API lists the processes of a task, and signals all of them when it is told so.

@@ -99,11 +99,12 @@ fn changed(pod: Values, new: &Values, interfaces: &[String]) -> Vec<(String, Str
     let is_carried = |name: &str, value: &String| {
         let parts: Vec<_> = name.split('/').collect();
         let before = match parts[..] {
-            [family, kind @ ("conf" | "neigh"), interface, key] if !new.contains_key(name) => interfaces
-                .iter()
-                .any(|own| own == interface)
-                .then(|| new.get(&[family, kind, "default", key].join("/")))
-                .flatten(),
+            [family, kind @ ("conf" | "neigh"), interface, key] if !new.contains_key(name) => {
+                // Only the first namespace has defaults of neighbours; the loopback begins with them.
+                let like = if kind == "conf" { "default" } else { "lo" };
+                let is_own = interfaces.iter().any(|own| own == interface);
+                is_own.then(|| new.get(&[family, kind, like, key].join("/"))).flatten()
+            }
             _ => new.get(name),
         };
         before.is_some_and(|before| before != value) && !NOT_SET.iter().any(|key| parts.last() == Some(key))
@@ -133,6 +134,7 @@ mod tests {
             ("ipv4/conf/default/rp_filter", "2"),
             ("ipv4/ip_forward", "0"),
             ("ipv4/tcp_fastopen_key", "0-0-0-0"),
+            ("ipv4/neigh/lo/gc_stale_time", "60"),
             ("ipv6/conf/default/mtu", "1280"),
         ]);
         let pod = values(&[
@@ -145,6 +147,8 @@ mod tests {
             ("ipv4/conf/tap0_kata/arp_filter", "1"),
             ("ipv4/ip_forward", "1"),
             ("ipv4/tcp_fastopen_key", "a-b-c-d"),
+            ("ipv4/neigh/eth0.5/gc_stale_time", "61"),
+            ("ipv4/neigh/lo/gc_stale_time", "60"),
             ("ipv6/conf/eth0.5/mtu", "1400"),
             ("netfilter/of_a_module_that_came_meanwhile", "1"),
         ]);
@@ -155,7 +159,8 @@ mod tests {
             [
                 "ipv4/ip_forward=1",
                 "ipv4/conf/all/forwarding=1",
-                "ipv4/conf/eth0.5/arp_filter=1"
+                "ipv4/conf/eth0.5/arp_filter=1",
+                "ipv4/neigh/eth0.5/gc_stale_time=61"
             ]
         );
     }
