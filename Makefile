@@ -14,6 +14,7 @@ export SANDPOD_CACHE ?= /var/cache/sandpod
 export SANDPOD_BIN := $(RELEASE)
 export SANDPOD_GUEST_OWN := $(CURDIR)/target/guest/own
 export SANDPOD_GUEST_DEBIAN := $(CURDIR)/target/guest/debian
+export SANDPOD_GUEST_TRACING := $(CURDIR)/target/guest/tracing
 export SANDPOD_PEERS := $(TOOLS)/peers
 export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
 export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
@@ -26,7 +27,7 @@ export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 DEMO_GROUPS := build run peers
 TEST_GROUPS := build kernel run test fresh peers
 
-.PHONY: help demo cluster node test test-all fresh soak bench lint build guest guest-own guest-debian payload payload-files images images-files release install clean
+.PHONY: help demo cluster node test test-all fresh soak bench lint build guest guest-own guest-tracing guest-debian payload payload-files images images-files release install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
 .PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-software suite-fresh
 
@@ -60,7 +61,8 @@ test: deps-test ## every test and every lint (half an hour on two cores, an hour
 	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-software suite-crash suite-contract suite-soak suite-fresh
 
-test-all: test ## every test, and the stories with real software that take long, each with runc too (half an hour more)
+test-all: test ## every test, and the stories with real software that take long, each with runc too (an hour more)
+	$(MAKE) guest-tracing
 	$(MAKE) suite-software FLAGS=--ignored
 
 TARGET := demo
@@ -91,12 +93,13 @@ build: deps-test ## our programs, virtiofsd and both guest images
 
 guest: guest-own guest-debian ## the guest images target/guest/own and target/guest/debian
 
-payload: build ## target/payload: everything that a node needs, as the installer carries it
+# TRACING=yes puts the kernel for eBPF agents into it too.
+payload: build $(if $(TRACING),guest-tracing) ## target/payload: everything that a node needs, as the installer carries it
 	$(MAKE) payload-files
 
 payload-files:
 	deploy/deps.sh payload
-	deploy/payload.sh $(RELEASE) $(SANDPOD_GUEST_OWN) $(SANDPOD_VIRTIOFSD) $(SANDPOD_PAYLOAD)
+	deploy/payload.sh $(RELEASE) $(SANDPOD_GUEST_OWN) $(SANDPOD_VIRTIOFSD) $(SANDPOD_PAYLOAD) $(if $(TRACING),$(SANDPOD_GUEST_TRACING))
 
 images: payload ## target/images: the controller's and the installer's container images, as OCI archives
 	$(MAKE) images-files
@@ -158,6 +161,10 @@ debian-kernel:
 
 guest-own: programs
 	deploy/guest/build-image.sh own $(RELEASE)/kata-agent $(SANDPOD_GUEST_OWN)
+
+guest-tracing: programs ## target/guest/tracing: a guest for eBPF agents, whose kernel has types and probes (20 minutes)
+	deploy/deps.sh kernel tracing
+	deploy/guest/build-image.sh tracing $(RELEASE)/kata-agent $(SANDPOD_GUEST_TRACING)
 
 guest-debian: programs
 	deploy/guest/build-image.sh debian $(RELEASE)/kata-agent $(SANDPOD_GUEST_DEBIAN)

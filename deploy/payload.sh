@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes target/payload, everything that a node needs to run pods, for sandpod-installer: our release binaries, our guest, virtiofsd, and Debian's QEMU
 # with the libraries, modules and firmware that it needs, so that nothing of the node's own is used. Prints its size. The same inputs give the same bytes.
-#   payload.sh <programs> <guest> <virtiofsd> <out>
+# With a second guest, its kernel is in the folder `tracing`.
+#   payload.sh <programs> <guest> <virtiofsd> <out> [<guest with the kernel for tracing>]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# = 4 ] || { sed -n '4s/^# *//p' "$0" >&2; exit 2; }
-programs=$1 guest=$2 virtiofsd=$3 out=$4
+[ $# = 4 ] || [ $# = 5 ] || { sed -n '5s/^# *//p' "$0" >&2; exit 2; }
+programs=$1 guest=$2 virtiofsd=$3 out=$4 tracing=${5:-}
 qemu=/usr/bin/qemu-system-x86_64 modules=/usr/lib/x86_64-linux-gnu/qemu
 for file in "$programs"/{containerd-shim-kata-v2,kata-ctl} "$guest"/{vmlinux,initrd,manifest.json} "$virtiofsd" $qemu; do
   [ -f "$file" ] || { echo "payload: $file does not exist; run make build first" >&2; exit 1; }
@@ -26,6 +27,7 @@ put 755 "$programs/containerd-shim-kata-v2" bin/containerd-shim-kata-v2
 put 755 "$programs/kata-ctl" bin/kata-ctl
 put 755 "$virtiofsd" virtiofsd
 for file in vmlinux initrd manifest.json; do put 644 "$guest/$file" $file; done
+[ -z "$tracing" ] || for file in vmlinux manifest.json; do put 644 "$tracing/$file" tracing/$file; done
 sed "s|^path = \"$qemu\"|path = \"/opt/sandpod/current/bin/qemu-system-x86_64\"|" "$here/configuration.toml" >"$new/configuration.toml"
 grep -q '^path = "/opt/sandpod/current/' "$new/configuration.toml" ||
   { echo "payload: configuration.toml does not set path = \"$qemu\" any more" >&2; exit 1; }

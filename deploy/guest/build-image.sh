@@ -2,10 +2,11 @@
 # Makes a guest image: <out>/vmlinux, <out>/initrd (uncompressed newc: it loads faster than it would unpack) and
 # <out>/manifest.json. The same inputs give the same bytes.
 #   build-image.sh own <kata-agent> <out>       our kernel, everything built in
+#   build-image.sh tracing <kata-agent> <out>   the same with what eBPF agents and tracers ask of a kernel
 #   build-image.sh debian <kata-agent> <out>    Debian's cloud kernel and the modules that a pod needs
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# = 3 ] || { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
+[ $# = 3 ] || { sed -n '4,6s/^# *//p' "$0" >&2; exit 2; }
 kind=$1 agent=$2 out=$3
 [ -f "$agent" ] || { echo "build-image: the agent $agent does not exist; build it first" >&2; exit 1; }
 if readelf -lW "$agent" | grep -q INTERP; then
@@ -14,8 +15,9 @@ if readelf -lW "$agent" | grep -q INTERP; then
 fi
 case $kind in
   own) kernel=$("$here/build-kernel.sh") ;;
+  tracing) kernel=$("$here/build-kernel.sh" tracing) ;;
   debian) kernel=$("$here/fetch-debian-kernel.sh") ;;
-  *) echo "build-image: there is no guest '$kind': own or debian" >&2; exit 2 ;;
+  *) echo "build-image: there is no guest '$kind': own, tracing or debian" >&2; exit 2 ;;
 esac
 
 # One newc entry: mode (hexadecimal), device major and minor, name, and the file that holds its contents.

@@ -5,9 +5,11 @@
 # passes for it.
 #
 # kernel.merged.config is what comes out: every option of the kernel, those too that Kconfig chose. Each run compares.
-#   build-kernel.sh
-#   build-kernel.sh --prepare    only up to the first file of the kernel's own: whether all programs and headers are there
-#   build-kernel.sh --merge      writes kernel.merged.config anew, to be looked through and committed
+# With `tracing` first it is the kernel for eBPF agents, by kernel.tracing.config and kernel.tracing.merged.config.
+#   build-kernel.sh [tracing]
+#   build-kernel.sh [tracing] --prepare    only up to the first file of the kernel's own: whether all programs and headers
+#                                          are there
+#   build-kernel.sh [tracing] --merge      writes the merged options anew, to be looked through and committed
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
@@ -15,7 +17,11 @@ package=linux-source-6.12
 tarball=/usr/src/$package.tar.xz
 [ -f "$tarball" ] || { echo "build-kernel: $tarball is missing; deploy/deps.sh build installs it" >&2; exit 1; }
 version=$(dpkg-query -W -f '${Version}' $package)
-options=$(grep '^CONFIG_' "$here/kernel.config" | sort)
+kind=''
+if [ "${1:-}" = tracing ]; then kind=.tracing; shift; fi
+merged_config=$here/kernel$kind.merged.config
+# What the kernel of a kind has otherwise takes the place of what all have.
+options=$(cat "$here/kernel.config" ${kind:+"$here/kernel$kind.config"} | grep '^CONFIG_' | tac | sort -t= -u -k1,1 --stable | sort)
 
 unpack() {
   # Kconfig reads the whole tree, the compiler a small part: sources of hardware that no guest has stay packed.
@@ -39,19 +45,19 @@ configure() {
 }
 # All options of a configuration, without what tells the programs that build it apart.
 merged() {
-  echo "# All options of the guest's kernel, as Kconfig of $package $version makes them of kernel.config."
+  echo "# All options of the guest's kernel, as Kconfig of $package $version makes them of kernel.config${kind:+ and kernel$kind.config}."
   sed -n 's/^# \(CONFIG_[^ ]*\) is not set$/\1=n/; /^CONFIG_/p' "$1" |
     grep -vE '^CONFIG_(AS|CC|CLANG|GCC|LD|LLD)_VERSION|^CONFIG_[A-Z_]*(PAHOLE|RUST)' | LC_ALL=C sort
 }
 # Kconfig of another source may choose otherwise, which is told; that of the same one may not.
 compare() {
-  if diff -U 0 "$here/kernel.merged.config" <(merged "$1") >&2; then return; fi
-  if grep -qF "$package $version " "$here/kernel.merged.config"; then
-    echo "build-kernel: these options are not those of deploy/guest/kernel.merged.config;" \
-      'deploy/guest/build-kernel.sh --merge writes it anew' >&2
+  if diff -U 0 "$merged_config" <(merged "$1") >&2; then return; fi
+  if grep -qF "$package $version " "$merged_config"; then
+    echo "build-kernel: these options are not those of deploy/guest/${merged_config##*/};" \
+      "deploy/guest/build-kernel.sh ${kind#.} --merge writes it anew" >&2
     return 1
   fi
-  echo "build-kernel: $package $version has these options otherwise than the one that kernel.merged.config is of" >&2
+  echo "build-kernel: $package $version has these options otherwise than the one that ${merged_config##*/} is of" >&2
 }
 # The PCI devices that a kernel drives, from the drivers' tables (`struct pci_device_id`: 40 bytes, of which the first
 # six words are the vendor, the device, both of the subsystem, the class and its mask), each in the form of a `modalias`
@@ -92,7 +98,7 @@ if [ $# -gt 0 ]; then
   configure
   case $1 in
     --prepare) make -s -j"$(nproc)" prepare ;;
-    --merge) merged .config >"$here/kernel.merged.config" ;;
+    --merge) merged .config >"$merged_config" ;;
     *) echo "build-kernel: $1 is not known; --prepare and --merge are" >&2; exit 2 ;;
   esac
   exit
@@ -111,7 +117,7 @@ if [ ! -f "$out/vmlinux" ]; then
   log=$cache/kernel-build.log
   work=$(mktemp -d "$cache/kernel-build.XXXXXX")
   trap 'rm -rf "$work"; [ -d "$out" ] || echo "build-kernel: failed; $log ends with: $(tail -n 3 "$log")" >&2' EXIT
-  echo "kernel: building Linux $version for the guest, usually 10 minutes on two cores (log: $log)" >&2
+  echo "kernel: building Linux $version for the guest, usually 10 minutes on two cores${kind:+, twice that with types} (log: $log)" >&2
   # A subshell, not a chain of &&: in a chain `set -e` would not hold inside the functions.
   (
     unpack "$work"

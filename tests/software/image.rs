@@ -55,6 +55,7 @@ pub const SOFTWARE: Image = Image {
 pub const LARGE: Image = Image {
     name: "docker.io/library/sandpod-large:latest",
     packages: &[
+        "bpftrace",
         "busybox-static",
         "crun",
         "fuse-overlayfs",

@@ -1,7 +1,7 @@
 //! Real software from Debian's packages in pods, two containers each where that is how people run it.
 //!
-//! Trials are named `<runtime>/<story>`, with the newest containerd. runc, which proves the stories themselves, and
-//! what takes long, run with `--include-ignored`.
+//! Trials are named `<runtime>/<story>`, with the newest containerd; `tracing` is the guest for eBPF agents. runc, which
+//! proves the stories themselves, and what takes long, run with `--include-ignored`.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
@@ -21,6 +21,7 @@ mod machines;
 mod names;
 mod packages;
 mod services;
+mod tracing;
 mod tunnel;
 mod web;
 
@@ -46,6 +47,9 @@ const AT_LENGTH: &[&[Story]] = &[
     packages::AT_LENGTH,
     machines::AT_LENGTH,
 ];
+
+/// Stories that take long about the kernel for eBPF agents.
+const OF_TRACING: &[&[Story]] = &[tracing::STORIES];
 
 /// How long software may take to install something, to start or to answer, on a busy machine without KVM.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -89,11 +93,15 @@ fn open_folder(path: PathBuf) -> Result<PathBuf> {
 
 fn main() {
     let stage = Stage::new(NodeSpec::new(Containerd::Newest));
-    let runtimes = [("own", Runtime::Kata(Guest::Own)), ("runc", Runtime::Runc)];
+    let (own, tracing) = (Runtime::Kata(Guest::Own), Runtime::Kata(Guest::Tracing));
     let mut trials = Vec::new();
-    for (kind, runtime) in runtimes {
-        let of_a_vm = if runtime == Runtime::Runc { &[] } else { OF_A_VM };
-        for (stories, at_length) in [(STORIES, false), (of_a_vm, false), (AT_LENGTH, true)] {
+    for (kind, runtime, of_every_day, at_length) in [
+        ("own", own, &[STORIES, OF_A_VM][..], AT_LENGTH),
+        ("tracing", tracing, &[], OF_TRACING),
+        ("runc", Runtime::Runc, &[STORIES], AT_LENGTH),
+    ] {
+        let of_every_day = of_every_day.iter().map(|stories| (*stories, false));
+        for (stories, at_length) in of_every_day.chain([(at_length, true)]) {
             for (story, tell) in stories.iter().copied().flatten().copied() {
                 let trial = stage::trial(format!("{kind}/{story}"), &stage, move |node| tell(node, runtime));
                 trials.push(trial.with_ignored_flag(at_length || runtime == Runtime::Runc));

@@ -16,11 +16,13 @@ pub const CNI_PLUGINS: &str = "/usr/lib/cni";
 /// Where a bare node's containerd looks for further configuration.
 pub const DROP_INS: &str = "/etc/containerd/conf.d";
 
-/// The two guest images that Sandpod builds.
+/// The guest images that Sandpod builds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guest {
     /// Our own kernel, everything built in.
     Own,
+    /// The same for eBPF agents and tracers.
+    Tracing,
     /// Debian's prebuilt cloud kernel with its modules.
     Debian,
 }
@@ -31,6 +33,7 @@ impl Guest {
     pub fn name(self) -> &'static str {
         match self {
             Guest::Own => "own",
+            Guest::Tracing => "tracing",
             Guest::Debian => "debian",
         }
     }
@@ -45,7 +48,7 @@ impl Guest {
             &folder,
             &places::virtiofsd()?,
             accelerator(),
-            self == Guest::Own,
+            self != Guest::Debian,
         ))
     }
 }

@@ -207,7 +207,7 @@ impl Node {
     /// Writes the configurations of the runtime handlers, and returns their names and paths.
     fn handlers(&self, spec: &NodeSpec) -> Result<Vec<(String, Option<String>)>> {
         let mut handlers = Vec::new();
-        let known = [Guest::Own, Guest::Debian].map(|guest| {
+        let known = [Guest::Own, Guest::Tracing, Guest::Debian].map(|guest| {
             // A guest that is not built fails the stories that ask for it (see Runtime::require), not those with runc.
             (
                 format!("kata-{}", guest.name()),

@@ -122,7 +122,7 @@ fn spec(guest: Guest, vsock: bool) -> Result<VmSpec> {
             boot_mib: 2048,
             max_mib: host_memory_mib()? & !1,
             plug: match guest {
-                Guest::Own => MemoryPlug::VirtioMem,
+                Guest::Own | Guest::Tracing => MemoryPlug::VirtioMem,
                 Guest::Debian => MemoryPlug::PcDimm { slots: 10 },
             },
         },
