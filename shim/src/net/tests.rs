@@ -4,8 +4,9 @@ use super::*;
 use futures::TryStreamExt;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, setns};
+use rtnetlink::packet_route::link::MacVlanMode;
 use rtnetlink::packet_route::link::{LinkFlags, LinkMessage};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{LinkMacVlan, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -409,6 +410,48 @@ fn frames_pass_between_the_guests_card_and_the_node_in_both_families() {
     card.send(&neighbour_solicitation());
     let advert = card.receive(|frame| frame[12..14] == [0x86, 0xdd] && frame.get(54) == Some(&136));
     assert!(advert.is_some(), "a neighbour advertisement");
+}
+
+/// A macvlan passes on the groups that have been joined on it, and those that a guest joins are not.
+#[test]
+fn groups_reach_a_guest_behind_a_macvlan() {
+    const GROUP: Ipv4Addr = Ipv4Addr::new(239, 7, 7, 7);
+    let (pod, sender, parent) = (namespace(), namespace(), namespace());
+    let children = [("eth0", pod.as_raw_fd()), ("eth1", sender.as_raw_fd())];
+    inside(&parent, async |handle| {
+        let veth = LinkVeth::new("parent", "other").build();
+        handle.link().add(veth).execute().await.unwrap();
+        let [parent, other] = ["parent", "other"].map(|name| if_nametoindex(name).unwrap());
+        for index in [parent, other] {
+            apply(&handle, by_index(index).up().build()).await;
+        }
+        for (name, namespace) in children {
+            let child = LinkMacVlan::new(name, parent, MacVlanMode::Bridge).build();
+            handle.link().add(child).execute().await.unwrap();
+            let index = if_nametoindex(name).unwrap();
+            apply(&handle, by_index(index).setns_by_fd(namespace).build()).await;
+        }
+        Ok(())
+    });
+    for (namespace, name, last) in [(&pod, "eth0", 2), (&sender, "eth1", 1)] {
+        inside(namespace, async |handle| {
+            let index = if_nametoindex(name).unwrap();
+            apply(&handle, by_index(index).up().build()).await;
+            add_address(&handle, index, Ipv4Addr::new(10, 8, 0, last).into(), 24).await;
+            let all = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(index).build();
+            handle.route().add(all).execute().await.unwrap();
+            Ok(())
+        });
+    }
+    let network = snapshot(&path_of(&pod)).unwrap().attach().unwrap();
+    let mut card = Card::of(&network, 0);
+    inside(&sender, async |_| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.send_to(b"to all", (GROUP, 7777)).unwrap();
+        Ok(())
+    });
+    let heard = card.receive(|frame| frame[..6] == [1, 0, 0x5e, 7, 7, 7]);
+    assert!(heard.is_some_and(|frame| frame.ends_with(b"to all")));
 }
 
 #[test]
