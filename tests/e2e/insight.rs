@@ -34,6 +34,10 @@ pub const OF_A_VM: &[Story] = &[
         a_monitor_serves_the_metrics_of_every_pod,
     ),
     (
+        "a_scrape_has_some_of_three_hundred_interfaces",
+        a_scrape_has_some_of_three_hundred_interfaces,
+    ),
+    (
         "a_frozen_guest_holds_up_neither_scrapes_nor_verbs",
         a_frozen_guest_holds_up_neither_scrapes_nor_verbs,
     ),
@@ -210,6 +214,30 @@ fn well_formed(text: &str) -> Result {
         )?;
     }
     Ok(())
+}
+
+/// A pod may make as many interfaces as it likes: its metrics have the first ones, and it goes on.
+fn a_scrape_has_some_of_three_hundred_interfaces(node: &Node, runtime: Runtime) -> Result {
+    let pod = node.pod(runtime, "interfaces")?.privileged().run()?;
+    let maker = pod.container("maker", &["sleep", "infinity"]).privileged().run()?;
+    maker.shell("i=0; while [ $i -lt 300 ]; do ip link add d$i type dummy || exit; i=$((i + 1)); done")?;
+    let monitor = Monitor::start(node)?;
+    let text = node.get("127.0.0.1", PORT, "/metrics")?;
+    let of_pod = format!("sandbox_id=\"{}\"", pod.id());
+    let memory = metric(&text, "kata_guest_meminfo", &["item=\"mem_total\"", &of_pod])?;
+    claim(memory > 0.0, "the guest's memory is told")?;
+    metric(
+        &text,
+        "kata_guest_netdev_stat",
+        &["interface=\"eth0\"", "item=\"recv_bytes\"", &of_pod],
+    )?;
+    let told = text
+        .lines()
+        .filter(|line| line.starts_with("kata_guest_netdev_stat{") && line.contains("recv_bytes"));
+    claim(told.count() < 300, "not all interfaces are told")?;
+    same("the container's word", maker.shell("echo here")?.trim(), "here")?;
+    monitor.stop()?;
+    pod.remove()
 }
 
 /// A guest that does not answer is left out of its pod's metrics after a while, and meanwhile everything else goes on.
