@@ -24,7 +24,14 @@ pub const STORIES: &[Story] = &[
         "a_pod_has_a_name_and_one_line_on_what_its_containers_lack",
         name_and_lack,
     ),
+    (
+        "a_configmap_is_followed_where_nobody_may_watch_more",
+        a_configmap_is_followed_where_nobody_may_watch_more,
+    ),
 ];
+
+/// Where the kubelet of a pod's node puts a ConfigMap.
+const CONFIG: &str = "/var/lib/kubelet/pods/watched/volumes/kubernetes.io~configmap/config";
 
 /// A guest whose kernel knows one processor, and what chooses it.
 const ONE: &str = "/var/lib/one-processor";
@@ -149,4 +156,38 @@ fn name_and_lack(node: &Machine) -> Result {
     )?;
     pod.remove()?;
     pods_are_gone(node)
+}
+
+/// All of the node's inotify instances are in use, as by some hundred pods: a ConfigMap is mounted all the same, and its
+/// update arrives.
+fn a_configmap_is_followed_where_nobody_may_watch_more(node: &Machine) -> Result {
+    ensure(node)?;
+    // As the kubelet does it, by the swap of a link.
+    let write = |text: &str| {
+        node.run(&format!(
+            "set -e; mkdir -p {CONFIG}/..{text}; cd {CONFIG}; echo {text} >..{text}/key
+             ln -s ..{text} ..data_tmp; mv -T ..data_tmp ..data; ln -sfn ..data/key key"
+        ))
+    };
+    write("first")?;
+    let most = node.run("cd /proc/sys/fs/inotify; cat max_user_instances; echo 1 >max_user_instances")?;
+    let told = followed(node, &write);
+    node.run(&format!(
+        "echo {} >/proc/sys/fs/inotify/max_user_instances; rm -r {CONFIG}",
+        most.trim()
+    ))?;
+    told?;
+    pods_are_gone(node)
+}
+
+fn followed(node: &Machine, write: &dyn Fn(&str) -> Result<String>) -> Result {
+    let pod = node.pod(HANDLER, "watched").run()?;
+    let reader = pod.container_with("reader", &["sleep", "infinity"], |container| {
+        container["mounts"] = json!([{ "host_path": CONFIG, "container_path": "/config", "readonly": true }]);
+    })?;
+    same("the key", reader.shell("cat /config/key")?.trim(), "first")?;
+    write("second")?;
+    let updated = format!("crictl exec --sync {} cat /config/key | grep -x second", reader.id());
+    node.until("the update of the ConfigMap", &updated, ORDINARY)?;
+    pod.remove()
 }
