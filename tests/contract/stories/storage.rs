@@ -32,6 +32,7 @@ pub const TOLD: Told = &[
         below_read_only,
     ),
     (OURS, "a_volume_that_never_answers_fails_its_container_only", no_answer),
+    (OURS, "who_sees_the_whole_host_keeps_nobodys_files", whole_host),
 ];
 
 const NONE: Option<&str> = None;
@@ -195,4 +196,24 @@ fn no_answer(crio: &Crio<'_>) -> Result {
     drop(dead.server);
     drop(dead.mounted);
     Ok(())
+}
+
+/// A pod has all of the host as a volume, and with it the files of another's containers, as they are then. Those are
+/// removed all the same.
+fn whole_host(crio: &Crio<'_>) -> Result {
+    let first = Pod::run(crio)?;
+    let mut container = first.idle()?;
+    let second = Pod::run(crio)?;
+    let observer = second.start(&Wanted::idle().with_volume(Path::new("/"), "/host", true))?;
+    same("the host", observer.shell("ls -d /host/etc")?.trim(), "/host/etc")?;
+    container.stop(GRACE)?;
+    container.rootfs.unmount()?;
+    container.remove()?;
+    let again = first.idle()?;
+    first.end([again])?;
+    second.end([observer])?;
+    claim(
+        !crio.log().contains("stay mounted"),
+        format!("files of a container stay mounted: {}", crio.log()),
+    )
 }
