@@ -15,6 +15,7 @@ use tests::{
 };
 
 mod databases;
+mod files;
 mod image;
 mod kernel;
 mod machines;
@@ -37,8 +38,8 @@ const STORIES: &[&[Story]] = &[
     names::STORIES,
 ];
 
-/// Stories of every day about the guest's kernel.
-const OF_A_VM: &[&[Story]] = &[tunnel::OF_A_VM, kernel::OF_A_VM];
+/// Stories of every day about virtual machines.
+const OF_A_VM: &[&[Story]] = &[tunnel::OF_A_VM, kernel::OF_A_VM, files::OF_A_VM];
 
 /// Stories that take long.
 const AT_LENGTH: &[&[Story]] = &[
