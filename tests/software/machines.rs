@@ -11,13 +11,13 @@ use crate::{Story, at_length, empty_dir, large};
 
 pub const AT_LENGTH: &[Story] = &[("podman_in_a_privileged_pod", podman_in_a_privileged_pod)];
 
-/// An image of a shell, and a container of it. On a root file system, which is an overlay itself, the kernel's overlay
-/// cannot write, fuse-overlayfs can. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the
+/// An image of a shell, and a container of it. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the
 /// machine of a story need not have.
-const PODMAN: &str = "mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
+const PODMAN: &str =
+    "mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
     podman() {
-      command podman --root $STORAGE --runroot /run/podman$STORAGE --storage-driver overlay \
-        --storage-opt overlay.mount_program=/usr/bin/fuse-overlayfs --cgroup-manager cgroupfs --events-backend file \"$@\"
+      command podman --root $STORAGE --runroot /run/podman$STORAGE --storage-driver overlay $OVERLAY \
+        --cgroup-manager cgroupfs --events-backend file \"$@\"
     }
     podman import --quiet /tmp/image.tar shell
     podman run --name first --cgroups disabled --network none shell /bin/sh -c 'echo kept >/new; echo hello from within'
@@ -33,9 +33,18 @@ fn podman_in_a_privileged_pod(node: &Node, runtime: Runtime) -> Result {
         .volume(&data, "/data", Access::ReadWrite)
         .privileged()
         .run()?;
-    for storage in ["/var/lib/containers/storage", "/data/storage"] {
-        let seen = at_length(&podman, &format!("STORAGE={storage}; {PODMAN}"))?;
-        for part in ["hello from within", "kept", "fuse-overlayfs / fuse.fuse-overlayfs"] {
+    // On a root file system, which is an overlay itself, the kernel's overlay cannot write, fuse-overlayfs can.
+    let with_fuse = "--storage-opt overlay.mount_program=/usr/bin/fuse-overlayfs";
+    for (storage, overlay, mounted) in [
+        (
+            "/var/lib/containers/storage",
+            with_fuse,
+            "fuse-overlayfs / fuse.fuse-overlayfs",
+        ),
+        ("/data/storage", "", "overlay / overlay"),
+    ] {
+        let seen = at_length(&podman, &format!("STORAGE={storage}; OVERLAY='{overlay}'; {PODMAN}"))?;
+        for part in ["hello from within", "kept", mounted] {
             contains(storage, &seen, part)?;
         }
     }
