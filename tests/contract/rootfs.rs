@@ -55,11 +55,11 @@ impl Rootfs {
     /// # Errors
     /// `EBUSY` when somebody holds it; [`Failure::Claim`] when some mount namespace of the node still has it.
     pub fn unmount(&mut self) -> Result {
-        if !std::mem::take(&mut self.mounted) {
+        if !self.mounted {
             return Ok(());
         }
         let device = device_of(&self.merged);
-        umount2(&self.merged, MntFlags::empty()).trying(format!("unmounting {}", self.merged.display()))?;
+        self.unmount_here()?;
         let holders = holders_of(&device);
         claim(
             holders.is_empty(),
@@ -68,6 +68,15 @@ impl Rootfs {
                 holders.join(", ")
             ),
         )
+    }
+
+    /// Unmounts it, whoever has a copy of the mount.
+    ///
+    /// # Errors
+    /// `EBUSY` when somebody holds it.
+    pub fn unmount_here(&mut self) -> Result {
+        self.mounted = false;
+        umount2(&self.merged, MntFlags::empty()).trying(format!("unmounting {}", self.merged.display()))
     }
 
     /// Unmounts it, and removes its layer.
