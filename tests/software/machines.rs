@@ -11,8 +11,8 @@ use crate::{Story, at_length, empty_dir, large};
 
 pub const AT_LENGTH: &[Story] = &[("podman_in_a_privileged_pod", podman_in_a_privileged_pod)];
 
-/// An image of a shell, and a container of it. On cgroup v2, crun needs CAP_SYS_RESOURCE for the rules of devices, which the
-/// machine of a story need not have.
+/// An image of a shell, and a container of it. crun needs CAP_SYS_RESOURCE for the rules of devices on cgroup v2, and to
+/// raise limits, which the machine of a story need not have.
 const PODMAN: &str =
     "mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
     podman() {
@@ -20,9 +20,9 @@ const PODMAN: &str =
         --cgroup-manager cgroupfs --events-backend file \"$@\"
     }
     podman import --quiet /tmp/image.tar shell
-    podman run --name first --cgroups disabled --network none shell /bin/sh -c 'echo kept >/new; echo hello from within'
+    podman run --name first --cgroups disabled --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 --network none shell /bin/sh -c 'echo kept >/new; echo hello from within'
     podman commit --quiet first second
-    podman run --rm --cgroups disabled --network none second \
+    podman run --rm --cgroups disabled --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 --network none second \
       /bin/sh -c 'read word </new; echo $word; read line </proc/mounts; echo $line'";
 
 /// Podman runs containers and makes images in a privileged pod, on the container's root and on a volume.

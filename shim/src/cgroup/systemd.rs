@@ -48,11 +48,18 @@ pub(super) fn bind(scope: &Scope, cpus: &CpuList) -> Result<(), CgroupError> {
 /// systemd reads in the folder that nobody is in it. If somebody else has removed it by then, the scope never ends for
 /// systemd, and a node that shuts down waits for it as long as for a process that does not end.
 pub(super) fn wait_for_removal(folder: &Path, patience: Duration) -> io::Result<()> {
+    /// How soon to look again where the node has no inotify instance or watch left for root.
+    const AGAIN: Duration = Duration::from_millis(50);
     let deadline = Instant::now() + patience;
-    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-    match inotify.add_watch(folder.parent().unwrap_or(folder), AddWatchFlags::IN_DELETE) {
+    let watched = || -> nix::Result<Inotify> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        inotify.add_watch(folder.parent().unwrap_or(folder), AddWatchFlags::IN_DELETE)?;
+        Ok(inotify)
+    };
+    let inotify = match watched() {
         Err(nix::Error::ENOENT) => return Ok(()),
-        watched => watched?,
+        Err(nix::Error::EMFILE | nix::Error::ENOSPC) => None,
+        watched => Some(watched?),
     };
     while folder.exists() {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -60,6 +67,10 @@ pub(super) fn wait_for_removal(folder: &Path, patience: Duration) -> io::Result<
             tracing::warn!(folder = %folder.display(), "systemd has not removed the scope's cgroup: the shim does");
             break;
         }
+        let Some(inotify) = &inotify else {
+            std::thread::sleep(left.min(AGAIN));
+            continue;
+        };
         let mut removals = [PollFd::new(inotify.as_fd(), PollFlags::POLLIN)];
         if poll(&mut removals, u16::try_from(left.as_millis()).unwrap_or(u16::MAX))? > 0 {
             inotify.read_events()?;
