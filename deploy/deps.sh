@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and running Sandpod needs, by group; quiet and quick when all are there.
-#   deploy/deps.sh build|kernel|run|payload|images|test|fresh|peers ...
+#   deploy/deps.sh build|kernel|tracing|run|payload|images|test|fresh|peers ...
 #   deploy/deps.sh --list <group>...     only prints their names, one per line
-# build: our programs, virtiofsd and the guest image.  kernel: our own guest kernel.  tracing: with types.  run: pods.  payload: what a node
-# gets.  images: container images.  test: what only tests use.  fresh: a Debian root folder, to try these lists in.
-# peers: nothing but Go, which builds the real programs that tests run against.
+# build: our programs, virtiofsd and the guest image.  kernel: our own guest kernel.  tracing: the one for eBPF agents.
+# run: pods.  payload: what a node gets.  images: container images.  test: what only tests use.  fresh: a Debian root
+# folder, to try these lists in.  peers: nothing but Go, which builds the real programs that tests run against.
 set -euo pipefail
 build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev libelf-dev binutils kmod lz4 xz-utils zstd)
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)

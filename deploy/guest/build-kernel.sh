@@ -7,8 +7,8 @@
 # kernel.merged.config is what comes out: every option of the kernel, those too that Kconfig chose. Each run compares.
 # With `tracing` first it is the kernel for eBPF agents, by kernel.tracing.config and kernel.tracing.merged.config.
 #   build-kernel.sh [tracing]
-#   build-kernel.sh [tracing] --prepare    only up to the first file of the kernel's own: whether all programs and headers
-#                                          are there
+#   build-kernel.sh [tracing] --prepare    only up to the first file of the kernel's own: whether all programs and
+#                                          headers are there
 #   build-kernel.sh [tracing] --merge      writes the merged options anew, to be looked through and committed
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

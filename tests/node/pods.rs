@@ -158,8 +158,8 @@ fn name_and_lack(node: &Machine) -> Result {
     pods_are_gone(node)
 }
 
-/// All of the node's inotify instances are in use, as by some hundred pods: a ConfigMap is mounted all the same, and its
-/// update arrives.
+/// All of the node's inotify instances are in use, as by some hundred pods: a ConfigMap is mounted all the same, its
+/// update arrives, and the pod is removed.
 fn a_configmap_is_followed_where_nobody_may_watch_more(node: &Machine) -> Result {
     ensure(node)?;
     // As the kubelet does it, by the swap of a link.

@@ -11,8 +11,8 @@ use crate::{Story, at_length, empty_dir, large};
 
 pub const AT_LENGTH: &[Story] = &[("podman_in_a_privileged_pod", podman_in_a_privileged_pod)];
 
-/// An image of a shell, and a container of it. crun needs CAP_SYS_RESOURCE for the rules of devices on cgroup v2, and to
-/// raise limits, which the machine of a story need not have.
+/// An image of a shell, and a container of it. crun needs CAP_SYS_RESOURCE for the rules of devices on cgroup v2, and
+/// to raise limits, which the machine of a story need not have.
 const PODMAN: &str =
     "mkdir -p /tmp/image/bin; cp /bin/busybox /tmp/image/bin/sh; tar -C /tmp/image -cf /tmp/image.tar .
     podman() {

@@ -1,7 +1,7 @@
 //! Real software from Debian's packages in pods, two containers each where that is how people run it.
 //!
-//! Trials are named `<runtime>/<story>`, with the newest containerd; `tracing` is the guest for eBPF agents. runc, which
-//! proves the stories themselves, and what takes long, run with `--include-ignored`.
+//! Trials are named `<runtime>/<story>`, with the newest containerd; `tracing` is the guest for eBPF agents. runc,
+//! which proves the stories themselves, and what takes long, run with `--include-ignored`.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 

@@ -61,9 +61,9 @@ pub fn translate(linux: &Linux) -> Result<Vec<BlockDevice>, SpecError> {
     Ok(volumes)
 }
 
-/// Takes the host's devices out of a container that may open every device: the CRI gives a privileged container all that
-/// the host has, and the agent gives it all that the guest has. What a rule names is a volume, or was asked for by
-/// itself, and stays. Returns whether there were any.
+/// Takes the host's devices out of a container that may open every device: the CRI gives a privileged container all
+/// that the host has, and the agent gives it all that the guest has. What a rule names is a volume, or was asked for
+/// by itself, and stays. Returns whether there were any.
 pub fn leave_out_the_hosts(linux: &mut Linux) -> bool {
     let rules = linux
         .resources()
