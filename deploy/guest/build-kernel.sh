@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds our guest kernel from Debian's linux-source-6.12, kernel.config and the patches here; prints the folder that
-# holds `vmlinux`, `config`, `release`, `source`, `pci` and `modules.builtin`. The folder is named by the hash of everything that goes in
-# (source, compiler, options, patches and the steps below), so an unchanged recipe costs nothing and a changed one never
-# passes for it.
+# holds `vmlinux`, `config`, `release`, `source`, `pci` and `modules.builtin`. The folder is named by the hash of
+# everything that goes in (source, compiler, options, patches and the steps below), so an unchanged recipe costs nothing
+# and a changed one never passes for it.
 #
 # kernel.merged.config is what comes out: every option of the kernel, those too that Kconfig chose. Each run compares.
 # With `tracing` first it is the kernel for eBPF agents, by kernel.tracing.config and kernel.tracing.merged.config.

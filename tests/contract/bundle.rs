@@ -48,8 +48,8 @@ pub struct Wanted {
     pub stdin: bool,
     /// Its memory limit in bytes.
     pub memory: Option<u64>,
-    /// Whether an OOM kill is to end all of it: the kubelet of Kubernetes 1.28 and later asks
-    /// for that on nodes with cgroup v2.
+    /// Whether an OOM kill is to end all of it: the kubelet of Kubernetes 1.28 and later asks for that on nodes with
+    /// cgroup v2.
     pub killed_whole: bool,
     /// The host's processors that the kubelet's static CPU manager has given it.
     pub cpus: Option<&'static str>,

@@ -37,7 +37,7 @@ use crate::{
 pub struct Spawner {
     requests: mpsc::Sender<Request>,
     keeper: Arc<Mutex<Keeper>>,
-    /// The soft limit of open files that this process had.
+    /// The soft and the hard limit of open files that this process had.
     open_files: (u64, u64),
     born: Moment,
 }

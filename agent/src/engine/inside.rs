@@ -29,7 +29,8 @@ fn open_root(root: &Path) -> nix::Result<OwnedFd> {
     )
 }
 
-fn open_in(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+/// Opens what a container sees at a path.
+pub(crate) fn open_in(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
     let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     openat2(
         root,

@@ -20,6 +20,7 @@ mod wire;
 mod worker;
 mod zygote;
 
+pub(crate) use inside::open_in;
 pub(crate) use spec::{POD_CGROUP, is_bind};
 
 use std::{

@@ -13,7 +13,7 @@ pub use from_wire::{process_from_wire, resources_from_wire, spec_from_wire};
 pub(crate) use to_wire::name;
 pub use to_wire::{process_to_wire, resources_to_wire, spec_to_wire};
 
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, Process, Spec};
 
 /// A specification that its messages cannot be turned into.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,6 +21,15 @@ use oci_spec::runtime::{LinuxResources, Process, Spec};
 pub struct OciError {
     field: &'static str,
     value: String,
+}
+
+/// Whether a container may open every device: the last of its rules that speaks of all devices allows them. To a
+/// privileged container the CRI gives such a rule.
+pub fn allows_every_device(rules: &[LinuxDeviceCgroup]) -> bool {
+    let of_all = |rule: &&LinuxDeviceCgroup| {
+        rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A) && rule.major().is_none() && rule.minor().is_none()
+    };
+    rules.iter().rev().find(of_all).is_some_and(LinuxDeviceCgroup::allow)
 }
 
 /// The fields of a specification that the protocol cannot carry, as paths in `config.json`.

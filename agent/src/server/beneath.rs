@@ -25,7 +25,12 @@ pub(super) fn is_plain(path: &Path) -> bool {
 
 /// Whether the host may name it.
 pub(super) fn is_ours(path: &Path) -> bool {
-    path != Path::new(BASE) && path.starts_with(BASE) && is_plain(path)
+    is_below(Path::new(BASE), path)
+}
+
+/// Whether a path leads to something below a folder, and not to the folder itself.
+pub(super) fn is_below(folder: &Path, path: &Path) -> bool {
+    path != folder && path.starts_with(folder) && is_plain(path)
 }
 
 /// Opens what the host has named ([`is_ours`]). Links are followed as long as they stay below [`BASE`]; any other is

@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    fcntl::OFlag,
     mount::{MsFlags, mount},
     sys::stat::{Mode, SFlag, mknod},
 };
@@ -24,6 +24,7 @@ use super::{
     error::{Doing, Result},
     storage::Options,
 };
+use crate::engine::open_in;
 
 const OPTION: &str = "tmpcopyup";
 
@@ -48,10 +49,8 @@ pub(super) fn mount_on(place: &Path, root: &Path, given: &Mount) -> Result<()> {
 
 /// The container does not run yet, and its root is nobody else's: what is found is not exchanged meanwhile.
 fn copy(root: &Path, from: &Path, to: &Path, keeps_mode: bool) -> io::Result<()> {
-    let root = beneath::open(root, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC);
-    let inside = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-    match openat2(&root, from, how.resolve(inside)) {
+    let folder = OFlag::O_PATH | OFlag::O_DIRECTORY;
+    match open_in(&beneath::open(root, folder)?, from, folder) {
         // The container's creation makes the folder.
         Err(Errno::ENOENT) => Ok(()),
         found => {
@@ -66,20 +65,17 @@ fn copy(root: &Path, from: &Path, to: &Path, keeps_mode: bool) -> io::Result<()>
 }
 
 fn copy_tree(from: &Path, to: &Path, keeps_mode: bool) -> io::Result<()> {
-    for entry in WalkDir::new(from).same_file_system(true) {
+    // This may be a link, to the folder that is open.
+    let top = fs::metadata(from)?;
+    lchown(to, Some(top.uid()), Some(top.gid()))?;
+    if keeps_mode {
+        fs::set_permissions(to, top.permissions())?;
+    }
+    for entry in WalkDir::new(from).min_depth(1).same_file_system(true) {
         let entry = entry?;
-        let (kind, found) = (entry.file_type(), entry.path().symlink_metadata()?);
-        let is_top = entry.depth() == 0;
+        let (kind, found) = (entry.file_type(), entry.metadata()?);
         let copy = to.join(entry.path().strip_prefix(from).map_err(io::Error::other)?);
-        if is_top {
-            // A link, to the folder that is open.
-            let found = fs::metadata(from)?;
-            lchown(to, Some(found.uid()), Some(found.gid()))?;
-            if keeps_mode {
-                fs::set_permissions(to, found.permissions())?;
-            }
-            continue;
-        } else if kind.is_dir() {
+        if kind.is_dir() {
             fs::create_dir(&copy)?;
         } else if kind.is_file() {
             fs::copy(entry.path(), &copy)?;

@@ -12,12 +12,13 @@ use nix::{
     mount::{MsFlags, mount},
     sys::stat::{Mode, SFlag, major, makedev, minor, mknod},
 };
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
 
 use super::{
     error::{Doing, Result},
     sys,
 };
+use crate::oci::allows_every_device;
 
 const DEV: &str = "/dev";
 
@@ -40,7 +41,7 @@ pub(super) fn give_all(spec: &mut Spec) -> Result<()> {
         .resources()
         .as_ref()
         .and_then(|resources| resources.devices().as_ref());
-    if brings_its_own || !rules.is_some_and(|rules| allow_all(rules)) {
+    if brings_its_own || !rules.is_some_and(|rules| allows_every_device(rules)) {
         return Ok(());
     }
     let mut devices = linux.devices().clone().unwrap_or_default();
@@ -68,14 +69,6 @@ fn make_loops() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Whether the last rule that speaks of all devices allows them.
-fn allow_all(rules: &[LinuxDeviceCgroup]) -> bool {
-    let of_all = |rule: &&LinuxDeviceCgroup| {
-        rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A) && rule.major().is_none() && rule.minor().is_none()
-    };
-    rules.iter().rev().find(of_all).is_some_and(LinuxDeviceCgroup::allow)
 }
 
 fn collect(folder: &Path, found: &mut Vec<LinuxDevice>) -> io::Result<()> {
@@ -192,7 +185,7 @@ mod tests {
 
     use super::*;
 
-    fn rules(rules: serde_json::Value) -> Vec<LinuxDeviceCgroup> {
+    fn rules(rules: serde_json::Value) -> Vec<oci_spec::runtime::LinuxDeviceCgroup> {
         serde_json::from_value(rules).unwrap()
     }
 
@@ -212,7 +205,7 @@ mod tests {
             (json!([none, one, block]), false),
             (json!([]), false),
         ] {
-            assert_eq!(allow_all(&rules(given.clone())), expected, "{given}");
+            assert_eq!(allows_every_device(&rules(given.clone())), expected, "{given}");
         }
     }
 }

@@ -1,11 +1,6 @@
 //! The guest's network: interfaces, addresses and neighbours as the host has them.
 
-use std::{
-    fs, io,
-    net::IpAddr,
-    path::{Component, Path},
-    time::Duration,
-};
+use std::{fs, io, net::IpAddr, path::Path, time::Duration};
 
 use futures::TryStreamExt;
 use rtnetlink::{
@@ -19,6 +14,7 @@ use rtnetlink::{
 use tokio::sync::OnceCell;
 
 use super::{
+    beneath,
     error::{Doing, Error, Result},
     namespaces,
     uevent::Uevents,
@@ -87,10 +83,12 @@ impl Network {
     pub(super) fn set_sysctls(&self, sysctls: &[Sysctl]) -> Result<Vec<String>> {
         let mut refused = Vec::new();
         for Sysctl { name, value, .. } in sysctls {
-            if !is_below(name) {
+            let all = Path::new(SYSCTLS);
+            let path = all.join(name);
+            if !beneath::is_below(all, &path) {
                 return Err(bad("a sysctl's path", name));
             }
-            if let Err(error) = fs::write(Path::new(SYSCTLS).join(name), value) {
+            if let Err(error) = fs::write(path, value) {
                 refused.push(format!("{name} = {value}: {error}"));
             }
         }
@@ -291,12 +289,6 @@ fn link(name: &str) -> Option<Link> {
 const CLASS: &str = "/sys/class/net";
 
 const SYSCTLS: &str = "/proc/sys/net";
-
-/// Whether a path has names alone.
-fn is_below(path: &str) -> bool {
-    let mut parts = Path::new(path).components();
-    !path.is_empty() && parts.all(|part| matches!(part, Component::Normal(_)))
-}
 
 /// The index of an interface.
 pub(super) fn index_of(name: &str) -> Option<u32> {

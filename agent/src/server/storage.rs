@@ -271,7 +271,7 @@ fn make_local(storage: &Storage, point: &Path) -> Result<()> {
     give_all_to(storage.fs_group.as_ref(), point)
 }
 
-/// What a volume's group may do with its folders, and what its files are for.
+/// What fsGroup adds to the modes of folders (setgid, and everything for the group) and of files (read and write).
 const OF_FOLDERS: u32 = 0o2070;
 const OF_FILES: u32 = 0o060;
 

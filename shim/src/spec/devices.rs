@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, path::PathBuf};
 
+use agent::oci::allows_every_device;
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::{SpecError, unsupported};
@@ -70,23 +71,14 @@ pub fn leave_out_the_hosts(linux: &mut Linux) -> bool {
         .as_ref()
         .and_then(|resources| resources.devices().clone());
     let rules = rules.unwrap_or_default();
-    let of_all = |rule: &&LinuxDeviceCgroup| {
-        rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A) && rule.major().is_none() && rule.minor().is_none()
-    };
-    if !rules.iter().rev().find(of_all).is_some_and(LinuxDeviceCgroup::allow) {
+    if !allows_every_device(&rules) {
         return false;
     }
     let Some(devices) = linux.devices_mut() else {
         return false;
     };
     let before = devices.len();
-    devices.retain(|device| {
-        let numbers = (Some(device.major()), Some(device.minor()));
-        is_standard(device)
-            || rules
-                .iter()
-                .any(|rule| rule.allow() && (rule.major(), rule.minor()) == numbers)
-    });
+    devices.retain(|device| is_standard(device) || rules.iter().any(|rule| allows(rule, device)));
     devices.len() < before
 }
 
@@ -127,7 +119,7 @@ pub fn leave_to_the_guest(linux: &mut Linux, groups: &BTreeSet<u32>) -> Result<(
 
 fn allows(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
     let numbers = (Some(device.major()), Some(device.minor()));
-    rule.allow() && rule.typ() == Some(LinuxDeviceType::B) && (rule.major(), rule.minor()) == numbers
+    rule.allow() && rule.typ() == Some(device.typ()) && (rule.major(), rule.minor()) == numbers
 }
 
 /// Devices that every Linux kernel has under the same numbers: (type, major, minor).
