@@ -22,7 +22,10 @@ use nix::{
     errno::Errno,
     sys::stat::{Mode, SFlag, makedev, mknod},
 };
-use tokio::{sync::Mutex, task::AbortHandle};
+use tokio::{
+    sync::{Mutex, Notify},
+    task::AbortHandle,
+};
 use vmm::{Disk, QmpError, Vm, VmError};
 
 use crate::{
@@ -41,16 +44,23 @@ pub struct Disks {
     /// Where device files may be made.
     folder: PathBuf,
     plugged: Arc<Mutex<Plugged>>,
+    /// Wakes the follower of sizes: there is one more disk.
+    more: Arc<Notify>,
 }
 
-/// By device, and whether the guest may only read it.
-type Plugged = BTreeMap<(Numbers, bool), Entry>;
+#[derive(Default)]
+struct Plugged {
+    /// By device, and whether the guest may only read it.
+    disks: BTreeMap<(Numbers, bool), Entry>,
+    /// Follows the sizes of all devices, as long as there are any.
+    follower: Option<AbortHandle>,
+}
 
 struct Entry {
     disk: Disk,
     containers: BTreeSet<String>,
-    /// Follows the size of the device.
-    follower: AbortHandle,
+    /// What the guest sees, in bytes.
+    size: u64,
 }
 
 impl Disks {
@@ -60,6 +70,7 @@ impl Disks {
             vm,
             folder,
             plugged: Arc::default(),
+            more: Arc::default(),
         }
     }
 
@@ -72,7 +83,7 @@ impl Disks {
         let mut added = Vec::new();
         for device in devices {
             let key = (device.numbers, device.read_only);
-            let disk = match plugged.get_mut(&key) {
+            let disk = match plugged.disks.get_mut(&key) {
                 Some(entry) => {
                     entry.containers.insert(container.into());
                     entry.disk
@@ -80,16 +91,14 @@ impl Disks {
                 None => {
                     let size = size_of(device.numbers).at("measure the block device", &device.path)?;
                     let disk = self.vm.add_disk(open(device, &self.folder)?, device.read_only).await?;
-                    let follower = tokio::spawn(follow(self.vm.clone(), disk, device.numbers, size)).abort_handle();
                     let containers = BTreeSet::from([container.to_owned()]);
-                    plugged.insert(
-                        key,
-                        Entry {
-                            disk,
-                            containers,
-                            follower,
-                        },
-                    );
+                    let entry = Entry { disk, containers, size };
+                    plugged.disks.insert(key, entry);
+                    if plugged.follower.as_ref().is_none_or(AbortHandle::is_finished) {
+                        let follower = follow(self.vm.clone(), self.plugged.clone(), self.more.clone());
+                        plugged.follower = Some(tokio::spawn(follower).abort_handle());
+                    }
+                    self.more.notify_one();
                     disk
                 }
             };
@@ -108,14 +117,18 @@ impl Disks {
         tokio::spawn(async move {
             let mut plugged = plugged.lock().await;
             let mut unused = Vec::new();
-            plugged.retain(|_, entry| {
+            plugged.disks.retain(|_, entry| {
                 let used = !(entry.containers.remove(&container) && entry.containers.is_empty());
                 if !used {
-                    entry.follower.abort();
                     unused.push(entry.disk);
                 }
                 used
             });
+            if plugged.disks.is_empty()
+                && let Some(follower) = plugged.follower.take()
+            {
+                follower.abort();
+            }
             for disk in unused {
                 if let Err(error) = vm.remove_disk(disk).await {
                     tracing::warn!(%error, container, "a block device stays plugged");
@@ -141,35 +154,49 @@ fn open(device: &BlockDevice, folder: &Path) -> Result<OwnedFd> {
     opened().at("open the host's side of the block device", &device.path)
 }
 
-/// Tells the guest of each new size of a device, which CSI grows under a running pod. `size` is that before it was
-/// plugged, in bytes.
-async fn follow(vm: Arc<Vm>, disk: Disk, numbers: Numbers, mut size: u64) {
+/// Tells the guest of each new size of a device, which CSI grows under a running pod. Ends with the VM.
+async fn follow(vm: Arc<Vm>, plugged: Arc<Mutex<Plugged>>, more: Arc<Notify>) {
     let followed = async {
         let mut events = TokioSocket::new(NETLINK_KOBJECT_UEVENT)?;
         events.socket_mut().bind(&SocketAddr::new(0, UEVENTS))?;
-        loop {
-            let now = size_of(numbers)?;
-            if now != size {
-                tracing::info!(%numbers, bytes = now, "a block device has another size");
-                match vm.resize_disk(disk, now).await {
-                    Ok(()) => size = now,
-                    Err(VmError::Qmp(QmpError::Closed)) => return Ok(()),
-                    // The device may change again, or QEMU be freer: with the next event it is told once more.
-                    Err(error) => tracing::warn!(%error, %numbers, "the guest does not see the new size yet"),
-                }
-            }
+        while resize(&vm, &mut plugged.lock().await.disks).await {
             // What an event says is not read: it is the time to look again. The error of a queue that overflowed is
             // one, too.
-            match events.recv_from_full().await {
+            let received = tokio::select! {
+                received = events.recv_from_full() => received.map(drop),
+                () = more.notified() => Ok(()),
+            };
+            match received {
                 Err(error) if error.raw_os_error() != Some(Errno::ENOBUFS as i32) => return Err(error),
                 _ => {}
             }
         }
+        Ok(())
     };
     let followed: io::Result<()> = followed.await;
     if let Err(error) = followed {
-        tracing::warn!(%error, %numbers, "the size of a block device is not followed any more");
+        tracing::warn!(%error, "the sizes of block devices are not followed any more");
     }
+}
+
+/// Tells the guest of the devices that have another size than it sees; whether there is still a VM. What cannot be told
+/// now is told with the next event: the device may change again, or QEMU be freer.
+async fn resize(vm: &Vm, disks: &mut BTreeMap<(Numbers, bool), Entry>) -> bool {
+    for ((numbers, _), entry) in disks {
+        match size_of(*numbers) {
+            Ok(size) if size == entry.size => {}
+            Ok(size) => {
+                tracing::info!(%numbers, bytes = size, "a block device has another size");
+                match vm.resize_disk(entry.disk, size).await {
+                    Ok(()) => entry.size = size,
+                    Err(VmError::Qmp(QmpError::Closed)) => return false,
+                    Err(error) => tracing::warn!(%error, %numbers, "the guest does not see the new size yet"),
+                }
+            }
+            Err(error) => tracing::warn!(%error, %numbers, "a block device cannot be measured"),
+        }
+    }
+    true
 }
 
 /// In bytes.

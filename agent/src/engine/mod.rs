@@ -37,7 +37,11 @@ use std::{
     },
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
@@ -290,17 +294,29 @@ impl Engine {
         let notify = self.socket_path();
         let (streams, fds) = wire::split(stdio);
         let request = Request::Exec {
-            id,
+            id: id.clone(),
             init: init.pid,
             notify,
             process: Box::new(process),
             streams,
         };
-        let (pid, fds) = self.started(request, fds).await?;
-        Ok(Started {
-            pid,
-            pty: fds.into_iter().next(),
-        })
+        let started = self.started(request, fds).await;
+        if self.init(&id).is_ok_and(|now| Arc::ptr_eq(&now, &init)) {
+            let (pid, fds) = started?;
+            return Ok(Started {
+                pid,
+                pty: fds.into_iter().next(),
+            });
+        }
+        // The container was deleted meanwhile. The process may have come into its cgroup before or after that was
+        // removed, and in the latter case the cgroup is there again.
+        if let Ok((pid, _)) = started {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        if matches!(self.init(&id), Err(EngineError::NotFound(_))) {
+            remove_cgroup(&init.cgroup).await?;
+        }
+        Err(EngineError::NotFound(id))
     }
 
     /// Removes what the engine holds of a container: its cgroup, with all processes in it, and its state.
@@ -311,11 +327,7 @@ impl Engine {
             Some(Entry::Creating { cgroup }) => (cgroup.clone(), None),
             Some(Entry::Created(init)) => (init.cgroup.clone(), Some(Arc::clone(init))),
         };
-        let removed = tokio::task::spawn_blocking(move || cgroup::remove(&cgroup::folder(&cgroup))).await;
-        removed
-            .map_err(io::Error::from)
-            .and_then(|r| r)
-            .map_err(|e| EngineError::Io("removing a cgroup", e))?;
+        remove_cgroup(&cgroup).await?;
         if let Some(init) = init {
             let _ = fs::remove_file(&init.notify);
             if init.poststop {
@@ -333,7 +345,8 @@ impl Engine {
         }
         self.ask(Request::Forget { id: id.to_owned() }, Vec::new()).await?;
         self.containers().remove(id);
-        Ok(())
+        // An exec that began before may have made it again; one that comes there later sees that the container is gone.
+        remove_cgroup(&cgroup).await
     }
 
     /// Changes the cgroup limits of a container; what `resources` does not mention stays.
@@ -412,4 +425,14 @@ impl Engine {
             answer => Ok((answer, fds)),
         }
     }
+}
+
+/// Kills what is in a container's cgroup, and removes it.
+async fn remove_cgroup(path: &Path) -> Result<(), EngineError> {
+    let folder = cgroup::folder(path);
+    let removed = tokio::task::spawn_blocking(move || cgroup::remove(&folder)).await;
+    removed
+        .map_err(io::Error::from)
+        .and_then(|r| r)
+        .map_err(|e| EngineError::Io("removing a cgroup", e))
 }

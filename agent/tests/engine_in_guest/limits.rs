@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(limits_change_while_it_runs),
     case!(cgroup_paths_of_all_forms_work),
     case!(a_deleted_container_leaves_no_cgroup),
+    case!(an_exec_beside_a_deletion_leaves_nothing),
     case!(an_exec_enters_a_container_that_made_cgroups),
 ];
 
@@ -173,6 +174,29 @@ async fn a_deleted_container_leaves_no_cgroup(guest: Arc<Guest>) {
         fs::read_dir("/run/kata-containers/engine").expect("a folder").count(),
         0
     );
+}
+
+async fn an_exec_beside_a_deletion_leaves_nothing(guest: Arc<Guest>) {
+    for round in 0..20 {
+        let running = guest.start("c", idle("c")).await;
+        let exec = guest.try_exec("c", process(&["sleep", "1000"]));
+        // Each round the deletion comes a little later: before, while and after the process enters the cgroup.
+        let delete = async {
+            for _ in 0..round * 200 {
+                tokio::task::yield_now().await;
+            }
+            guest.engine.delete("c").await.expect("a deletion");
+        };
+        let (exec, ()) = tokio::join!(exec, delete);
+        assert_eq!(guest.end(running).await.code, 137);
+        if let Ok(process) = exec {
+            assert_eq!(guest.end(process).await.code, 137);
+        }
+        assert!(
+            !std::path::Path::new("/sys/fs/cgroup/kata/kubepods/pod1/c").exists(),
+            "round {round}"
+        );
+    }
 }
 
 async fn an_exec_enters_a_container_that_made_cgroups(guest: Arc<Guest>) {

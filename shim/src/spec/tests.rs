@@ -574,7 +574,9 @@ fn a_privileged_container_has_none_of_the_hosts_devices() {
         device("/dev/sda", "b", 8, 0),
         device("/dev/vfio/vfio", "c", 10, 196),
         device("/dev/fuse", "c", 10, 229),
-        device("/dev/data", "b", 7, 3)
+        device("/dev/data", "b", 7, 3),
+        // The rule below has its numbers, and is for another kind.
+        device("/dev/vcs3", "c", 7, 3)
     ]);
     value["linux"]["resources"]["devices"] = json!([
         {"allow": true, "access": "rwm"},
