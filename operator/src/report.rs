@@ -23,9 +23,10 @@ pub struct Report {
     /// The CRI was restarted.
     #[serde(default)]
     pub restarted: bool,
-    /// The running CRI listed our handler when it was asked last.
+    /// Whether the running CRI listed our handler when it was asked last. None when it was not asked, or does not tell:
+    /// CRI-O does from 1.30 on, containerd from 2.0.
     #[serde(default)]
-    pub handler_seen: bool,
+    pub handler_seen: Option<bool>,
     /// Why the phase is [`Phase::Refused`] or [`Phase::Failed`]; otherwise none.
     #[serde(default)]
     pub error: Option<Problem>,
@@ -124,6 +125,8 @@ pub enum Code {
     HandlerAbsent,
     /// The CRI still has sandboxes of our handler.
     SandboxesExist,
+    /// The node is not in the boot for which the run was made.
+    OtherBoot,
     /// There is nothing to verify.
     NotInstalled,
     /// What is installed is not what was installed.
@@ -135,6 +138,39 @@ pub enum Code {
     /// A kind that this version does not know.
     #[serde(other)]
     Other,
+}
+
+impl Code {
+    /// Whether kata does not work on a node of which an installer says this. The other kinds are about the run alone:
+    /// they say nothing of what an earlier run has seen to work.
+    #[must_use]
+    pub fn is_about_the_node(self) -> bool {
+        match self {
+            Self::NoKvm
+            | Self::NotFit
+            | Self::CriTooOld
+            | Self::ForeignHandler
+            | Self::ForeignFile
+            | Self::OtherPrefix
+            | Self::DropInNotRead
+            | Self::ConfigInvalid
+            | Self::SeLinux
+            | Self::RestartFailed
+            | Self::HandlerAbsent
+            | Self::NotInstalled
+            | Self::Damaged => true,
+            Self::NoCri
+            | Self::ReadOnlyPrefix
+            | Self::DiskFull
+            | Self::Payload
+            | Self::Busy
+            | Self::SandboxesExist
+            | Self::OtherBoot
+            | Self::Usage
+            | Self::Io
+            | Self::Other => false,
+        }
+    }
 }
 
 /// What the node is. What could not be found out is empty.
@@ -179,7 +215,7 @@ impl Report {
             version: String::new(),
             changed: false,
             restarted: false,
-            handler_seen: false,
+            handler_seen: None,
             error: None,
             warnings: Vec::new(),
             facts: Facts::default(),
@@ -241,6 +277,7 @@ mod tests {
         Report {
             phase: Phase::Refused,
             version: "0.1.0-1a2b3c4d".into(),
+            handler_seen: Some(true),
             error: Some(Problem {
                 code: Code::NoKvm,
                 text: "/dev/kvm is absent".into(),
@@ -262,7 +299,7 @@ mod tests {
         let json = concat!(
             r#"{"changed":false,"error":{"code":"NoKvm","text":"/dev/kvm is absent"},"#,
             r#""facts":{"accelerator":"tcg","bootId":"b","cri":"containerd 2.4.2","kernel":"6.12","selinux":false},"#,
-            r#""handlerSeen":false,"phase":"refused","restarted":false,"verb":"install","version":"0.1.0-1a2b3c4d","#,
+            r#""handlerSeen":true,"phase":"refused","restarted":false,"verb":"install","version":"0.1.0-1a2b3c4d","#,
             r#""warnings":["slow"]}"#
         );
         assert_eq!(full().to_json(), json);

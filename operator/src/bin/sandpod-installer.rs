@@ -36,6 +36,9 @@ struct Cli {
     /// The command that restarts it, words separated by spaces; by default systemctl.
     #[arg(long)]
     restart_command: Option<String>,
+    /// The node's boot, as /proc/sys/kernel/random/boot_id names it: the run is for no other one.
+    #[arg(long)]
+    boot_id: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
             Runtime::Auto => None,
         },
         restart: cli.restart_command.map(words),
+        boot_id: cli.boot_id,
     });
     for warning in &report.warnings {
         eprintln!("installer: warning: {warning}");

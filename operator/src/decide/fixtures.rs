@@ -86,7 +86,7 @@ pub fn success(verb: Verb, version: &str) -> Report {
             Verb::Uninstall => Phase::Uninstalled,
         },
         version: version.to_owned(),
-        handler_seen: verb != Verb::Uninstall,
+        handler_seen: Some(verb != Verb::Uninstall),
         ..Report::new(verb)
     }
 }

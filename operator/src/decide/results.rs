@@ -75,7 +75,7 @@ fn disbelief(order: &Order, report: &Report) -> Option<Failure> {
             order.verb.as_str(),
             report.phase
         )
-    } else if order.verb != Verb::Uninstall && !report.handler_seen {
+    } else if order.verb != Verb::Uninstall && report.handler_seen == Some(false) {
         "the container runtime does not list the handler kata".to_owned()
     } else if order.verb == Verb::Install && report.version != order.version {
         format!(

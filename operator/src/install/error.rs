@@ -169,6 +169,14 @@ pub enum InstallError {
         /// The version's folder.
         version: String,
     },
+    /// The run was made for a boot that is over, or for another node of the same name.
+    #[error("the node's boot is {now}, and the run is for the boot {asked}: it has been booted or replaced since")]
+    OtherBoot {
+        /// This boot.
+        now: String,
+        /// The one that was asked for.
+        asked: String,
+    },
     /// Nothing is there.
     #[error("Sandpod is not installed in {prefix}")]
     NotInstalled {
@@ -236,6 +244,7 @@ impl InstallError {
             Self::Restart { .. } => Code::RestartFailed,
             Self::HandlerAbsent { .. } => Code::HandlerAbsent,
             Self::SandboxesExist { .. } | Self::InUse { .. } => Code::SandboxesExist,
+            Self::OtherBoot { .. } => Code::OtherBoot,
             Self::NotInstalled { .. } => Code::NotInstalled,
             Self::Damaged { .. } => Code::Damaged,
             Self::Usage(_) => Code::Usage,

@@ -62,6 +62,8 @@ pub struct Options {
     pub cri: Option<Kind>,
     /// The command that restarts the CRI, if it is not systemd.
     pub restart: Option<Vec<String>>,
+    /// The node's boot (`/proc/sys/kernel/random/boot_id`), if the run is for that one alone.
+    pub boot_id: Option<String>,
 }
 
 /// Does what it is asked for, and says what became of it.
@@ -135,6 +137,10 @@ impl<'r> Run<'r> {
         };
         report.facts.boot_id = text("/proc/sys/kernel/random/boot_id");
         report.facts.kernel = text("/proc/sys/kernel/osrelease");
+        if let Some(asked) = options.boot_id.clone().filter(|asked| *asked != report.facts.boot_id) {
+            let now = report.facts.boot_id.clone();
+            return Err(InstallError::OtherBoot { now, asked });
+        }
         let defaults = Config::parse("", &[]).map_err(|error| InstallError::Payload(error.to_string()))?;
         let findings = check::node(&options.host_root, &defaults);
         if options.host_root != Path::new("/") {

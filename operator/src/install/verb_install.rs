@@ -201,7 +201,7 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
         .as_ref()
         .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
     let restart = owed || listed == Some(false) || job.changes.iter().any(|change| change.file.of_cri);
-    run.report.handler_seen = listed == Some(true);
+    run.report.handler_seen = listed;
     if !flip && !restart && job.changes.is_empty() && left.is_none() {
         return Ok(false);
     }
@@ -247,12 +247,10 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
         restart(&job.cri, run.options.restart.as_deref())?;
     }
     step(format_args!("asking {name} for the handler {HANDLER}"));
-    match job.cri.lists_handler()? {
-        Some(true) => run.report.handler_seen = true,
-        Some(false) => {
-            run.report.handler_seen = false;
-            return Err(InstallError::HandlerAbsent { cri: name });
-        }
+    run.report.handler_seen = job.cri.lists_handler()?;
+    match run.report.handler_seen {
+        Some(true) => {}
+        Some(false) => return Err(InstallError::HandlerAbsent { cri: name }),
         None => run.warn(Some(format!(
             "{} does not tell its handlers; that it has `{HANDLER}` shows when a pod asks for it",
             job.cri.describe()

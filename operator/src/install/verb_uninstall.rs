@@ -76,7 +76,7 @@ fn present(run: &Run) -> Result<Vec<DropIn>> {
 
 fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
     if let Some(cri) = cri {
-        run.report.handler_seen = cri.lists_handler()? == Some(true);
+        run.report.handler_seen = cri.lists_handler()?;
         let ready = cri.ready_sandboxes()?;
         if let Some(first) = ready.first() {
             return Err(InstallError::SandboxesExist {
@@ -113,8 +113,8 @@ fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) ->
     run.report.restarted = true;
     restart(cri, run.options.restart.as_deref())?;
     step(format_args!("asking {} for the handler {HANDLER}", cri.kind.name()));
-    run.report.handler_seen = cri.lists_handler()? == Some(true);
-    if run.report.handler_seen {
+    run.report.handler_seen = cri.lists_handler()?;
+    if run.report.handler_seen == Some(true) {
         return Err(InstallError::HandlerPresent { cri: cri.kind.name() });
     }
     state.pending = None;

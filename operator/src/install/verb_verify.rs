@@ -41,7 +41,7 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
         super::cri::HANDLER
     ));
     let listed = cri.lists_handler()?;
-    run.report.handler_seen = listed == Some(true);
+    run.report.handler_seen = listed;
     if listed == Some(false) {
         return Err(InstallError::HandlerAbsent { cri: cri.kind.name() });
     }

@@ -318,7 +318,7 @@ fn kill(child: &Child) {
 
 /// As a kubelet does after it has heard from its container runtime.
 async fn list_handlers(shared: &Shared, report: &Report) {
-    let has = report.handler_seen && report.verb != Verb::Uninstall;
+    let has = report.handler_seen == Some(true) && report.verb != Verb::Uninstall;
     let handlers: Vec<Value> = ["runc"]
         .into_iter()
         .chain(has.then_some("kata"))
