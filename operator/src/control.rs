@@ -23,7 +23,7 @@ mod watch;
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use kube::Client;
+use kube::{Client, ResourceExt};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
@@ -40,7 +40,7 @@ use self::{
     serve::Health,
     watch::Watches,
 };
-use crate::decide::{Action, Refused, Settings, decide};
+use crate::decide::{About, Action, Note, Refused, Settings, World, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -136,6 +136,7 @@ impl Controller {
                 version: options.version.clone(),
                 retry_first: options.retry_first,
                 settle: options.settle,
+                prefix: options.prefix.clone(),
             },
             refused: None,
             hands: Hands::new(client, options),
@@ -176,6 +177,28 @@ impl Controller {
         }
     }
 
+    /// Once for each thing that the API server says: the pod is tried again and again.
+    async fn tell_of_refusal(&self, refused: &Refused, world: &World) {
+        if self.refused.as_ref().is_some_and(|before| before.text == refused.text) {
+            return;
+        }
+        let verb = refused.verb.as_str();
+        let text = format!(
+            "The API server does not take the installer's pod to {verb} on node {}: {}",
+            refused.node, refused.text
+        );
+        let configs = world.configs.iter().map(|config| About::Config(config.name_any()));
+        for about in configs.chain([About::Node(refused.node.clone())]) {
+            let note = Note {
+                about,
+                warning: true,
+                reason: "InstallerPodRefused",
+                text: text.clone(),
+            };
+            self.hands.tell(&note, world).await;
+        }
+    }
+
     async fn pass(&mut self) -> Result<Pass, ActError> {
         let mut world = self.eyes.read(&self.settings, self.refused.clone()).await?;
         let mut decision = decide(&world);
@@ -190,6 +213,7 @@ impl Controller {
         match self.hands.carry_out(&world, &decision).await {
             Err(ActError::Refused(refused)) => {
                 warn!(node = refused.node, "the installer's pod is refused: {}", refused.text);
+                self.tell_of_refusal(&refused, &world).await;
                 self.refused = Some(refused);
                 return Ok(Pass::Busy);
             }

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     api::{GROUP, KIND, KataConfig, KataConfigStatus, VERSION},
-    decide::{Action, Decision, FINALIZER, KATA, Refused, World},
+    decide::{Action, Decision, FINALIZER, KATA, Note, Refused, World},
 };
 
 /// The guide's overhead of a pod: what its virtual machine takes besides its containers.
@@ -85,12 +85,16 @@ impl Hands {
                 .map_err(|error| failed(action, error))?;
         }
         for note in &decision.notes {
-            // An event is news, not state: a lost one stops nothing.
-            if let Err(error) = self.voice.tell(note, world).await {
-                warn!(%error, reason = note.reason, "an event could not be told");
-            }
+            self.tell(note, world).await;
         }
         Ok(())
+    }
+
+    /// Tells an event. One is news, not state: a lost one stops nothing.
+    pub(super) async fn tell(&self, note: &Note, world: &World) {
+        if let Err(error) = self.voice.tell(note, world).await {
+            warn!(%error, reason = note.reason, "an event could not be told");
+        }
     }
 
     /// By server-side apply: lists that we leave out are removed, and nobody else's fields are touched.
@@ -215,6 +219,7 @@ fn failed(action: &Action, error: kube::Error) -> ActError {
         (Action::StartRun { order, .. }, kube::Error::Api(status)) if matches!(status.code, 400 | 403 | 422) => {
             ActError::Refused(Refused {
                 node: order.node.clone(),
+                verb: order.verb,
                 purpose: order.purpose.clone(),
                 at: Timestamp::now(),
                 text: status.message.clone(),

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use clap::Parser;
 use jiff::SignedDuration;
 
+use crate::install::dropin::DEFAULT_PREFIX;
+
 /// Installs kata on the nodes that a KataConfig asks for.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sandpod-operator")]
@@ -22,9 +24,9 @@ pub struct Options {
     /// The version that this image carries, as `sandpod-installer --version` prints it
     #[arg(long, env = "SANDPOD_VERSION")]
     pub version: String,
-    /// Where on the nodes to install [default: the installer's own, /opt/sandpod]
-    #[arg(long, env = "SANDPOD_PREFIX")]
-    pub prefix: Option<String>,
+    /// Where on the nodes to install
+    #[arg(long, env = "SANDPOD_PREFIX", default_value = DEFAULT_PREFIX)]
+    pub prefix: String,
     /// What restarts a node's container runtime [default: the installer's own, by systemctl]
     #[arg(long, env = "SANDPOD_RESTART_COMMAND")]
     pub restart_command: Option<String>,
@@ -37,7 +39,7 @@ pub struct Options {
     /// How long after a node's first failure it is tried again; doubled each time, up to 15 times as long
     #[arg(long, env = "SANDPOD_RETRY_FIRST", default_value = "60s")]
     pub retry_first: SignedDuration,
-    /// How long a node has to be Ready before it is the next one's turn
-    #[arg(long, env = "SANDPOD_SETTLE", default_value = "5s")]
+    /// How long a node has to be Ready after its container runtime was restarted, before it is the next one's turn
+    #[arg(long, env = "SANDPOD_SETTLE", default_value = "45s")]
     pub settle: SignedDuration,
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{NAME, Options};
 use crate::{
     decide::{Order, Progress, Run},
-    report::{Report, Verb},
+    report::{Problem, Report, Verb},
 };
 
 /// The label of the installer's pods.
@@ -19,14 +19,15 @@ const ORDER: &str = "sandpod.io/order";
 /// The only container.
 const CONTAINER: &str = "installer";
 /// How long a run may take before its kubelet ends it. Unpacking to a slow disk and one restart of the CRI take a
-/// minute or two.
-const DEADLINE_SECONDS: i64 = 600;
+/// minute or two; the image comes before that, and a CRI that does not come back is waited for twice.
+const DEADLINE_SECONDS: i64 = 1200;
 
 /// The pod for an order.
 ///
 /// It is privileged for two things that nothing less gives: the device cgroup would hide /dev/kvm from the preflight,
 /// and SELinux would keep it from giving the host's files their labels. It has no token for the API, and only the node
-/// that it is pinned to is within its reach.
+/// that it is pinned to is within its reach. It has no priority and requests nothing: for a pod of a critical priority
+/// class the kubelet of a full node would end pods of users.
 pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
     json!({
         "apiVersion": "v1",
@@ -46,7 +47,6 @@ pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
             "restartPolicy": "Never",
             "automountServiceAccountToken": false,
             "enableServiceLinks": false,
-            "priorityClassName": "system-node-critical",
             "tolerations": [{"operator": "Exists"}],
             "activeDeadlineSeconds": DEADLINE_SECONDS,
             "terminationGracePeriodSeconds": 30,
@@ -65,12 +65,15 @@ fn container(order: &Order, options: &Options) -> Value {
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "File",
         "securityContext": {"privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true},
-        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
+        // Requests that are left out would be the limits; limits that are left out would be the namespace's own.
+        "resources": {"requests": {"cpu": "0", "memory": "0"}, "limits": {"memory": "512Mi"}},
         "volumeMounts": [{"name": "host", "mountPath": "/host", "mountPropagation": "HostToContainer"}],
     })
 }
 
 fn arguments(order: &Order, options: &Options) -> Vec<String> {
+    // The daemon that the node's kubelet uses, whatever else runs there.
+    let cri = order.runtime.replace("cri-o", "crio");
     let mut words = vec![
         order.verb.as_str(),
         "--host-root",
@@ -83,8 +86,10 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
     if order.verb == Verb::Install {
         words.extend(["--payload", "/payload"]);
     }
-    if let Some(prefix) = &options.prefix {
-        words.extend(["--prefix", prefix]);
+    for (flag, value) in [("--prefix", &order.prefix), ("--cri", &cri), ("--boot-id", &order.boot_id)] {
+        if !value.is_empty() {
+            words.extend([flag, value]);
+        }
     }
     if let Some(command) = &options.restart_command {
         words.extend(["--restart-command", command]);
@@ -122,7 +127,7 @@ fn progress(pod: &Pod) -> Progress {
             let message = status.and_then(|status| status.message.as_deref()).unwrap_or_default();
             Progress::Failed {
                 ended: created(pod),
-                code: None,
+                report: None,
                 text: format!("the installer's pod ended without a word: {reason} {message}")
                     .trim_end()
                     .to_owned(),
@@ -149,19 +154,22 @@ fn ended(pod: &Pod, terminated: &ContainerStateTerminated) -> Progress {
     let message = terminated.message.as_deref().unwrap_or_default();
     match Report::parse(message) {
         Ok(report) if terminated.exit_code == 0 && report.error.is_none() => Progress::Done { ended, report },
-        Ok(Report {
-            error: Some(problem), ..
-        }) => Progress::Failed {
+        Ok(
+            report @ Report {
+                error: Some(Problem { .. }),
+                ..
+            },
+        ) => Progress::Failed {
             ended,
-            code: Some(problem.code),
-            text: problem.text,
+            text: report.error.as_ref().map(|problem| problem.text.clone()).unwrap_or_default(),
+            report: Some(report),
         },
         parsed => {
             let reason = terminated.reason.as_deref().unwrap_or("no reason");
             let said = parsed.err().map_or(String::new(), |error| format!("; {error}"));
             Progress::Failed {
                 ended,
-                code: None,
+                report: None,
                 text: format!(
                     "the installer ended with exit code {} ({reason}){said}",
                     terminated.exit_code
@@ -181,19 +189,19 @@ mod tests {
     use jiff::SignedDuration;
 
     use super::*;
-    use crate::report::Code;
+    use crate::report::{Code, Phase};
 
     fn options() -> Options {
         Options {
             namespace: "openshift-sandboxed-containers-operator".into(),
             installer_image: "sandpod.io/installer:0.1.0".into(),
             version: "0.1.0-1a2b3c4d".into(),
-            prefix: None,
+            prefix: "/opt/sandpod".into(),
             restart_command: None,
             listen: ([127, 0, 0, 1], 0).into(),
             identity: "me".into(),
             retry_first: SignedDuration::from_mins(1),
-            settle: SignedDuration::from_secs(5),
+            settle: SignedDuration::from_secs(45),
         }
     }
 
@@ -208,6 +216,8 @@ mod tests {
             failures: 0,
             boot_id: "b".into(),
             software: "v1.36.3 containerd://2.4.2 Debian".into(),
+            runtime: "containerd".into(),
+            prefix: "/opt/sandpod".into(),
         }
     }
 
@@ -243,18 +253,20 @@ mod tests {
     #[test]
     fn the_command_line_follows_the_options() {
         let options = Options {
-            prefix: Some("/var/lib/sandpod".into()),
             restart_command: Some("rc-service containerd restart".into()),
             ..options()
         };
         let order = Order {
             verb: Verb::Uninstall,
             log_level: "debug".into(),
+            runtime: "cri-o".into(),
+            prefix: "/var/lib/sandpod".into(),
+            boot_id: String::new(),
             ..order()
         };
         let line = arguments(&order, &options).join(" ");
         let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --prefix /var/lib/sandpod \
-                        --restart-command rc-service containerd restart";
+                        --cri crio --restart-command rc-service containerd restart";
         assert_eq!(line, expected);
     }
 
@@ -278,8 +290,16 @@ mod tests {
             1,
             r#"{"verb":"install","phase":"refused","error":{"code":"NoKvm","text":"no KVM"}}"#,
         );
-        assert!(matches!(refused, Progress::Failed { code: Some(Code::NoKvm), text, .. } if text == "no KVM"));
-        let Progress::Failed { text, code: None, .. } = terminated(137, "") else {
+        let Progress::Failed {
+            report: Some(report), ..
+        } = refused
+        else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(report.phase, Phase::Refused);
+        let problem = report.error.unwrap();
+        assert_eq!((problem.code, problem.text.as_str()), (Code::NoKvm, "no KVM"));
+        let Progress::Failed { text, report: None, .. } = terminated(137, "") else {
             panic!("no failure");
         };
         assert!(

@@ -12,6 +12,8 @@ pub(super) const MEMBER: &str = "node-role.kubernetes.io/kata-oc";
 /// Whether pods may come: `false` from before the host is touched, `true` once kata was seen to work.
 pub(super) const READY: &str = "katacontainers.io/kata-runtime";
 
+const CLAIMED: &str = "sandpod.io/claimed";
+const PREFIX: &str = "sandpod.io/prefix";
 const VERSION: &str = "sandpod.io/installed-version";
 const LOG_LEVEL: &str = "sandpod.io/log-level";
 const BOOT_ID: &str = "sandpod.io/boot-id";
@@ -28,6 +30,8 @@ pub(super) fn read(metadata: &ObjectMeta) -> Record {
     };
     Record {
         member: label(MEMBER).is_some(),
+        claim: annotation(CLAIMED).is_some_and(|value| value == "true"),
+        prefix: annotation(PREFIX),
         ready: label(READY).map(|value| value == "true"),
         version: annotation(VERSION),
         log_level: annotation(LOG_LEVEL),
@@ -46,6 +50,8 @@ pub(super) fn patch(record: &Record) -> Value {
     ]);
     let last_run = record.last_run.as_ref().map(|run| json!(run).to_string());
     let annotations = BTreeMap::from([
+        (CLAIMED, record.claim.then(|| true.to_string())),
+        (PREFIX, record.prefix.clone()),
         (VERSION, record.version.clone()),
         (LOG_LEVEL, record.log_level.clone()),
         (BOOT_ID, record.boot_id.clone()),
@@ -67,6 +73,8 @@ mod tests {
         let time = Time("2026-01-02T03:04:05Z".parse().unwrap());
         Record {
             member: true,
+            claim: true,
+            prefix: Some("/opt/sandpod".into()),
             ready: Some(false),
             version: Some("0.1.0-1a2b3c4d".into()),
             log_level: Some("info".into()),
@@ -80,6 +88,7 @@ mod tests {
                 ended: time.clone(),
                 due: time,
                 purpose: "p".into(),
+                refused: true,
             }),
         }
     }
@@ -88,6 +97,21 @@ mod tests {
     fn what_is_written_is_read_back() {
         let metadata: ObjectMeta = serde_json::from_value(patch(&full())["metadata"].clone()).unwrap();
         assert_eq!(read(&metadata), full());
+    }
+
+    #[test]
+    fn what_version_0_1_has_written_is_a_claim() {
+        let last_run = r#"{"run":"u","verb":"install","failures":0,"ended":"2026-01-02T03:04:05Z",
+                           "due":"2026-01-02T03:04:05Z","purpose":"p"}"#;
+        let labels = json!({"node-role.kubernetes.io/kata-oc": "", "katacontainers.io/kata-runtime": "true"});
+        let metadata = json!({"labels": labels, "annotations": {LAST_RUN: last_run}});
+        let installed = read(&serde_json::from_value(metadata).unwrap());
+        assert!(installed.last_run.is_some() && installed.claimed());
+        let labels = json!({"node-role.kubernetes.io/kata-oc": "", "katacontainers.io/kata-runtime": "false"});
+        assert!(read(&serde_json::from_value(json!({"labels": labels})).unwrap()).claimed());
+        // Another installer's.
+        let labels = json!({"katacontainers.io/kata-runtime": "true"});
+        assert!(read(&serde_json::from_value(json!({"labels": labels})).unwrap()).foreign());
     }
 
     #[test]
@@ -100,6 +124,6 @@ mod tests {
                 .chain(keys("annotations").values())
                 .all(Value::is_null)
         );
-        assert_eq!((keys("labels").len(), keys("annotations").len()), (2, 6));
+        assert_eq!((keys("labels").len(), keys("annotations").len()), (2, 8));
     }
 }

@@ -8,12 +8,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision, FINALIZER, KataPod, Node, Progress, Refused, Run, RuntimeClass, World, decide,
+    Action, Decision, FINALIZER, KataPod, Node, Order, Progress, Refused, Run, RuntimeClass, World, decide,
     fixtures::{self, success},
 };
 use crate::{
     api::{KataConfig, KataConfigStatus, KataNodes},
-    report::{Code, Verb},
+    report::{Code, Phase, Verb},
 };
 
 pub struct Cluster {
@@ -23,6 +23,10 @@ pub struct Cluster {
     pub verified: BTreeSet<String>,
     /// Nodes that were told to be left alone once: what runs there does not count.
     pub skipped: BTreeSet<String>,
+    /// The API server takes no pods of the installer.
+    pub refusing: bool,
+    /// Hosts, by their nodes' uids, of which a run has said that kata does not work there.
+    pub blamed: BTreeSet<String>,
     /// Every status that was written.
     pub written: Vec<(String, KataConfigStatus)>,
     serial: u32,
@@ -35,6 +39,8 @@ impl Cluster {
             pods: Vec::new(),
             verified: BTreeSet::new(),
             skipped: BTreeSet::new(),
+            refusing: false,
+            blamed: BTreeSet::new(),
             written: Vec::new(),
             serial: 0,
         }
@@ -121,6 +127,11 @@ impl Cluster {
             self.write(name, status);
         }
         for action in taken {
+            if let (true, Action::StartRun { order, .. }) = (self.refusing, action) {
+                self.refuse(order);
+                break;
+            }
+            self.excuse(action, &decision);
             self.act(action);
             self.watch_over();
         }
@@ -196,6 +207,39 @@ impl Cluster {
         }
     }
 
+    /// As the controller does when the API server does not take a pod.
+    fn refuse(&mut self, order: &Order) {
+        self.world.refused = Some(Refused {
+            node: order.node.clone(),
+            verb: order.verb,
+            purpose: order.purpose.clone(),
+            at: self.world.now,
+            text: "no".into(),
+        });
+    }
+
+    /// A node stops being ready for pods when kata is taken from it or put on it anew, or when a run has said that it
+    /// does not work there; for no other reason.
+    fn excuse(&mut self, action: &Action, decision: &Decision) {
+        let Action::Mark { node: name, record } = action else {
+            return;
+        };
+        let node = self.node(name);
+        if node.record.ready != Some(true) || record.ready == Some(true) {
+            return;
+        }
+        let uid = node.uid.clone();
+        let lists = &decision.nodes;
+        let leaves = [&lists.waiting_to_uninstall, &lists.uninstalling, &lists.failed_to_uninstall];
+        let installed = |action: &Action| {
+            matches!(action, Action::StartRun { order, .. } if order.node == *name && order.verb == Verb::Install)
+        };
+        let excused = leaves.into_iter().any(|list| list.contains(name))
+            || decision.actions.iter().any(installed)
+            || self.blamed.contains(&uid);
+        assert!(excused, "{name} is not ready any more, and nobody said anything about it: {lists:?}");
+    }
+
     fn mark(&mut self, name: &str, record: &super::Record) {
         let verified = self.verified.clone();
         let node = self.node(name);
@@ -226,15 +270,9 @@ impl Cluster {
 
     /// The next pod of the installer is not let in, if one is due now.
     pub fn pod_is_refused(&mut self) {
-        let at = self.world.now;
         for action in self.decide().actions {
             if let Action::StartRun { order, .. } = action {
-                self.world.refused = Some(Refused {
-                    node: order.node,
-                    purpose: order.purpose,
-                    at,
-                    text: "no".into(),
-                });
+                self.refuse(&order);
             }
         }
     }
@@ -268,22 +306,47 @@ impl Cluster {
             ended: now,
             report: success(order.verb, &order.version),
         };
+        self.blamed.remove(&order.node_uid);
         match order.verb {
             Verb::Install | Verb::Verify => drop(self.verified.insert(order.node_uid)),
             Verb::Uninstall => drop(self.verified.remove(&order.node_uid)),
         }
     }
 
+    /// The installer fails on its way; without a code it leaves no word. Nobody knows what is on the node then, unless it
+    /// only looked.
     pub fn run_fails(&mut self, code: Option<Code>, text: &str) {
+        let now = self.world.now;
+        let Some(run) = self.under_way() else { return };
+        let verb = run.order.verb;
+        run.progress = Progress::Failed {
+            ended: now,
+            report: code.map(|code| fixtures::failure(verb, Phase::Failed, "", code, text)),
+            text: text.to_owned(),
+        };
+        let uid = run.order.node_uid.clone();
+        if verb != Verb::Verify || code.is_some_and(Code::is_about_the_node) {
+            self.verified.remove(&uid);
+            self.blamed.insert(uid);
+        }
+    }
+
+    /// The installer finds that the node is not fit, or in use, and changes nothing.
+    pub fn run_is_refused(&mut self, code: Code, text: &str) {
         let now = self.world.now;
         let Some(run) = self.under_way() else { return };
         run.progress = Progress::Failed {
             ended: now,
-            code,
+            report: Some(fixtures::failure(run.order.verb, Phase::Refused, "", code, text)),
             text: text.to_owned(),
         };
-        let uid = run.order.node_uid.clone();
-        self.verified.remove(&uid);
+        let (uid, name) = (run.order.node_uid.clone(), run.order.node.clone());
+        if code.is_about_the_node() {
+            self.verified.remove(&uid);
+            self.blamed.insert(uid);
+        } else if self.node(&name).record.version.is_some() {
+            self.verified.insert(uid);
+        }
     }
 
     /// Everything that has to happen happens, in the shortest time.

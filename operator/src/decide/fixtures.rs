@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use super::world::{Host, Node, Record, Settings, World};
 use crate::{
     api::{KataConfig, KataConfigSpec},
-    report::{Phase, Report, Verb},
+    report::{Code, Phase, Problem, Report, Verb},
 };
 
 /// The version that the installer's image carries.
@@ -72,8 +72,23 @@ pub fn world(nodes: &[&str]) -> World {
             version: VERSION.into(),
             retry_first: SignedDuration::from_mins(1),
             settle: SignedDuration::from_secs(5),
+            prefix: "/opt/sandpod".into(),
         },
         now: start(),
+    }
+}
+
+/// What a run reports that did not do what it was asked for.
+pub fn failure(verb: Verb, phase: Phase, version: &str, code: Code, text: &str) -> Report {
+    Report {
+        phase,
+        version: version.to_owned(),
+        changed: phase == Phase::Failed && verb != Verb::Verify,
+        error: Some(Problem {
+            code,
+            text: text.to_owned(),
+        }),
+        ..Report::new(verb)
     }
 }
 
@@ -86,6 +101,7 @@ pub fn success(verb: Verb, version: &str) -> Report {
             Verb::Uninstall => Phase::Uninstalled,
         },
         version: version.to_owned(),
+        restarted: verb != Verb::Verify,
         handler_seen: Some(verb != Verb::Uninstall),
         ..Report::new(verb)
     }

@@ -34,9 +34,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Chooses the nodes: workers, where there are nodes with that role; else all that are not of the control plane;
-    /// else, in a cluster of control-plane nodes only, all. Then the selector, then the label of Node Feature
-    /// Discovery.
+    /// Chooses the nodes: those with the role of a worker, and those without the role of the control plane, since many
+    /// clusters give their workers no role, or only some of them; in a cluster of control-plane nodes only, all. Then
+    /// the selector, then the label of Node Feature Discovery. A node that has kata keeps it without that label, which
+    /// goes for a while when Node Feature Discovery is upgraded.
     ///
     /// # Errors
     /// The selector makes no sense.
@@ -52,7 +53,9 @@ impl Pool {
             true => selected
                 .iter()
                 .copied()
-                .filter(|node| node.labels.get(ELIGIBLE).is_some_and(|value| value == "true"))
+                .filter(|node| {
+                    node.record.claimed() || node.labels.get(ELIGIBLE).is_some_and(|value| value == "true")
+                })
                 .collect(),
             false => selected.clone(),
         };
@@ -90,16 +93,13 @@ impl Pool {
 }
 
 fn workers(nodes: &[Node]) -> Vec<&Node> {
-    let with = |wanted: &dyn Fn(&Node) -> bool| -> Vec<&Node> { nodes.iter().filter(|node| wanted(node)).collect() };
-    let workers = with(&|node| node.labels.contains_key(WORKER));
-    if !workers.is_empty() {
-        return workers;
-    }
-    let others = with(&|node| !CONTROL_PLANE.iter().any(|role| node.labels.contains_key(*role)));
-    if others.is_empty() {
+    let has = |node: &Node, role: &str| node.labels.contains_key(role);
+    let is_worker = |node: &&Node| has(node, WORKER) || !CONTROL_PLANE.iter().any(|role| has(node, role));
+    let workers: Vec<&Node> = nodes.iter().filter(is_worker).collect();
+    if workers.is_empty() {
         nodes.iter().collect()
     } else {
-        others
+        workers
     }
 }
 
@@ -113,7 +113,7 @@ fn unsupported(host: &Host) -> Option<String> {
     if !known(&host.architecture, &["amd64"]) {
         return Some(format!("its architecture is {}, not amd64", host.architecture));
     }
-    let runtime = host.container_runtime.split("://").next().unwrap_or_default();
+    let runtime = host.runtime();
     (!known(runtime, &["containerd", "cri-o"]))
         .then(|| format!("its container runtime is {runtime}, neither CRI-O nor containerd"))
 }
@@ -143,17 +143,25 @@ mod tests {
     }
 
     #[test]
-    fn workers_first_then_whoever_is_not_of_the_control_plane_then_all() {
+    fn workers_and_whoever_is_not_of_the_control_plane_or_all() {
         let mut nodes = vec![
             with_labels("a", &["node-role.kubernetes.io/control-plane"]),
             with_labels("b", &[]),
             with_labels("c", &["node-role.kubernetes.io/worker"]),
+            with_labels("d", &["node-role.kubernetes.io/master", "node-role.kubernetes.io/worker"]),
         ];
-        assert_eq!(names(&chosen(serde_json::json!({}), &nodes)), ["c"]);
-        nodes.pop();
-        assert_eq!(names(&chosen(serde_json::json!({}), &nodes)), ["b"]);
-        nodes.pop();
+        // The label on one worker takes nothing from the others.
+        assert_eq!(names(&chosen(serde_json::json!({}), &nodes)), ["b", "c", "d"]);
+        nodes.truncate(1);
         assert_eq!(names(&chosen(serde_json::json!({}), &nodes)), ["a"]);
+    }
+
+    #[test]
+    fn a_node_with_kata_keeps_it_without_the_label_of_node_feature_discovery() {
+        let mut nodes = [with_labels("a", &[]), with_labels("b", &[])];
+        nodes[1].record.claim = true;
+        let pool = chosen(serde_json::json!({"checkNodeEligibility": true}), &nodes);
+        assert_eq!(names(&pool), ["b"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::report::{Code, Phase, Report, Verb};
 /// A pod whose container does not start although its kubelet tried.
 const START: SignedDuration = SignedDuration::from_mins(2);
 /// A pod of which nothing is heard. Longer than the pod's own deadline, which its kubelet sees to.
-const END: SignedDuration = SignedDuration::from_mins(15);
+const END: SignedDuration = SignedDuration::from_mins(25);
 /// The longest error that is kept on a node, in bytes.
 const LONGEST: usize = 1024;
 /// Sandboxes end by themselves: no long wait for that.
@@ -25,6 +25,8 @@ pub(super) struct Outcome {
     pub(super) failure: Option<Failure>,
     /// Its container may still run: only its pod has been given up.
     pub(super) given_up: bool,
+    /// The container runtime was restarted, or may have been.
+    pub(super) restarted: bool,
 }
 
 /// Why it did not do what it was asked for.
@@ -32,33 +34,84 @@ pub(super) struct Outcome {
 pub(super) struct Failure {
     pub(super) code: Code,
     pub(super) text: String,
+    pub(super) harm: Harm,
+}
+
+/// What a run that failed has done to its node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Harm {
+    /// Nothing: it did not start, only looked, or was refused.
+    None,
+    /// It changed something, and put it back: this version is the current one.
+    Undone(String),
+    /// Nobody knows.
+    Unknown,
+}
+
+impl Failure {
+    /// Whether kata works on the node as well as before: then other pods may still come to it.
+    pub(super) fn leaves_as_it_was(&self, verb: Verb, before: &Record) -> bool {
+        let untouched = match &self.harm {
+            _ if verb == Verb::Verify => true,
+            Harm::None => true,
+            Harm::Undone(version) => before.version.as_ref() == Some(version),
+            Harm::Unknown => false,
+        };
+        untouched && before.version.is_some() && !self.code.is_about_the_node()
+    }
 }
 
 /// How a run ended; none while it is under way.
 pub(super) fn outcome(run: &Run, clock: &Clock) -> Option<Outcome> {
-    let failed = |ended: Timestamp, given_up, code, text: String| Outcome {
+    // The node's clock may be ahead of the API server's, and behind the time when the pod was made.
+    let clamped = |ended: Timestamp| ended.min(clock.now()).max(run.created);
+    let given_up = |ended: Timestamp, harm, text: String| Outcome {
         ended,
-        failure: Some(Failure { code, text }),
-        given_up,
+        failure: Some(Failure {
+            code: Code::Other,
+            text,
+            harm,
+        }),
+        given_up: true,
+        restarted: false,
     };
     match &run.progress {
         Progress::Done { ended, report } => Some(Outcome {
-            ended: *ended,
+            ended: clamped(*ended),
             failure: disbelief(&run.order, report),
             given_up: false,
+            restarted: report.restarted,
         }),
-        Progress::Failed { ended, code, text } => {
-            Some(failed(*ended, false, code.unwrap_or(Code::Other), text.clone()))
+        Progress::Failed { ended, report, text } => {
+            let problem = report.as_ref().and_then(|report| report.error.as_ref());
+            Some(Outcome {
+                ended: clamped(*ended),
+                failure: Some(Failure {
+                    code: problem.map_or(Code::Other, |problem| problem.code),
+                    text: text.clone(),
+                    harm: report.as_ref().map_or(Harm::Unknown, harm),
+                }),
+                given_up: false,
+                restarted: report.as_ref().is_none_or(|report| report.restarted),
+            })
         }
         Progress::Pending(Some(why)) if clock.passed(run.created, START) => {
             let text = format!("the installer's pod does not start: {why}");
-            Some(failed(after(run.created, START), true, Code::Other, text))
+            Some(given_up(after(run.created, START), Harm::None, text))
         }
         Progress::Pending(_) | Progress::Running if clock.passed(run.created, END) => {
             let text = format!("the installer has not ended after {} minutes", END.as_mins());
-            Some(failed(after(run.created, END), true, Code::Other, text))
+            Some(given_up(after(run.created, END), Harm::Unknown, text))
         }
         Progress::Pending(_) | Progress::Running => None,
+    }
+}
+
+fn harm(report: &Report) -> Harm {
+    match report.phase {
+        Phase::Refused => Harm::None,
+        Phase::Failed if !report.changed && report.handler_seen != Some(false) => Harm::Undone(report.version.clone()),
+        _ => Harm::Unknown,
     }
 }
 
@@ -69,33 +122,44 @@ fn disbelief(order: &Order, report: &Report) -> Option<Failure> {
         Verb::Verify => Phase::Verified,
         Verb::Uninstall => Phase::Uninstalled,
     };
-    let text = if report.phase != phase {
-        format!(
+    let (code, text) = if report.phase != phase {
+        let text = format!(
             "the installer was asked to {} and says {:?}",
             order.verb.as_str(),
             report.phase
-        )
+        );
+        (Code::Other, text)
     } else if order.verb != Verb::Uninstall && report.handler_seen == Some(false) {
-        "the container runtime does not list the handler kata".to_owned()
+        let text = "the container runtime does not list the handler kata".to_owned();
+        (Code::HandlerAbsent, text)
     } else if order.verb == Verb::Install && report.version != order.version {
-        format!(
+        let text = format!(
             "the installer's image carries version {}, and the controller was told {}; give both the same",
             report.version, order.version
-        )
+        );
+        (Code::Other, text)
     } else {
         return None;
     };
     Some(Failure {
-        code: Code::Other,
+        code,
         text,
+        harm: Harm::Unknown,
     })
 }
 
 /// What is to be noted on the node after a run.
-pub(super) fn record(run: &Run, outcome: &Outcome, node: &Node, wanted: bool, settings: &Settings) -> Record {
+pub(super) fn record(
+    run: &Run,
+    outcome: &Outcome,
+    node: &Node,
+    wanted: bool,
+    settings: &Settings,
+    now: Timestamp,
+) -> Record {
     let order = &run.order;
     let before = &node.record;
-    let last_run = Some(last_run(run, outcome, settings));
+    let last_run = Some(last_run(run, outcome, settings, now));
     match (&outcome.failure, order.verb) {
         (None, Verb::Uninstall) => Record {
             member: wanted,
@@ -103,7 +167,9 @@ pub(super) fn record(run: &Run, outcome: &Outcome, node: &Node, wanted: bool, se
         },
         (None, Verb::Install | Verb::Verify) => Record {
             member: before.member,
+            claim: true,
             ready: Some(wanted),
+            prefix: Some(order.prefix.clone()).filter(|prefix| !prefix.is_empty()),
             version: match order.verb {
                 Verb::Verify => before.version.clone(),
                 _ => Some(order.version.clone()),
@@ -117,9 +183,18 @@ pub(super) fn record(run: &Run, outcome: &Outcome, node: &Node, wanted: bool, se
             last_error: None,
             last_run,
         },
+        (Some(failure), verb) if failure.leaves_as_it_was(verb, before) => Record {
+            claim: true,
+            ready: Some(wanted),
+            last_error: Some(shortened(&failure.text)),
+            last_run,
+            ..before.clone()
+        },
         (Some(failure), verb) => Record {
             member: before.member,
+            claim: true,
             ready: Some(false),
+            prefix: before.prefix.clone(),
             // After a failure nobody knows what is there.
             version: before.version.clone().filter(|_| verb == Verb::Uninstall),
             last_error: Some(shortened(&failure.text)),
@@ -130,14 +205,15 @@ pub(super) fn record(run: &Run, outcome: &Outcome, node: &Node, wanted: bool, se
 }
 
 /// Whether the node's record tells of this run already.
-pub(super) fn noted(run: &Run, outcome: &Outcome, node: &Node, settings: &Settings) -> bool {
+pub(super) fn noted(run: &Run, outcome: &Outcome, node: &Node) -> bool {
     match (&outcome.failure, run.order.verb) {
         (None, Verb::Uninstall) => !node.record.claimed(),
-        _ => node.record.last_run.as_ref() == Some(&last_run(run, outcome, settings)),
+        _ => node.record.last_run.as_ref().is_some_and(|last| last.run == run.uid),
     }
 }
 
-fn last_run(run: &Run, outcome: &Outcome, settings: &Settings) -> LastRun {
+/// All times in it are of the controller's clock, with which they will be compared.
+fn last_run(run: &Run, outcome: &Outcome, settings: &Settings, now: Timestamp) -> LastRun {
     let order = &run.order;
     let failures = outcome.failure.as_ref().map_or(0, |_| order.failures.saturating_add(1));
     let delay = match &outcome.failure {
@@ -149,9 +225,12 @@ fn last_run(run: &Run, outcome: &Outcome, settings: &Settings) -> LastRun {
         run: run.uid.clone(),
         verb: order.verb,
         failures,
-        ended: Time(outcome.ended),
-        due: Time(after(outcome.ended, delay)),
+        ended: Time(now),
+        due: Time(after(now, delay)),
         purpose: order.purpose.clone(),
+        refused: outcome.failure.as_ref().is_some_and(|failure| {
+            !outcome.given_up && failure.harm == Harm::None && failure.code != Code::SandboxesExist
+        }),
     }
 }
 

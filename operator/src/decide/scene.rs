@@ -16,7 +16,7 @@ use super::{
     standing::{Measure, Place, Standing},
     status::{self, Reason},
     tell_status, turn,
-    world::{Node, Progress, RETRY, Record, Run, SKIP_NODES, World},
+    world::{KataPod, Node, Progress, RETRY, Record, Run, SKIP_NODES, World},
 };
 use crate::{
     api::{KataConfig, KataNodes},
@@ -30,6 +30,8 @@ enum Hold {
     Selector(SelectorError),
     /// It is being deleted, and pods use kata.
     Pods,
+    /// No node is wanted any more, so all would lose kata: more probably a mistake than an intention.
+    NobodyWanted,
 }
 
 pub(super) struct Scene<'a> {
@@ -156,15 +158,19 @@ impl<'a> Scene<'a> {
         } else {
             refusal
         };
-        let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if pods.is_empty());
+        let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if self.in_the_way(pods).next().is_none());
+        let claimed = |node: &Node| node.record.claimed() && !self.skipped.contains(node.name.as_str());
         let begun = !self.world.runtime_class.is_some_and(|class| class.ours);
         let hold = match self.deleting() {
             true => (!free_of_pods && !begun).then_some(Hold::Pods),
-            false => refusal,
+            false => refusal.or_else(|| {
+                let nobody = pool.wanted.is_empty() && world.nodes.iter().any(claimed);
+                nobody.then_some(Hold::NobodyWanted)
+            }),
         };
         let wanted = |node: &Node| match &hold {
             // As it is.
-            Some(Hold::PeerPods | Hold::Selector(_)) => node.record.claimed(),
+            Some(Hold::PeerPods | Hold::Selector(_) | Hold::NobodyWanted) => node.record.claimed(),
             Some(Hold::Pods) => pool.wanted.contains(&node.name),
             None => !self.deleting() && pool.wanted.contains(&node.name),
         };
@@ -183,17 +189,32 @@ impl<'a> Scene<'a> {
         }
     }
 
+    /// The pods that use kata on nodes that are not left alone, as far as they have a node.
+    fn in_the_way<'p>(&'p self, pods: &'p [KataPod]) -> impl Iterator<Item = &'p KataPod> {
+        let skipped = |pod: &KataPod| pod.node.as_deref().is_some_and(|node| self.skipped.contains(node));
+        pods.iter().filter(move |pod| !skipped(pod))
+    }
+
     fn reason(&self, cast: &Cast<'_>) -> Reason {
         if self.deleting() {
             match &self.world.kata_pods {
                 Some(Err(error)) => return Reason::Unlisted(error.clone()),
-                Some(Ok(pods)) if !pods.is_empty() => return Reason::Blocked,
+                Some(Ok(pods)) if !cast.free_of_pods => {
+                    return Reason::Blocked(self.in_the_way(pods).map(|pod| pod.name.clone()).collect());
+                }
                 _ => {}
             }
         }
         match &cast.hold {
             Some(Hold::PeerPods) => return Reason::PeerPods,
             Some(Hold::Selector(error)) => return Reason::InvalidSelector(error.to_string()),
+            Some(Hold::NobodyWanted) => {
+                let kept = cast.standings.iter().filter(|standing| standing.wanted).count();
+                return Reason::NoEligibleNodes(format!(
+                    "{}; kata stays on {kept} nodes that have it: delete the KataConfig to remove it from all",
+                    cast.pool.why_empty()
+                ));
+            }
             Some(Hold::Pods) | None => {}
         }
         let failed = cast
@@ -282,7 +303,14 @@ impl<'a> Scene<'a> {
         let node = &standing.node.name;
         decision.actions.push(Action::Mark {
             node: node.clone(),
-            record: results::record(run, outcome, standing.node, standing.wanted, &self.world.settings),
+            record: results::record(
+                run,
+                outcome,
+                standing.node,
+                standing.wanted,
+                &self.world.settings,
+                self.clock.now(),
+            ),
         });
         decision.ends.push(End {
             verb: run.order.verb,
@@ -295,6 +323,13 @@ impl<'a> Scene<'a> {
             (None, Verb::Uninstall) => ("Uninstalled", format!("Node {node} has no kata any more")),
             (Some(failure), Verb::Install) => ("InstallFailed", format!("Node {node} Degraded: {}", failure.text)),
             (Some(failure), Verb::Uninstall) => ("UninstallFailed", format!("Node {node} Degraded: {}", failure.text)),
+            (Some(failure), Verb::Verify) if failure.leaves_as_it_was(Verb::Verify, &standing.node.record) => (
+                "VerificationFailed",
+                format!(
+                    "Node {node} keeps kata and is looked at again later: {}",
+                    failure.text
+                ),
+            ),
             (Some(failure), Verb::Verify) => (
                 "VerificationFailed",
                 format!("Node {node} is installed anew: {}", failure.text),
@@ -315,7 +350,8 @@ impl<'a> Scene<'a> {
     /// Notes on nodes that they are wanted, or not any more. Tells whether something was to be noted.
     fn mark(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
         let before = decision.actions.len();
-        for Standing { node, wanted, .. } in &cast.standings {
+        let ours = cast.standings.iter().filter(|standing| !standing.node.record.foreign());
+        for Standing { node, wanted, .. } in ours {
             let record = &node.record;
             let marked = match (wanted, record.claimed()) {
                 (true, _) => Record {
@@ -342,7 +378,9 @@ impl<'a> Scene<'a> {
     /// The RuntimeClass comes last and goes first. Tells whether it has to.
     fn runtime_class(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
         let wanted = || cast.standings.iter().filter(|standing| standing.wanted);
-        let complete = wanted().next().is_some() && wanted().all(|standing| standing.place == Place::Installed);
+        let installed = |standing: &Standing<'_>| standing.place == Place::Installed;
+        let complete =
+            wanted().any(installed) && wanted().all(|standing| installed(standing) || standing.unable(self.measure()));
         match (self.deleting(), self.world.runtime_class) {
             (true, Some(class)) if class.ours => decision.actions.push(Action::DeleteRuntimeClass),
             (false, None) if complete => {

@@ -1,9 +1,9 @@
 //! Where a node is on its way.
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 
 use super::{
-    clock::Clock,
+    clock::{Clock, after},
     results::{self, Outcome},
     world::{KATA, Node, Record, Refused, Run, Settings},
 };
@@ -11,8 +11,12 @@ use crate::report::Verb;
 
 /// How long a node may be not Ready before that is called a failure of what was done to it.
 const UNREADY: SignedDuration = SignedDuration::from_mins(5);
+/// How long a node has to be Ready after a run that did not restart its container runtime, at most.
+const BRIEFLY: SignedDuration = SignedDuration::from_secs(5);
 /// How long after a run a kubelet may take to list the handler.
 const LISTED: SignedDuration = SignedDuration::from_mins(10);
+/// A node that stops being Ready so soon after a run was probably hurt by it.
+const AFTERMATH: SignedDuration = SignedDuration::from_mins(10);
 /// How often a node is looked at although nothing happened.
 const DAILY: SignedDuration = SignedDuration::from_hours(24);
 
@@ -63,7 +67,7 @@ impl<'a> Standing<'a> {
             .map(|run| (run, results::outcome(run, measure.clock)))
             .min_by_key(|(_, outcome)| outcome.is_some());
         let noted = match &run {
-            Some((run, Some(outcome))) => results::noted(run, outcome, node, measure.settings),
+            Some((run, Some(outcome))) => results::noted(run, outcome, node),
             _ => false,
         };
         let mut standing = Standing {
@@ -87,7 +91,7 @@ impl<'a> Standing<'a> {
                 (self.failed(), Some(text))
             }
             // Whatever it is wanted for now, nothing happens before the pod is gone.
-            Some((_, Some(outcome))) if self.noted && outcome.given_up => {
+            Some((run, Some(outcome))) if self.noted && outcome.given_up && run.order.verb != Verb::Verify => {
                 let text = outcome.failure.as_ref().map(|failure| failure.text.clone());
                 (self.failed(), text)
             }
@@ -97,7 +101,55 @@ impl<'a> Standing<'a> {
 
     /// The run worked, and the node did not come back.
     fn lost(&self, outcome: &Outcome, clock: &Clock) -> bool {
-        outcome.failure.is_none() && !self.node.ready && clock.passed(outcome.ended, UNREADY)
+        outcome.failure.is_none() && !self.node.ready && clock.passed(self.ended(outcome), UNREADY)
+    }
+
+    /// When the run on it ended, by the controller's clock where that was noted.
+    fn ended(&self, outcome: &Outcome) -> Timestamp {
+        let noted = self.node.record.last_run.as_ref().filter(|_| self.noted);
+        noted.map_or(outcome.ended, |last| last.ended.0)
+    }
+
+    /// It stopped being Ready soon after kata was put on it, for what is asked for now: the next node may fare the same.
+    pub(super) fn hurt(&self, measure: Measure<'_>) -> bool {
+        let last = self.node.record.last_run.as_ref();
+        let ours = last.filter(|last| {
+            last.verb == Verb::Install && last.failures == 0 && last.purpose == measure.purpose
+        });
+        !self.node.ready
+            && ours.is_some_and(|last| self.node.since.is_none_or(|since| since <= after(last.ended.0, AFTERMATH)))
+    }
+
+    /// Nothing is done to it, whatever is asked for: an administrator has to act first.
+    pub(super) fn barred(&self, measure: Measure<'_>) -> Option<String> {
+        let record = &self.node.record;
+        if self.wanted && record.foreign() {
+            let text = "another installation of kata has put the label katacontainers.io/kata-runtime on it; remove \
+                        that installation and the label, or let kataConfigPoolSelector leave the node out";
+            return Some(text.to_owned());
+        }
+        let (there, asked) = (record.prefix.as_ref()?, &measure.settings.prefix);
+        (self.wanted && there != asked).then(|| {
+            format!(
+                "kata is installed in {there}, and the operator was told {asked}: give it the former prefix again, or \
+                 delete the KataConfig first"
+            )
+        })
+    }
+
+    /// What is wrong with it concerns no other node.
+    pub(super) fn unfit(&self, measure: Measure<'_>) -> bool {
+        let last = self.node.record.last_run.as_ref();
+        self.barred(measure).is_some() || (self.failures(measure) > 0 && last.is_some_and(|last| last.refused))
+    }
+
+    /// Kata cannot be put on it now, for a reason of its own: the cluster is complete without it.
+    pub(super) fn unable(&self, measure: Measure<'_>) -> bool {
+        match self.place {
+            Place::FailedToInstall => self.unfit(measure),
+            Place::WaitingToInstall => !self.node.ready || self.node.unschedulable,
+            _ => false,
+        }
     }
 
     fn failed(&self) -> Place {
@@ -110,8 +162,18 @@ impl<'a> Standing<'a> {
 
     fn place_by_record(&self, measure: Measure<'_>) -> (Place, Option<String>) {
         let record = &self.node.record;
+        if let Some(text) = self.barred(measure) {
+            return (Place::FailedToInstall, Some(text));
+        }
         if self.wanted && self.current(measure) {
-            return (Place::Installed, None);
+            let since = self.node.since.filter(|_| self.hurt(measure));
+            return match since.is_some_and(|since| measure.clock.passed(since, UNREADY)) {
+                true => (
+                    Place::FailedToInstall,
+                    Some("it is not Ready since the installer ended".to_owned()),
+                ),
+                false => (Place::Installed, None),
+            };
         }
         if !self.wanted && !record.claimed() {
             return (Place::Nowhere, None);
@@ -151,35 +213,46 @@ impl<'a> Standing<'a> {
 
     /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no
     /// reason to wait.
-    pub(super) fn failures(&self, measure: Measure<'_>) -> u32 {
+    fn failures(&self, measure: Measure<'_>) -> u32 {
+        self.failures_at(self.needs(), measure)
+    }
+
+    /// How often in a row it failed at this.
+    pub(super) fn failures_at(&self, verb: Verb, measure: Measure<'_>) -> u32 {
         let last = self.node.record.last_run.as_ref();
-        last.filter(|last| last.verb == self.needs() && last.purpose == measure.purpose)
+        last.filter(|last| last.verb == verb && last.purpose == measure.purpose)
             .map_or(0, |last| last.failures)
     }
 
     fn refused<'m>(&self, measure: Measure<'m>) -> Option<&'m Refused> {
         let refused = measure.refused;
-        refused.filter(|refused| refused.node == self.node.name && refused.purpose == measure.purpose)
+        refused.filter(|refused| {
+            (&refused.node, refused.verb) == (&self.node.name, self.needs()) && refused.purpose == measure.purpose
+        })
     }
 
     /// A failed node may be tried again.
-    pub(super) fn due(&self, measure: Measure<'_>) -> bool {
-        let Measure { clock, settings, .. } = measure;
+    pub(super) fn due(&self, clock: &Clock) -> bool {
         let last = self.node.record.last_run.as_ref();
-        self.refused(measure)
-            .is_none_or(|refused| clock.passed(refused.at, settings.retry_first))
-            && last.is_none_or(|last| clock.passed(last.due.0, SignedDuration::ZERO))
+        last.is_none_or(|last| clock.passed(last.due.0, SignedDuration::ZERO))
     }
 
     /// The run on it has ended, and the node has been Ready for a while since.
     pub(super) fn settled(&self, outcome: &Outcome, measure: Measure<'_>) -> bool {
-        let settle = measure.settings.settle;
+        let settle = match outcome.restarted {
+            true => measure.settings.settle,
+            false => measure.settings.settle.min(BRIEFLY),
+        };
         let ready = self.node.ready && self.node.since.is_none_or(|since| measure.clock.passed(since, settle));
-        measure.clock.passed(outcome.ended, settle) && ready
+        measure.clock.passed(self.ended(outcome), settle) && ready
     }
 
     /// Something about the node is not as it was when it was verified last, or that is a day ago.
-    pub(super) fn to_be_verified(&self, clock: &Clock) -> bool {
+    pub(super) fn to_be_verified(&self, measure: Measure<'_>) -> bool {
+        let clock = measure.clock;
+        if self.failures_at(Verb::Verify, measure) > 0 {
+            return self.due(clock);
+        }
         let Node {
             record, host, handlers, ..
         } = self.node;

@@ -22,8 +22,8 @@ pub(super) enum Reason {
     Uninstalling,
     /// A node did not do what it should.
     Failed { node: String, text: String },
-    /// Pods use kata.
-    Blocked,
+    /// Pods use kata: their names.
+    Blocked(Vec<String>),
     /// Nobody knows whether pods use kata.
     Unlisted(String),
     /// No node is wanted.
@@ -49,7 +49,7 @@ impl Reason {
             Reason::Updating => (true, "Updating", "Adding and/or removing kata-enabled nodes".into()),
             Reason::Uninstalling => (true, "Uninstalling", "Removing kata from cluster".into()),
             Reason::Failed { node, text } => (true, "Failed", format!("Node {node} Degraded: {text}")),
-            Reason::Blocked => {
+            Reason::Blocked(_) => {
                 let text = "Existing pods using \"kata\" RuntimeClass found. Please delete the pods manually for KataConfig deletion to proceed";
                 (false, "BlockedByExistingKataPods", text.into())
             }
@@ -79,6 +79,11 @@ impl Reason {
         match self {
             Reason::Steady | Reason::Installing | Reason::Updating | Reason::Uninstalling | Reason::Failed { .. } => {
                 None
+            }
+            Reason::Blocked(pods) => {
+                let first: Vec<&str> = pods.iter().take(3).map(String::as_str).collect();
+                let more = if pods.len() > first.len() { " and others" } else { "" };
+                Some((reason, format!("{message}: {}{more}", first.join(", "))))
             }
             _ => Some((reason, message)),
         }

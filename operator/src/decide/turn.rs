@@ -11,7 +11,8 @@ use crate::report::Verb;
 /// Starts the installer on the node whose turn it is, if any.
 ///
 /// The last by name comes first, as in the guide's tables. A failed node stops all others until it is due again, and
-/// then comes before them; one that is not Ready stops nobody.
+/// then comes before them. One that is not fit stops nobody, nor does one that is not Ready, unless it became so when
+/// kata was put on it. A pod that the API server did not take stops all: it would not take the next one either.
 pub(super) fn take(
     config: &str,
     standings: &[Standing<'_>],
@@ -19,24 +20,19 @@ pub(super) fn take(
     removable: &dyn Fn(&Node) -> bool,
     decision: &mut Decision,
 ) {
-    if standings.iter().any(|standing| standing.run.is_some()) {
+    let under_way = |standing: &Standing<'_>| standing.run.is_some() || standing.hurt(measure);
+    let refused = measure.refused.filter(|refused| refused.purpose == measure.purpose);
+    let refused = refused.is_some_and(|refused| !measure.clock.passed(refused.at, measure.settings.retry_first));
+    if refused || standings.iter().any(under_way) {
         return;
     }
-    let mut failed = standings
+    let stops = |standing: &Standing<'_>| standing.node.ready && is_failed(standing) && !standing.unfit(measure);
+    let stopped = standings.iter().any(stops);
+    let next = standings
         .iter()
-        .filter(|standing| standing.node.ready && is_failed(standing))
-        .peekable();
-    let next = if failed.peek().is_some() {
-        let due: Vec<&Standing<'_>> = failed.filter(|standing| standing.due(measure)).collect();
-        due.into_iter()
-            .filter_map(|standing| ready_for(standing, measure, removable))
-            .max_by_key(|(standing, _)| &standing.node.name)
-    } else {
-        standings
-            .iter()
-            .filter_map(|standing| ready_for(standing, measure, removable))
-            .max_by_key(|(standing, verb)| (urgency(*verb), &standing.node.name))
-    };
+        .filter(|standing| !stopped || stops(standing))
+        .filter_map(|standing| ready_for(standing, measure, removable))
+        .max_by_key(|(standing, verb)| (!standing.unfit(measure), urgency(*verb), &standing.node.name));
     if let Some((standing, verb)) = next {
         start(config, standing, verb, measure, decision);
     }
@@ -61,14 +57,14 @@ fn ready_for<'s, 'n>(
     removable: &dyn Fn(&Node) -> bool,
 ) -> Option<(&'s Standing<'n>, Verb)> {
     let node = standing.node;
-    if !node.ready {
+    if !node.ready || standing.barred(measure).is_some() || (is_failed(standing) && !standing.due(measure.clock)) {
         return None;
     }
     match standing.place {
         Place::WaitingToInstall | Place::FailedToInstall => (!node.unschedulable).then_some((standing, Verb::Install)),
         Place::WaitingToUninstall | Place::FailedToUninstall => removable(node).then_some((standing, Verb::Uninstall)),
         Place::Installed => standing
-            .to_be_verified(measure.clock)
+            .to_be_verified(measure)
             .then_some((standing, Verb::Verify)),
         Place::Nowhere | Place::Installing | Place::Uninstalling => None,
     }
@@ -79,7 +75,9 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
     if verb == Verb::Install {
         let claimed = Record {
             member: true,
+            claim: true,
             ready: Some(false),
+            prefix: Some(measure.settings.prefix.clone()),
             ..node.record.clone()
         };
         if claimed != node.record {
@@ -96,13 +94,18 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
         version: measure.settings.version.clone(),
         log_level: measure.log_level.to_owned(),
         purpose: measure.purpose.to_owned(),
-        failures: if verb == standing.needs() {
-            standing.failures(measure)
-        } else {
-            0
-        },
+        failures: standing.failures_at(verb, measure),
         boot_id: node.host.boot_id.clone(),
         software: node.host.software(),
+        runtime: node.host.runtime().to_owned(),
+        prefix: match verb {
+            Verb::Install => measure.settings.prefix.clone(),
+            // Where it is, whatever the operator was told since.
+            Verb::Verify | Verb::Uninstall => {
+                let noted = node.record.prefix.clone();
+                noted.unwrap_or_else(|| measure.settings.prefix.clone())
+            }
+        },
     };
     decision.actions.push(Action::StartRun {
         name: name(&order, &node.record),

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::KataConfig,
-    report::{Code, Report, Verb},
+    report::{Report, Verb},
 };
 
 /// The annotation of a KataConfig whose change makes failed nodes be tried again at once.
@@ -51,8 +51,11 @@ pub struct Settings {
     pub version: String,
     /// How long after a first failure it is tried again; doubled with each, up to fifteen times as long.
     pub retry_first: SignedDuration,
-    /// How long a node has to be Ready after the installer ended, before the next node's turn.
+    /// How long a node has to be Ready after its container runtime was restarted, before the next node's turn. A
+    /// kubelet calls a container runtime dead after 30 seconds, and looks every 10.
     pub settle: SignedDuration,
+    /// Where on the nodes it is installed.
+    pub prefix: String,
 }
 
 /// A node.
@@ -96,6 +99,12 @@ pub struct Host {
 }
 
 impl Host {
+    /// What runs its pods: `containerd` or `cri-o`.
+    #[must_use]
+    pub fn runtime(&self) -> &str {
+        self.container_runtime.split("://").next().unwrap_or_default()
+    }
+
     /// What has to be looked at anew when it changes, besides a boot.
     #[must_use]
     pub fn software(&self) -> String {
@@ -108,11 +117,16 @@ impl Host {
 pub struct Record {
     /// The label `node-role.kubernetes.io/kata-oc`: has or will have kata.
     pub member: bool,
+    /// The annotation `sandpod.io/claimed`: something of ours may be on the host. The labels alone do not say so: other
+    /// installers of kata use the same.
+    pub claim: bool,
     /// The label `katacontainers.io/kata-runtime`: `false` from before the host is touched, `true` after it was
     /// verified.
     pub ready: Option<bool>,
     /// The annotation `sandpod.io/installed-version`.
     pub version: Option<String>,
+    /// The annotation `sandpod.io/prefix`: where it is installed.
+    pub prefix: Option<String>,
     /// The annotation `sandpod.io/log-level`.
     pub log_level: Option<String>,
     /// The annotation `sandpod.io/boot-id`: the boot in which it was verified last.
@@ -129,7 +143,15 @@ impl Record {
     /// Whether something of ours may be on the host.
     #[must_use]
     pub fn claimed(&self) -> bool {
-        self.ready.is_some() || self.version.is_some()
+        // Version 0.1 had no annotation for it: a node whose first install had not ended has the two labels alone.
+        let begun = self.member && self.ready == Some(false);
+        self.claim || self.version.is_some() || self.last_run.is_some() || begun
+    }
+
+    /// Whether another installer of kata has put its label here.
+    #[must_use]
+    pub fn foreign(&self) -> bool {
+        self.ready.is_some() && !self.claimed()
     }
 }
 
@@ -148,6 +170,9 @@ pub struct LastRun {
     pub due: Time,
     /// For what it was made: see [`Order::purpose`].
     pub purpose: String,
+    /// The installer found the node unfit or in use, and changed nothing: that says nothing about other nodes.
+    #[serde(default)]
+    pub refused: bool,
 }
 
 /// One pod of the installer.
@@ -191,6 +216,12 @@ pub struct Order {
     pub boot_id: String,
     /// The node's software when the run was made.
     pub software: String,
+    /// What runs the node's pods, as its kubelet says: `containerd` or `cri-o`. Empty when it does not say.
+    #[serde(default)]
+    pub runtime: String,
+    /// Where on the node. Empty for the installer's own default.
+    #[serde(default)]
+    pub prefix: String,
 }
 
 /// A pod of the installer that the API server did not take: by a quota, a policy, or the namespace's pod security.
@@ -198,6 +229,8 @@ pub struct Order {
 pub struct Refused {
     /// For which node.
     pub node: String,
+    /// To do what.
+    pub verb: Verb,
     /// And for what: see [`Order::purpose`].
     pub purpose: String,
     /// When.
@@ -224,8 +257,8 @@ pub enum Progress {
     Failed {
         /// When its container ended.
         ended: Timestamp,
-        /// The kind of problem, where it said so.
-        code: Option<Code>,
+        /// What it said, if it did.
+        report: Option<Report>,
         /// A sentence for people.
         text: String,
     },

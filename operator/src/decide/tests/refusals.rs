@@ -25,6 +25,7 @@ fn a_pod_that_is_not_let_in_is_told_of_and_tried_again() {
     let at = cluster.at();
     cluster.world.refused = Some(Refused {
         node: order.node,
+        verb: order.verb,
         purpose: order.purpose,
         at,
         text: "exceeded quota".into(),
