@@ -27,7 +27,7 @@ use kube::{Client, ResourceExt};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{error, info, warn};
 
@@ -48,6 +48,10 @@ const NAME: &str = "sandpod-operator";
 const PATIENCE: Duration = Duration::from_millis(500);
 /// And at most.
 const LONGEST: Duration = Duration::from_secs(30);
+/// How long a pass may take: longer than the lists of a large cluster.
+const PASS: Duration = Duration::from_secs(120);
+/// How long it rests at most: a watch may have missed something.
+const RESYNC: Duration = Duration::from_secs(600);
 /// Passes in a row that found something to do, after which one pauses: many more than any story needs.
 const BUSY: u32 = 50;
 
@@ -147,7 +151,9 @@ impl Controller {
         let mut errors = 0_u32;
         let mut busy = 0_u32;
         loop {
-            let pause = match self.pass().await {
+            // A connection that is silently dead would hold a pass for as long as the kernel sends again, or for ever.
+            let pass = timeout(PASS, self.pass()).await.unwrap_or(Err(ActError::Silent));
+            let pause = match pass {
                 Ok(Pass::Busy) if busy < BUSY => {
                     (errors, busy) = (0, busy + 1);
                     continue;
@@ -158,7 +164,7 @@ impl Controller {
                 }
                 Ok(Pass::Rest(wake)) => {
                     errors = 0;
-                    wake.map_or(Duration::MAX, until)
+                    wake.map_or(RESYNC, |wake| until(wake).min(RESYNC))
                 }
                 Err(error) => {
                     self.metrics.reconcile_errors.inc();

@@ -16,6 +16,7 @@ use tests::{
     kubernetes::ApiServer,
     places,
     run::{self, finish, succeed},
+    wait::Bell,
 };
 
 /// A story and its name.
@@ -25,6 +26,7 @@ const STORIES: &[Story] = &[
     ("the_chart_says_what_the_manifest_says", chart),
     ("the_charts_values_reach_the_controller", values),
     ("helm_installs_upgrades_and_leaves_no_node_behind", helm_installs),
+    ("the_manifest_stays_while_there_is_a_kataconfig", deleted_too_early),
     ("the_bundle_says_what_the_manifest_says", bundle),
     ("olm_takes_bundle_catalog_and_subscription", olm),
     ("nfd_takes_the_rule", nfd),
@@ -208,6 +210,49 @@ fn helm_installs(server: &ApiServer) -> Result {
         "--output",
         "name",
     ])?;
+    same("what is left", left.text().as_str(), "")
+}
+
+/// `kubectl delete --filename` takes nothing that the nodes need as long as there is a KataConfig, and everything
+/// afterwards.
+fn deleted_too_early(server: &ApiServer) -> Result {
+    let file = deploy("install.yaml").display().to_string();
+    // The namespace of the story before goes at its own time, and nobody completes it here.
+    server.kubectl(["apply", "--filename", &file])?;
+    server.wait_for("condition=Established", &[&format!("crd/{DEFINITION}")], run::ORDINARY)?;
+    let config = json!({ "apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": { "name": "early" } });
+    server.apply(&config.to_string())?;
+    let delete = || {
+        let mut command = server.kubectl_command(["delete", "--wait=false", "--filename", &file])?;
+        finish(&mut command, None, run::ORDINARY)
+    };
+    // A policy is in force a moment after it was made.
+    let sentence = "delete the KataConfig early first and wait until it is gone";
+    Bell::default().until("the policy's refusal", run::ORDINARY, || {
+        let words = ["delete", "--dry-run=server", "--filename", &file];
+        let mut command = server.kubectl_command(words).map_err(|failure| failure.to_string())?;
+        let tried = finish(&mut command, None, run::ORDINARY).map_err(|failure| failure.to_string())?;
+        if tried.errors().contains(sentence) {
+            Ok(())
+        } else {
+            Err(tried.errors())
+        }
+    })?;
+    let refused = delete()?;
+    for kept in [
+        "namespaces \"openshift-sandboxed-containers-operator\"",
+        "customresourcedefinitions.apiextensions.k8s.io \"kataconfigs.kataconfiguration.openshift.io\"",
+        "deployments.apps \"sandpod-operator\"",
+        "clusterroles.rbac.authorization.k8s.io \"sandpod-operator\"",
+        "clusterrolebindings.rbac.authorization.k8s.io \"sandpod-operator\"",
+        "serviceaccounts \"sandpod-operator\"",
+    ] {
+        contains("what is refused", &refused.errors(), &format!("{kept} is forbidden"))?;
+    }
+    server.kubectl(["delete", "kataconfig", "early"])?;
+    // The policies went with the first try; what they kept goes now.
+    server.kubectl(["delete", "--wait=false", "--ignore-not-found", "--filename", &file])?;
+    let left = server.kubectl(["get", "clusterrole", "sandpod-operator", "--ignore-not-found", "--output", "name"])?;
     same("what is left", left.text().as_str(), "")
 }
 

@@ -35,6 +35,9 @@ pub(super) enum ActError {
     /// The installer's pod is not let in: that is for an administrator to see.
     #[error("the installer's pod for node {} is refused: {}", .0.node, .0.text)]
     Refused(Refused),
+    /// A connection is dead, and nobody has said so.
+    #[error("the API server does not answer")]
+    Silent,
     /// Anything else passes.
     #[error(transparent)]
     Api(#[from] kube::Error),

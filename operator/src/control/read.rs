@@ -7,7 +7,10 @@ use k8s_openapi::api::{
     core::v1::{Node as ApiNode, Pod},
     node::v1::RuntimeClass as ApiRuntimeClass,
 };
-use kube::{Api, Client, ResourceExt, api::ListParams};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ApiResource, DynamicObject, ListParams},
+};
 
 use super::{
     NAME,
@@ -15,7 +18,7 @@ use super::{
     record,
 };
 use crate::{
-    api::KataConfig,
+    api::{KataConfig, KataConfigSpec},
     decide::{Host, KATA, KataPod, Node, Refused, RuntimeClass, Settings, World},
 };
 
@@ -25,7 +28,7 @@ pub(super) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 const PAGE: u32 = 500;
 
 pub(super) struct Eyes {
-    configs: Api<KataConfig>,
+    configs: Api<DynamicObject>,
     nodes: Api<ApiNode>,
     runs: Api<Pod>,
     pods: Api<Pod>,
@@ -35,7 +38,7 @@ pub(super) struct Eyes {
 impl Eyes {
     pub(super) fn new(client: Client, namespace: &str) -> Eyes {
         Eyes {
-            configs: Api::all(client.clone()),
+            configs: Api::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             nodes: Api::all(client.clone()),
             runs: Api::namespaced(client.clone(), namespace),
             pods: Api::all(client.clone()),
@@ -50,12 +53,16 @@ impl Eyes {
     pub(super) async fn read(&self, settings: &Settings, refused: Option<Refused>) -> Result<World, kube::Error> {
         let all = ListParams::default();
         let installers = ListParams::default().labels(&format!("{COMPONENT}={INSTALLER}"));
-        let configs = self.configs.list(&all).await?.items;
+        let configs = self.configs.list(&all).await?.items.into_iter().map(config);
+        let (configs, wrong): (Vec<_>, Vec<_>) = configs.unzip();
+        let invalid_specs = configs.iter().map(KataConfig::name_any).zip(wrong);
+        let invalid_specs = invalid_specs.filter_map(|(name, why)| Some((name, why?))).collect();
         let runs = self.runs.list(&installers).await?.items;
         let nodes = self.nodes.list(&all).await?.items;
         let runtime_class = self.runtime_classes.get_opt(KATA).await?;
         Ok(World {
             configs,
+            invalid_specs,
             nodes: nodes.iter().map(node).collect(),
             runs: runs.iter().filter_map(pod::run).collect(),
             kata_pods: None,
@@ -68,16 +75,21 @@ impl Eyes {
         })
     }
 
-    /// The pods that use kata now, of all namespaces. They cannot be selected by that field.
+    /// The pods that use kata now, of all namespaces, by whichever RuntimeClass. They cannot be selected by that field.
     ///
     /// # Errors
     /// The API server's.
     pub(super) async fn kata_pods(&self) -> Result<Vec<KataPod>, kube::Error> {
+        let classes = self.runtime_classes.list(&ListParams::default()).await?.items;
+        let of_kata = classes.iter().filter(|class| class.handler == KATA).map(ResourceExt::name_any);
+        // A pod may outlive its RuntimeClass.
+        let classes: BTreeSet<String> = of_kata.chain([KATA.to_owned()]).collect();
         let mut found = Vec::new();
         let mut page = ListParams::default().limit(PAGE);
         loop {
             let list = self.pods.list(&page).await?;
-            found.extend(list.items.iter().filter(|pod| uses_kata(pod)).map(|pod| KataPod {
+            let uses_kata = |pod: &&Pod| !has_ended(pod) && class(pod).is_some_and(|class| classes.contains(class));
+            found.extend(list.items.iter().filter(uses_kata).map(|pod| KataPod {
                 name: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
                 node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             }));
@@ -89,11 +101,33 @@ impl Eyes {
     }
 }
 
-/// It names the RuntimeClass and has not ended.
-pub(super) fn uses_kata(pod: &Pod) -> bool {
-    let class = pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref());
+/// The RuntimeClass that a pod names.
+pub(super) fn class(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref())
+}
+
+/// No container of it runs any more.
+pub(super) fn has_ended(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    class == Some(KATA) && !matches!(phase, Some("Succeeded" | "Failed"))
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// A KataConfig, with the default `spec` and what is wrong with its own where that cannot be understood. A status that
+/// cannot be understood is another operator's: it is written anew.
+fn config(object: DynamicObject) -> (KataConfig, Option<String>) {
+    let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
+    let spec: Result<Option<KataConfigSpec>, _> = serde_json::from_value(part("spec"));
+    let (spec, why) = match spec {
+        Ok(spec) => (spec.unwrap_or_default(), None),
+        Err(error) => (KataConfigSpec::default(), Some(error.to_string())),
+    };
+    let config = KataConfig {
+        spec,
+        status: serde_json::from_value(part("status")).ok(),
+        metadata: object.metadata,
+        ..KataConfig::default()
+    };
+    (config, why)
 }
 
 /// What a decision needs of a node.
@@ -125,5 +159,28 @@ pub(super) fn node(node: &ApiNode) -> Node {
         unschedulable: node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false),
         host: host.unwrap_or_default(),
         handlers,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_spec_that_cannot_be_understood_keeps_its_config_readable() {
+        let read = |spec: serde_json::Value, status: serde_json::Value| {
+            let object = json!({"metadata": {"name": "a"}, "spec": spec, "status": status});
+            config(serde_json::from_value(object).unwrap())
+        };
+        let (found, why) = read(json!({"logLevel": "Info"}), json!({"kataNodes": {"nodeCount": 2}}));
+        assert_eq!((found.name_any(), found.status.unwrap().kata_nodes.node_count), ("a".into(), 2));
+        assert!(why.unwrap().contains("Info"));
+        // The layout of older operators.
+        let (found, why) = read(json!({"logLevel": "debug"}), json!({"kataNodes": 7}));
+        assert_eq!((found.status, why), (None, None));
+        assert_eq!(found.spec.log_level.name(), "debug");
+        assert_eq!(read(json!(null), json!(null)).1, None);
     }
 }

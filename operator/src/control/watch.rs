@@ -9,6 +9,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
+    api::{ApiResource, DynamicObject},
     runtime::{
         WatchStreamExt,
         watcher::{Config, Event, watcher},
@@ -23,7 +24,7 @@ use tracing::debug;
 
 use super::{
     pod::{COMPONENT, INSTALLER},
-    read::{self, uses_kata},
+    read,
 };
 use crate::{
     api::KataConfig,
@@ -44,7 +45,8 @@ impl Watches {
         let mut always = JoinSet::new();
         let all = Config::default;
         always.spawn(follow(
-            Api::<KataConfig>::all(client.clone()),
+            // One whose spec cannot be understood rings, too.
+            Api::<DynamicObject>::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             all(),
             Arc::clone(&bell),
             |_| true,
@@ -80,20 +82,15 @@ impl Watches {
         self.bell.notified().await;
     }
 
-    /// Rings for pods that use kata, too. Only while their end is waited for: every pod of the cluster comes by here.
+    /// Rings for the ends of pods that name a RuntimeClass, too. Only while their end is waited for: every pod of the cluster comes by here.
     pub(super) fn watch_pods(&mut self) {
         if self.pods.is_none() {
             let pods = Api::<Pod>::all(self.client.clone());
             let task = follow(pods, Config::default(), Arc::clone(&self.bell), |event| match event {
                 // Those that ended before the watch began are missing from the list.
                 Event::InitDone => true,
-                Event::Delete(pod) => {
-                    pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref()) == Some(KATA)
-                }
-                Event::Apply(pod) => {
-                    pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref()) == Some(KATA)
-                        && !uses_kata(pod)
-                }
+                Event::Delete(pod) => read::class(pod).is_some(),
+                Event::Apply(pod) => read::class(pod).is_some() && read::has_ended(pod),
                 Event::Init | Event::InitApply(_) => false,
             });
             self.pods = Some(tokio::spawn(task));

@@ -63,6 +63,7 @@ pub fn config(name: &str, spec: serde_json::Value) -> KataConfig {
 pub fn world(nodes: &[&str]) -> World {
     World {
         configs: Vec::new(),
+        invalid_specs: BTreeMap::new(),
         nodes: nodes.iter().map(|name| node(name)).collect(),
         runs: Vec::new(),
         kata_pods: None,

@@ -63,8 +63,11 @@ impl Failure {
 
 /// How a run ended; none while it is under way.
 pub(super) fn outcome(run: &Run, clock: &Clock) -> Option<Outcome> {
-    // The node's clock may be ahead of the API server's, and behind the time when the pod was made.
-    let clamped = |ended: Timestamp| ended.min(clock.now()).max(run.created);
+    // The node's clock may be far from the API server's and the controller's. What cannot be is not believed.
+    let clamped = |ended: Timestamp| match ended >= run.created && ended <= clock.now() {
+        true => ended,
+        false => run.created,
+    };
     let given_up = |ended: Timestamp, harm, text: String| Outcome {
         ended,
         failure: Some(Failure {

@@ -26,6 +26,7 @@ use crate::{
 /// What stands in the way of any change.
 #[derive(Debug, PartialEq, Eq)]
 enum Hold {
+    Spec(String),
     PeerPods,
     Selector(SelectorError),
     /// It is being deleted, and pods use kata.
@@ -90,6 +91,10 @@ impl<'a> Scene<'a> {
         self.config.metadata.deletion_timestamp.is_some()
     }
 
+    fn invalid(&self) -> Option<String> {
+        self.world.invalid_specs.get(&self.config.name_any()).cloned()
+    }
+
     fn measure(&self) -> Measure<'_> {
         Measure {
             settings: &self.world.settings,
@@ -102,6 +107,9 @@ impl<'a> Scene<'a> {
 
     /// No node is touched before the finalizer is there. What makes no sense does not get one.
     fn begin(&self, decision: &mut Decision) {
+        if let Some(why) = self.invalid() {
+            return self.tell(&Reason::InvalidSpec(why), KataNodes::default(), decision);
+        }
         if self.config.spec.enable_peer_pods {
             return self.tell(&Reason::PeerPods, KataNodes::default(), decision);
         }
@@ -153,11 +161,8 @@ impl<'a> Scene<'a> {
             Err(error) => (Pool::default(), Some(Hold::Selector(error))),
         };
         pool.wanted.retain(|name| !self.skipped.contains(name.as_str()));
-        let refusal = if self.config.spec.enable_peer_pods {
-            Some(Hold::PeerPods)
-        } else {
-            refusal
-        };
+        let peer_pods = self.config.spec.enable_peer_pods.then_some(Hold::PeerPods);
+        let refusal = self.invalid().map(Hold::Spec).or(peer_pods).or(refusal);
         let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if self.in_the_way(pods).next().is_none());
         let claimed = |node: &Node| node.record.claimed() && !self.skipped.contains(node.name.as_str());
         let begun = !self.world.runtime_class.is_some_and(|class| class.ours);
@@ -170,7 +175,7 @@ impl<'a> Scene<'a> {
         };
         let wanted = |node: &Node| match &hold {
             // As it is.
-            Some(Hold::PeerPods | Hold::Selector(_) | Hold::NobodyWanted) => node.record.claimed(),
+            Some(Hold::Spec(_) | Hold::PeerPods | Hold::Selector(_) | Hold::NobodyWanted) => node.record.claimed(),
             Some(Hold::Pods) => pool.wanted.contains(&node.name),
             None => !self.deleting() && pool.wanted.contains(&node.name),
         };
@@ -206,6 +211,7 @@ impl<'a> Scene<'a> {
             }
         }
         match &cast.hold {
+            Some(Hold::Spec(why)) => return Reason::InvalidSpec(why.clone()),
             Some(Hold::PeerPods) => return Reason::PeerPods,
             Some(Hold::Selector(error)) => return Reason::InvalidSelector(error.to_string()),
             Some(Hold::NobodyWanted) => {

@@ -9,7 +9,7 @@ use super::{
     RETRY, SKIP_NODES,
     cluster::Cluster,
     fixtures,
-    world::{KATA, KataPod, Progress},
+    world::{KATA, KataPod, Node, Progress, Record},
 };
 use crate::{log_level::LogLevel, report::Code};
 
@@ -20,9 +20,13 @@ enum Happening {
     RunStarts,
     RunSucceeds,
     RunFails(bool),
+    RunIsRefused(bool),
+    ClockIsOff(i64),
     RunCannotStart,
     RunIsLost,
     PodIsRefused,
+    PodsAreRefused(bool),
+    ForeignLabel(usize),
     Time(i64),
     Ready(usize, bool),
     Cordon(usize, bool),
@@ -56,6 +60,10 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::RunCannotStart),
         1 => Just(Happening::RunIsLost),
         1 => Just(Happening::PodIsRefused),
+        1 => any::<bool>().prop_map(Happening::PodsAreRefused),
+        1 => any::<bool>().prop_map(Happening::RunIsRefused),
+        1 => (-5000..5000_i64).prop_map(Happening::ClockIsOff),
+        1 => node.clone().prop_map(Happening::ForeignLabel),
         4 => prop_oneof![1..10_i64, 60..1200_i64, Just(90_000)].prop_map(Happening::Time),
         2 => (node.clone(), any::<bool>()).prop_map(|(node, ready)| Happening::Ready(node, ready)),
         1 => (node.clone(), any::<bool>()).prop_map(|(node, cordoned)| Happening::Cordon(node, cordoned)),
@@ -83,6 +91,17 @@ fn happens(cluster: &mut Cluster, happening: &Happening) {
         Happening::RunStarts => cluster.run_starts(),
         Happening::RunSucceeds => cluster.run_succeeds(),
         Happening::RunFails(sandboxes) => cluster.run_fails(sandboxes.then_some(Code::SandboxesExist), "no"),
+        Happening::RunIsRefused(unfit) => {
+            cluster.run_is_refused(if *unfit { Code::NoKvm } else { Code::DiskFull }, "no");
+        }
+        Happening::ClockIsOff(seconds) => {
+            for run in &mut cluster.world.runs {
+                if let Progress::Done { ended, .. } | Progress::Failed { ended, .. } = &mut run.progress {
+                    *ended += SignedDuration::from_secs(*seconds);
+                }
+            }
+        }
+        Happening::PodsAreRefused(refused) => cluster.refusing = *refused,
         Happening::RunCannotStart => {
             for run in &mut cluster.world.runs {
                 if run.progress == Progress::Pending(None) {
@@ -138,6 +157,12 @@ fn happens_to_node(cluster: &mut Cluster, happening: &Happening) {
         }
         Happening::Reboot(index) if there(cluster, index) => {
             cluster.node(NODES[index]).host.boot_id = format!("boot at {now}");
+        }
+        Happening::ForeignLabel(index) if there(cluster, index) => {
+            let record = &mut cluster.node(NODES[index]).record;
+            if !record.claimed() {
+                record.ready = Some(true);
+            }
         }
         Happening::NodeLosesLabel(index) if there(cluster, index) => cluster.node(NODES[index]).record.member = false,
         ref other => happens_to_configs(cluster, other),
@@ -215,6 +240,12 @@ fn calm_down(cluster: &mut Cluster) {
         node.since = Some(now);
     }
     cluster.pods.clear();
+    cluster.refusing = false;
+    for node in &mut cluster.world.nodes {
+        if node.record.foreign() {
+            node.record = Record::default();
+        }
+    }
     for name in CONFIGS {
         cluster.respec(name, |config| {
             config.spec.enable_peer_pods = false;
@@ -246,7 +277,10 @@ fn all_is_well(cluster: &mut Cluster) {
     let lists = cluster.lists(&name);
     assert_eq!(in_progress, "False", "{reason} {lists:?}");
     if reason == "NoEligibleNodes" {
-        return assert_eq!(lists.node_count, 0);
+        // Kata is not taken from all nodes because none is wanted.
+        let claimed = |node: &&Node| node.record.claimed();
+        let kept = cluster.world.nodes.iter().filter(claimed).count();
+        return assert_eq!(lists.node_count, i64::try_from(kept).unwrap());
     }
     assert_eq!(reason, "");
     assert_eq!(lists.node_count, lists.ready_node_count);

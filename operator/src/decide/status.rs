@@ -28,6 +28,8 @@ pub(super) enum Reason {
     Unlisted(String),
     /// No node is wanted.
     NoEligibleNodes(String),
+    /// `spec` cannot be understood.
+    InvalidSpec(String),
     /// The selector makes no sense.
     InvalidSelector(String),
     /// Peer pods are asked for.
@@ -59,6 +61,7 @@ impl Reason {
                 format!("Failed to list kata pods: {error}"),
             ),
             Reason::NoEligibleNodes(why) => (false, "NoEligibleNodes", why.clone()),
+            Reason::InvalidSpec(why) => (false, "InvalidSpec", format!("spec cannot be understood: {why}")),
             Reason::InvalidSelector(why) => (false, "InvalidSelector", why.clone()),
             Reason::PeerPods => {
                 let text = "enablePeerPods: true asks for pods in virtual machines of a cloud, which are not supported; set it to false";

@@ -1,5 +1,6 @@
 //! The guide's tables, and each thing that can stand in the way.
 
+mod nodes;
 mod refusals;
 
 use jiff::SignedDuration;
@@ -270,7 +271,8 @@ fn nodes_that_are_not_ready_or_cordoned_wait_and_stop_nobody() {
     cluster.run_all();
     let expected = json!({"installed": ["worker-0"], "nodeCount": 3, "readyNodeCount": 1, "waitingToInstall": ["worker-1", "worker-2"]});
     assert_eq!(cluster.lists(NAME), lists(expected));
-    assert!(cluster.world.runtime_class.is_none());
+    // All that can have kata have it.
+    assert_eq!(cluster.world.runtime_class, Some(RuntimeClass { ours: true }));
     cluster.node("worker-2").ready = true;
     cluster.node("worker-1").unschedulable = false;
     cluster.run_all();

@@ -26,6 +26,9 @@ pub const KATA: &str = "kata";
 pub struct World {
     /// All KataConfigs.
     pub configs: Vec<KataConfig>,
+    /// Those whose `spec` could not be understood, by name, with what is wrong; theirs above is the default. They may
+    /// have been stored under the schema of another operator.
+    pub invalid_specs: BTreeMap<String, String>,
     /// All nodes.
     pub nodes: Vec<Node>,
     /// The installer's pods.

@@ -74,6 +74,29 @@ fn a_selector_that_makes_no_sense_is_said_and_changes_nothing() {
 }
 
 #[test]
+fn a_spec_that_cannot_be_understood_is_said_and_changes_nothing() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    let why = || (NAME.to_owned(), "unknown log level Info".to_owned());
+    cluster.world.invalid_specs.extend([why()]);
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    let expected = "spec cannot be understood: unknown log level Info";
+    let refused = || (String::from("False"), String::from("InvalidSpec"), String::from(expected));
+    assert_eq!(cluster.condition(NAME), refused());
+    assert!(cluster.config(NAME).unwrap().finalizers().is_empty());
+    cluster.world.invalid_specs.clear();
+    cluster.run_all();
+    // Kata stays where it is, also when it goes wrong later.
+    cluster.world.invalid_specs.extend([why()]);
+    cluster.run_all();
+    assert_eq!(cluster.condition(NAME), refused());
+    assert_eq!(cluster.lists(NAME).ready_node_count, 1);
+    cluster.delete(NAME);
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+}
+
+#[test]
 fn peer_pods_are_refused_by_name() {
     let mut cluster = Cluster::new(&["worker-0"]);
     cluster.create(NAME, json!({"enablePeerPods": true}));
