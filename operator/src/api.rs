@@ -21,8 +21,14 @@ pub const GROUP: &str = "kataconfiguration.openshift.io";
 pub const VERSION: &str = "v1";
 /// The kind.
 pub const KIND: &str = "KataConfig";
-/// The only condition type there is.
+/// The guide's condition.
 pub const IN_PROGRESS: &str = "InProgress";
+/// Pods can use kata on some node.
+pub const AVAILABLE: &str = "Available";
+/// Nodes are being changed.
+pub const PROGRESSING: &str = "Progressing";
+/// An administrator has to act.
+pub const DEGRADED: &str = "Degraded";
 
 /// What an administrator asks for, and how far it is. Cluster-scoped; one is in force at a time.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -68,9 +74,12 @@ pub struct KataConfigStatus {
     /// The RuntimeClasses that can be used.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub runtime_classes: Vec<String>,
-    /// At most one: `InProgress`.
+    /// `InProgress`, for people, and `Available`, `Progressing` and `Degraded`, for machines.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+    /// The `metadata.generation` of the `spec` that all of this is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
     /// Which node is in which state.
     pub kata_nodes: KataNodes,
     /// Always false here: there is no MachineConfigOperator to wait for.
@@ -82,15 +91,21 @@ impl KataConfigStatus {
     /// The condition `InProgress`.
     #[must_use]
     pub fn in_progress(&self) -> Option<&Condition> {
-        self.conditions.iter().find(|condition| condition.kind == IN_PROGRESS)
+        self.condition(IN_PROGRESS)
+    }
+
+    /// The condition of this type.
+    #[must_use]
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.conditions.iter().find(|condition| condition.kind == kind)
     }
 }
 
-/// A condition. Unlike metav1.Condition it has no observedGeneration, and `reason` may be empty.
+/// A condition. Unlike a metav1.Condition, `InProgress` has no observedGeneration, and its `reason` may be empty.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `InProgress`.
+    /// `InProgress`, `Available`, `Progressing` or `Degraded`.
     #[serde(rename = "type")]
     pub kind: String,
     /// `True` or `False`.
@@ -101,6 +116,9 @@ pub struct Condition {
     pub reason: String,
     /// A sentence, or nothing.
     pub message: String,
+    /// The `metadata.generation` that it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
 }
 
 /// Node names by state, each list sorted and absent when empty.

@@ -49,7 +49,11 @@ mod tests;
 
 use kube::ResourceExt;
 
-use self::{clock::Clock, scene::Scene, status::Reason};
+use self::{
+    clock::Clock,
+    scene::Scene,
+    status::{Facts, Reason},
+};
 pub use self::{
     output::{About, Action, Decision, End, Note},
     pool::ELIGIBLE,
@@ -86,7 +90,14 @@ fn has_finalizer(config: &KataConfig) -> bool {
 /// Where the admission policy is not there or was outrun: no node is ever touched for the later one.
 fn refuse_duplicate(config: &KataConfig, active: &KataConfig, clock: &Clock, decision: &mut Decision) {
     let reason = Reason::Duplicate(active.name_any());
-    tell_status(config, &reason, KataNodes::default(), false, clock, decision);
+    tell_status(
+        config,
+        &reason,
+        KataNodes::default(),
+        &Facts::default(),
+        clock,
+        decision,
+    );
     if has_finalizer(config) {
         decision.actions.push(Action::RemoveFinalizer(config.name_any()));
     }
@@ -97,11 +108,11 @@ fn tell_status(
     config: &KataConfig,
     reason: &Reason,
     lists: KataNodes,
-    runtime_class: bool,
+    facts: &Facts,
     clock: &Clock,
     decision: &mut Decision,
 ) {
-    let status = status::status(reason, lists, runtime_class, config.status.as_ref(), clock.now());
+    let status = status::status(reason, lists, facts, config, clock.now());
     if config.status.as_ref() == Some(&status) {
         return;
     }

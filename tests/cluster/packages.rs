@@ -252,7 +252,14 @@ fn deleted_too_early(server: &ApiServer) -> Result {
     server.kubectl(["delete", "kataconfig", "early"])?;
     // The policies went with the first try; what they kept goes now.
     server.kubectl(["delete", "--wait=false", "--ignore-not-found", "--filename", &file])?;
-    let left = server.kubectl(["get", "clusterrole", "sandpod-operator", "--ignore-not-found", "--output", "name"])?;
+    let left = server.kubectl([
+        "get",
+        "clusterrole",
+        "sandpod-operator",
+        "--ignore-not-found",
+        "--output",
+        "name",
+    ])?;
     same("what is left", left.text().as_str(), "")
 }
 

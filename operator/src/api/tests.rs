@@ -37,7 +37,9 @@ fn full() -> KataConfig {
                 last_transition_time: Time("2026-01-02T03:04:05Z".parse().unwrap()),
                 reason: "Installing".into(),
                 message: "Performing initial installation of kata on cluster".into(),
+                observed_generation: Some(1),
             }],
+            observed_generation: Some(1),
             kata_nodes: KataNodes {
                 node_count: 7,
                 ready_node_count: 1,

@@ -86,7 +86,11 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
     if order.verb == Verb::Install {
         words.extend(["--payload", "/payload"]);
     }
-    for (flag, value) in [("--prefix", &order.prefix), ("--cri", &cri), ("--boot-id", &order.boot_id)] {
+    for (flag, value) in [
+        ("--prefix", &order.prefix),
+        ("--cri", &cri),
+        ("--boot-id", &order.boot_id),
+    ] {
         if !value.is_empty() {
             words.extend([flag, value]);
         }
@@ -161,7 +165,11 @@ fn ended(pod: &Pod, terminated: &ContainerStateTerminated) -> Progress {
             },
         ) => Progress::Failed {
             ended,
-            text: report.error.as_ref().map(|problem| problem.text.clone()).unwrap_or_default(),
+            text: report
+                .error
+                .as_ref()
+                .map(|problem| problem.text.clone())
+                .unwrap_or_default(),
             report: Some(report),
         },
         parsed => {

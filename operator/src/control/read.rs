@@ -81,7 +81,10 @@ impl Eyes {
     /// The API server's.
     pub(super) async fn kata_pods(&self) -> Result<Vec<KataPod>, kube::Error> {
         let classes = self.runtime_classes.list(&ListParams::default()).await?.items;
-        let of_kata = classes.iter().filter(|class| class.handler == KATA).map(ResourceExt::name_any);
+        let of_kata = classes
+            .iter()
+            .filter(|class| class.handler == KATA)
+            .map(ResourceExt::name_any);
         // A pod may outlive its RuntimeClass.
         let classes: BTreeSet<String> = of_kata.chain([KATA.to_owned()]).collect();
         let mut found = Vec::new();
@@ -175,7 +178,10 @@ mod tests {
             config(serde_json::from_value(object).unwrap())
         };
         let (found, why) = read(json!({"logLevel": "Info"}), json!({"kataNodes": {"nodeCount": 2}}));
-        assert_eq!((found.name_any(), found.status.unwrap().kata_nodes.node_count), ("a".into(), 2));
+        assert_eq!(
+            (found.name_any(), found.status.unwrap().kata_nodes.node_count),
+            ("a".into(), 2)
+        );
         assert!(why.unwrap().contains("Info"));
         // The layout of older operators.
         let (found, why) = read(json!({"logLevel": "debug"}), json!({"kataNodes": 7}));

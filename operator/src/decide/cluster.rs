@@ -231,14 +231,19 @@ impl Cluster {
         }
         let uid = node.uid.clone();
         let lists = &decision.nodes;
-        let leaves = [&lists.waiting_to_uninstall, &lists.uninstalling, &lists.failed_to_uninstall];
-        let installed = |action: &Action| {
-            matches!(action, Action::StartRun { order, .. } if order.node == *name && order.verb == Verb::Install)
-        };
+        let leaves = [
+            &lists.waiting_to_uninstall,
+            &lists.uninstalling,
+            &lists.failed_to_uninstall,
+        ];
+        let installed = |action: &Action| matches!(action, Action::StartRun { order, .. } if order.node == *name && order.verb == Verb::Install);
         let excused = leaves.into_iter().any(|list| list.contains(name))
             || decision.actions.iter().any(installed)
             || self.blamed.contains(&uid);
-        assert!(excused, "{name} is not ready any more, and nobody said anything about it: {lists:?}");
+        assert!(
+            excused,
+            "{name} is not ready any more, and nobody said anything about it: {lists:?}"
+        );
     }
 
     fn mark(&mut self, name: &str, record: &super::Record) {

@@ -53,9 +53,7 @@ impl Pool {
             true => selected
                 .iter()
                 .copied()
-                .filter(|node| {
-                    node.record.claimed() || node.labels.get(ELIGIBLE).is_some_and(|value| value == "true")
-                })
+                .filter(|node| node.record.claimed() || node.labels.get(ELIGIBLE).is_some_and(|value| value == "true"))
                 .collect(),
             false => selected.clone(),
         };
@@ -148,7 +146,10 @@ mod tests {
             with_labels("a", &["node-role.kubernetes.io/control-plane"]),
             with_labels("b", &[]),
             with_labels("c", &["node-role.kubernetes.io/worker"]),
-            with_labels("d", &["node-role.kubernetes.io/master", "node-role.kubernetes.io/worker"]),
+            with_labels(
+                "d",
+                &["node-role.kubernetes.io/master", "node-role.kubernetes.io/worker"],
+            ),
         ];
         // The label on one worker takes nothing from the others.
         assert_eq!(names(&chosen(serde_json::json!({}), &nodes)), ["b", "c", "d"]);

@@ -14,7 +14,7 @@ use super::{
     results::{self, Outcome},
     selector::SelectorError,
     standing::{Measure, Place, Standing},
-    status::{self, Reason},
+    status::{self, Facts, Reason},
     tell_status, turn,
     world::{KataPod, Node, Progress, RETRY, Record, Run, SKIP_NODES, World},
 };
@@ -81,7 +81,7 @@ impl<'a> Scene<'a> {
                     .is_none_or(|status| status.conditions.is_empty())
                     && !self.deleting() =>
             {
-                self.tell(&Reason::Installing, KataNodes::default(), decision);
+                self.tell(&Reason::Installing, KataNodes::default(), Vec::new(), decision);
             }
             (true, _) => self.go_on(decision),
         }
@@ -108,19 +108,50 @@ impl<'a> Scene<'a> {
     /// No node is touched before the finalizer is there. What makes no sense does not get one.
     fn begin(&self, decision: &mut Decision) {
         if let Some(why) = self.invalid() {
-            return self.tell(&Reason::InvalidSpec(why), KataNodes::default(), decision);
+            return self.tell(&Reason::InvalidSpec(why), KataNodes::default(), Vec::new(), decision);
         }
         if self.config.spec.enable_peer_pods {
-            return self.tell(&Reason::PeerPods, KataNodes::default(), decision);
+            return self.tell(&Reason::PeerPods, KataNodes::default(), Vec::new(), decision);
         }
-        self.tell(&Reason::Installing, KataNodes::default(), decision);
+        self.tell(&Reason::Installing, KataNodes::default(), Vec::new(), decision);
         decision.actions.push(Action::AddFinalizer(self.config.name_any()));
     }
 
-    fn tell(&self, reason: &Reason, lists: KataNodes, decision: &mut Decision) {
+    fn tell(&self, reason: &Reason, lists: KataNodes, waiting: Vec<String>, decision: &mut Decision) {
         decision.nodes = lists.clone();
-        let runtime_class = self.world.runtime_class.is_some();
-        tell_status(self.config, reason, lists, runtime_class, self.clock, decision);
+        let facts = Facts {
+            runtime_class: self.world.runtime_class.is_some(),
+            waiting,
+        };
+        tell_status(self.config, reason, lists, &facts, self.clock, decision);
+    }
+
+    /// The nodes that nothing is done to now, each with its reason.
+    fn waiting(&self, cast: &Cast<'_>) -> Vec<String> {
+        let reason = |standing: &Standing<'_>| {
+            let node = standing.node;
+            let waits = matches!(standing.place, Place::WaitingToInstall | Place::WaitingToUninstall);
+            let pods = || self.world.kata_pods.as_ref().and_then(|pods| pods.as_ref().ok());
+            let here = |pod: &&KataPod| pod.node.as_deref() == Some(&node.name);
+            match waits {
+                false => None,
+                true if !node.ready => Some("is not Ready".to_owned()),
+                true if standing.wanted => node.unschedulable.then(|| "is cordoned".to_owned()),
+                true => {
+                    let pod = pods()?.iter().find(here)?;
+                    Some(format!("has pods with kata, such as {}", pod.name))
+                }
+            }
+        };
+        let waiting = cast
+            .standings
+            .iter()
+            .filter_map(|standing| Some((standing, reason(standing)?)));
+        let mut waiting: Vec<String> = waiting
+            .map(|(standing, why)| format!("{} {why}", standing.node.name))
+            .collect();
+        waiting.sort();
+        waiting
     }
 
     fn go_on(&self, decision: &mut Decision) {
@@ -133,7 +164,7 @@ impl<'a> Scene<'a> {
         decision.awaits_pods = removal;
         let lists = status::lists(&cast.standings);
         self.tell_of_left_out(&cast, &lists, decision);
-        self.tell(&self.reason(&cast), lists, decision);
+        self.tell(&self.reason(&cast), lists, self.waiting(&cast), decision);
         let noted = self.take_note(&cast, decision);
         if cast.hold.is_some() || noted {
             return;
@@ -331,10 +362,7 @@ impl<'a> Scene<'a> {
             (Some(failure), Verb::Uninstall) => ("UninstallFailed", format!("Node {node} Degraded: {}", failure.text)),
             (Some(failure), Verb::Verify) if failure.leaves_as_it_was(Verb::Verify, &standing.node.record) => (
                 "VerificationFailed",
-                format!(
-                    "Node {node} keeps kata and is looked at again later: {}",
-                    failure.text
-                ),
+                format!("Node {node} keeps kata and is looked at again later: {}", failure.text),
             ),
             (Some(failure), Verb::Verify) => (
                 "VerificationFailed",

@@ -113,11 +113,14 @@ impl<'a> Standing<'a> {
     /// It stopped being Ready soon after kata was put on it, for what is asked for now: the next node may fare the same.
     pub(super) fn hurt(&self, measure: Measure<'_>) -> bool {
         let last = self.node.record.last_run.as_ref();
-        let ours = last.filter(|last| {
-            last.verb == Verb::Install && last.failures == 0 && last.purpose == measure.purpose
-        });
+        let ours =
+            last.filter(|last| last.verb == Verb::Install && last.failures == 0 && last.purpose == measure.purpose);
         !self.node.ready
-            && ours.is_some_and(|last| self.node.since.is_none_or(|since| since <= after(last.ended.0, AFTERMATH)))
+            && ours.is_some_and(|last| {
+                self.node
+                    .since
+                    .is_none_or(|since| since <= after(last.ended.0, AFTERMATH))
+            })
     }
 
     /// Nothing is done to it, whatever is asked for: an administrator has to act first.

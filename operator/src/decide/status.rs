@@ -7,7 +7,7 @@ use super::{
     standing::{Place, Standing},
     world::KATA,
 };
-use crate::api::{Condition, IN_PROGRESS, KataConfigStatus, KataNodes};
+use crate::api::{AVAILABLE, Condition, DEGRADED, IN_PROGRESS, KataConfig, KataConfigStatus, KataNodes, PROGRESSING};
 
 /// Why the condition `InProgress` is as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,49 +83,112 @@ impl Reason {
             Reason::Steady | Reason::Installing | Reason::Updating | Reason::Uninstalling | Reason::Failed { .. } => {
                 None
             }
-            Reason::Blocked(pods) => {
-                let first: Vec<&str> = pods.iter().take(3).map(String::as_str).collect();
-                let more = if pods.len() > first.len() { " and others" } else { "" };
-                Some((reason, format!("{message}: {}{more}", first.join(", "))))
-            }
+            Reason::Blocked(pods) => Some((reason, blocked(pods))),
             _ => Some((reason, message)),
         }
     }
 }
 
-/// The status with this reason; the time of the last transition is kept while the condition's status stays.
+/// What a status tells besides its reason and its lists.
+#[derive(Debug, Default)]
+pub(super) struct Facts {
+    /// The RuntimeClass is there.
+    pub(super) runtime_class: bool,
+    /// The nodes that are waited for, each with what it waits for.
+    pub(super) waiting: Vec<String>,
+}
+
+/// At most so many nodes are named in a message.
+const NAMED: usize = 5;
+
+/// The status with this reason; the time of the last transition is kept while a condition's status stays.
 pub(super) fn status(
     reason: &Reason,
     kata_nodes: KataNodes,
-    runtime_class: bool,
-    before: Option<&KataConfigStatus>,
+    facts: &Facts,
+    config: &KataConfig,
     now: Timestamp,
 ) -> KataConfigStatus {
-    let (in_progress, word, message) = reason.words();
-    let status = if in_progress { "True" } else { "False" };
-    let since = before
-        .and_then(KataConfigStatus::in_progress)
-        .filter(|condition| condition.status == status)
-        .map_or_else(
-            || Time(to_the_second(now)),
-            |condition| condition.last_transition_time.clone(),
-        );
+    let before = config.status.as_ref();
+    let generation = config.metadata.generation;
+    let condition = |kind: &str, (is, word, message): (bool, &str, String), observed_generation| {
+        let status = if is { "True" } else { "False" };
+        let last = before.and_then(|before| before.condition(kind));
+        let last = last.filter(|condition| condition.status == status);
+        let since = last.map(|condition| condition.last_transition_time.clone());
+        Condition {
+            kind: kind.to_owned(),
+            status: status.to_owned(),
+            last_transition_time: since.unwrap_or_else(|| Time(to_the_second(now))),
+            reason: word.to_owned(),
+            message,
+            observed_generation,
+        }
+    };
     KataConfigStatus {
-        runtime_classes: if runtime_class {
+        runtime_classes: if facts.runtime_class {
             vec![KATA.to_owned()]
         } else {
             Vec::new()
         },
-        conditions: vec![Condition {
-            kind: IN_PROGRESS.to_owned(),
-            status: status.to_owned(),
-            last_transition_time: since,
-            reason: word.to_owned(),
-            message,
-        }],
+        conditions: vec![
+            condition(IN_PROGRESS, reason.words(), None),
+            condition(AVAILABLE, available(&kata_nodes, facts), generation),
+            condition(PROGRESSING, progressing(reason, facts), generation),
+            condition(DEGRADED, degraded(reason), generation),
+        ],
+        observed_generation: generation,
         kata_nodes,
         waiting_for_mco_to_start: false,
     }
+}
+
+fn available(nodes: &KataNodes, facts: &Facts) -> (bool, &'static str, String) {
+    let message = format!("{} of {} nodes have kata", nodes.ready_node_count, nodes.node_count);
+    match (facts.runtime_class, nodes.ready_node_count) {
+        (false, _) => (false, "NoRuntimeClass", message),
+        (true, 0) => (false, "NoNodes", message),
+        (true, _) => (true, "Installed", message),
+    }
+}
+
+fn progressing(reason: &Reason, facts: &Facts) -> (bool, &'static str, String) {
+    let (in_progress, word, message) = reason.words();
+    let waiting = || {
+        let named: Vec<&str> = facts.waiting.iter().take(NAMED).map(String::as_str).collect();
+        let more = match facts.waiting.len() - named.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        format!("{}{more}", named.join("; "))
+    };
+    match reason {
+        Reason::Failed { .. } => (false, "Failed", message),
+        _ if in_progress && facts.waiting.is_empty() => (true, word, message),
+        // Whatever else is to be done goes on.
+        _ if in_progress => (true, "WaitingForNodes", waiting()),
+        Reason::Steady => (false, "Complete", message),
+        Reason::Blocked(pods) => (false, word, blocked(pods)),
+        _ => (false, word, message),
+    }
+}
+
+fn degraded(reason: &Reason) -> (bool, &'static str, String) {
+    let (_, word, message) = reason.words();
+    match reason {
+        Reason::Steady | Reason::Installing | Reason::Updating | Reason::Uninstalling | Reason::Blocked(_) => {
+            (false, "AsExpected", String::new())
+        }
+        _ => (true, word, message),
+    }
+}
+
+/// The guide's sentence, and the pods that it is about.
+fn blocked(pods: &[String]) -> String {
+    let (_, _, message) = Reason::Blocked(Vec::new()).words();
+    let first: Vec<&str> = pods.iter().take(3).map(String::as_str).collect();
+    let more = if pods.len() > first.len() { " and others" } else { "" };
+    format!("{message}: {}{more}", first.join(", "))
 }
 
 /// As the API shows times.

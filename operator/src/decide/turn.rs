@@ -63,9 +63,7 @@ fn ready_for<'s, 'n>(
     match standing.place {
         Place::WaitingToInstall | Place::FailedToInstall => (!node.unschedulable).then_some((standing, Verb::Install)),
         Place::WaitingToUninstall | Place::FailedToUninstall => removable(node).then_some((standing, Verb::Uninstall)),
-        Place::Installed => standing
-            .to_be_verified(measure)
-            .then_some((standing, Verb::Verify)),
+        Place::Installed => standing.to_be_verified(measure).then_some((standing, Verb::Verify)),
         Place::Nowhere | Place::Installing | Place::Uninstalling => None,
     }
 }

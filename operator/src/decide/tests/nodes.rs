@@ -65,7 +65,10 @@ fn a_verification_that_cannot_start_says_nothing_about_the_node() {
         cluster.tick(SignedDuration::from_mins(2));
         let decision = cluster.pass(usize::MAX);
         assert_eq!(reasons(&decision), ["VerificationFailed", "VerificationFailed"]);
-        assert!(decision.notes[0].text.starts_with("Node worker-0 keeps kata"), "{decision:?}");
+        assert!(
+            decision.notes[0].text.starts_with("Node worker-0 keeps kata"),
+            "{decision:?}"
+        );
         let decision = cluster.rest();
         assert_eq!(cluster.condition(NAME).0, "False");
         assert_eq!(cluster.ready_nodes()["worker-0"], Some(true));
@@ -95,7 +98,11 @@ fn a_verification_counts_when_it_is_about_the_node() {
         cluster.run_fails(Some(code), "why");
         cluster.pass(usize::MAX);
         let record = &cluster.node("worker-0").record;
-        assert_eq!((record.ready, record.version.is_some()), (Some(stays), stays), "{code:?}");
+        assert_eq!(
+            (record.ready, record.version.is_some()),
+            (Some(stays), stays),
+            "{code:?}"
+        );
         cluster.run_all();
         assert_eq!(cluster.ready_nodes()["worker-0"], Some(true), "{code:?}");
     }
@@ -150,11 +157,18 @@ fn another_installation_of_kata_is_left_alone_and_named() {
     cluster.run_all();
     for node in ["worker-1", "worker-2"] {
         let record = cluster.node(node).record.clone();
-        assert_eq!((record.ready, record.member, record.claimed()), (Some(true), false, false), "{node}");
+        assert_eq!(
+            (record.ready, record.member, record.claimed()),
+            (Some(true), false, false),
+            "{node}"
+        );
     }
     let (_, reason, message) = cluster.condition(NAME);
     assert_eq!(reason, "Failed");
-    assert!(message.contains("worker-2 Degraded: another installation of kata"), "{message}");
+    assert!(
+        message.contains("worker-2 Degraded: another installation of kata"),
+        "{message}"
+    );
     // It stops nobody.
     assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
     assert_eq!(cluster.world.runtime_class, Some(RuntimeClass { ours: true }));
@@ -244,7 +258,10 @@ fn another_prefix_leaves_kata_where_it_is() {
     cluster.delete(NAME);
     cluster.rest();
     assert_eq!(
-        (cluster.world.runs[0].order.verb, cluster.world.runs[0].order.prefix.as_str()),
+        (
+            cluster.world.runs[0].order.verb,
+            cluster.world.runs[0].order.prefix.as_str()
+        ),
         (Verb::Uninstall, "/opt/sandpod")
     );
     cluster.run_all();
@@ -310,7 +327,10 @@ fn the_clock_of_a_node_is_not_believed() {
 #[test]
 fn a_selector_that_matches_nobody_removes_kata_from_nobody() {
     let mut cluster = installed(&["worker-0", "worker-1"]);
-    select(&mut cluster, json!({"matchLabels": {"kubernetes.io/hostname": "wroker-0"}}));
+    select(
+        &mut cluster,
+        json!({"matchLabels": {"kubernetes.io/hostname": "wroker-0"}}),
+    );
     cluster.run_all();
     let (in_progress, reason, message) = cluster.condition(NAME);
     assert_eq!((in_progress.as_str(), reason.as_str()), ("False", "NoEligibleNodes"));
@@ -337,4 +357,51 @@ fn a_container_runtime_that_does_not_tell_its_handlers_is_no_failure() {
     report.handler_seen = None;
     cluster.run_all();
     assert_eq!(cluster.lists(NAME).ready_node_count, 1);
+}
+
+/// Status and reason of a condition, and its message.
+fn condition(cluster: &mut Cluster, kind: &str) -> (String, String) {
+    let status = cluster.config(NAME).unwrap().status.clone().unwrap();
+    let found = status.condition(kind).unwrap();
+    assert_eq!(found.observed_generation, status.observed_generation);
+    (format!("{} {}", found.status, found.reason), found.message.clone())
+}
+
+#[test]
+fn machines_read_whether_kata_is_available_progressing_and_degraded() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.node("worker-0").unschedulable = true;
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    assert_eq!(condition(&mut cluster, "Available").0, "False NoRuntimeClass");
+    let waits = ("True WaitingForNodes".to_owned(), "worker-0 is cordoned".to_owned());
+    assert_eq!(condition(&mut cluster, "Progressing"), waits);
+    assert_eq!(condition(&mut cluster, "Degraded").0, "False AsExpected");
+    cluster.run_all();
+    // What can be done is done, and the node that is waited for is named.
+    let some = ("True Installed".to_owned(), "1 of 2 nodes have kata".to_owned());
+    assert_eq!(condition(&mut cluster, "Available"), some);
+    assert_eq!(condition(&mut cluster, "Progressing"), waits);
+    cluster.node("worker-0").unschedulable = false;
+    cluster.rest();
+    cluster.run_starts();
+    cluster.run_is_refused(Code::NoKvm, "/dev/kvm is absent");
+    cluster.rest();
+    assert_eq!(condition(&mut cluster, "Available").0, "True Installed");
+    assert_eq!(condition(&mut cluster, "Progressing").0, "False Failed");
+    let degraded = "Node worker-0 Degraded: /dev/kvm is absent";
+    assert_eq!(
+        condition(&mut cluster, "Degraded"),
+        ("True Failed".to_owned(), degraded.to_owned())
+    );
+    cluster.run_all();
+    assert_eq!(condition(&mut cluster, "Progressing").0, "False Complete");
+    cluster.respec(NAME, |config| config.spec.enable_peer_pods = true);
+    cluster.rest();
+    assert_eq!(condition(&mut cluster, "Degraded").0, "True PeerPodsNotSupported");
+    let config = cluster.config(NAME).unwrap();
+    assert_eq!(
+        config.status.as_ref().unwrap().observed_generation,
+        config.metadata.generation
+    );
 }

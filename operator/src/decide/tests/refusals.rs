@@ -81,7 +81,13 @@ fn a_spec_that_cannot_be_understood_is_said_and_changes_nothing() {
     cluster.create(NAME, json!({}));
     cluster.rest();
     let expected = "spec cannot be understood: unknown log level Info";
-    let refused = || (String::from("False"), String::from("InvalidSpec"), String::from(expected));
+    let refused = || {
+        (
+            String::from("False"),
+            String::from("InvalidSpec"),
+            String::from(expected),
+        )
+    };
     assert_eq!(cluster.condition(NAME), refused());
     assert!(cluster.config(NAME).unwrap().finalizers().is_empty());
     cluster.world.invalid_specs.clear();
