@@ -4,11 +4,14 @@
 //! Its schema is `deploy/operator/crd.yaml`, written by hand: a derived one cannot say that `spec` may be left out and
 //! still has defaults. The tests here hold the two against each other.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use k8s_openapi::{
     ClusterResourceScope,
-    apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time},
+    apimachinery::pkg::{
+        apis::meta::v1::{LabelSelector, ObjectMeta, Time},
+        util::intstr::IntOrString,
+    },
 };
 use kube::Resource;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -65,6 +68,48 @@ pub struct KataConfigSpec {
     pub log_level: LogLevel,
     /// Which nodes; all workers when absent or null.
     pub kata_config_pool_selector: Option<LabelSelector>,
+    /// How changes go from node to node.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_default")]
+    pub rollout: Rollout,
+}
+
+/// `spec.rollout` of a KataConfig.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Rollout {
+    /// How many nodes may be changed, or be down after a change, at once: a number, or a part of the nodes that have or
+    /// will have kata in percent, rounded down; at least 1, which is the default.
+    pub max_unavailable: Option<IntOrString>,
+    /// No node is begun. Nodes that are being changed are finished, and a deletion goes on.
+    #[serde(deserialize_with = "or_default")]
+    pub paused: bool,
+    /// Only nodes with all of these labels are installed or upgraded.
+    pub canary: Option<BTreeMap<String, String>>,
+}
+
+impl Rollout {
+    /// How many of so many nodes may be changed at once.
+    ///
+    /// # Errors
+    /// What is wrong with `maxUnavailable`.
+    pub fn most(&self, nodes: usize) -> Result<usize, String> {
+        let wrong = |value: String| {
+            format!("rollout.maxUnavailable: {value} is neither a number from 1 on nor a percentage from 1% to 100%")
+        };
+        match &self.max_unavailable {
+            None => Ok(1),
+            Some(IntOrString::Int(number)) => match usize::try_from(*number) {
+                Ok(number) if number > 0 => Ok(number),
+                _ => Err(wrong(number.to_string())),
+            },
+            Some(IntOrString::String(text)) => {
+                let percent = text.strip_suffix('%').and_then(|digits| digits.parse::<usize>().ok());
+                let percent = percent.filter(|percent| (1..=100).contains(percent));
+                let percent = percent.ok_or_else(|| wrong(format!("{text:?}")))?;
+                Ok((nodes.saturating_mul(percent) / 100).max(1))
+            }
+        }
+    }
 }
 
 /// `status` of a KataConfig.
@@ -187,6 +232,10 @@ fn api_version() -> String {
 
 fn kind() -> String {
     KIND.to_owned()
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Null means the same as absent.

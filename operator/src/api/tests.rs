@@ -28,6 +28,11 @@ fn full() -> KataConfig {
                 }))
                 .unwrap(),
             ),
+            rollout: Rollout {
+                max_unavailable: Some(IntOrString::String("5%".into())),
+                paused: true,
+                canary: Some(BTreeMap::from([("a".to_owned(), "b".to_owned())])),
+            },
         },
         status: Some(KataConfigStatus {
             runtime_classes: names("kata"),
@@ -82,6 +87,9 @@ fn agree(path: &str, schema: &serde_json::Value, value: &serde_json::Value) {
         Some("array") => agree(&format!("{path}[0]"), &schema["items"], &value[0]),
         Some("string") => assert!(value.is_string(), "{path}: {value}"),
         Some("integer") => assert!(value.is_i64(), "{path}: {value}"),
+        None if schema["x-kubernetes-int-or-string"] == true => {
+            assert!(value.is_string() || value.is_i64(), "{path}: {value}");
+        }
         Some("boolean") => assert!(value.is_boolean(), "{path}: {value}"),
         other => panic!("{path} has type {other:?}"),
     }
@@ -92,6 +100,30 @@ fn the_types_and_the_schema_have_the_same_fields() {
     let value = serde_json::to_value(full()).unwrap();
     agree("", &schema(), &value);
     assert_eq!(serde_json::from_value::<KataConfig>(value).unwrap(), full());
+}
+
+#[test]
+fn a_rollout_is_so_many_nodes_or_a_part_of_them() {
+    let most = |value: serde_json::Value, nodes| {
+        let rollout: Rollout = serde_json::from_value(serde_json::json!({"maxUnavailable": value})).unwrap();
+        rollout.most(nodes)
+    };
+    assert_eq!(Rollout::default().most(1000), Ok(1));
+    assert_eq!(most(7.into(), 3), Ok(7));
+    assert_eq!(most("5%".into(), 1000), Ok(50));
+    assert_eq!(most("5%".into(), 30), Ok(1));
+    assert_eq!(most("5%".into(), 3), Ok(1));
+    for wrong in [
+        0.into(),
+        (-1).into(),
+        "0%".into(),
+        "101%".into(),
+        "5".into(),
+        "half".into(),
+    ] {
+        let why = most(wrong, 10).unwrap_err();
+        assert!(why.starts_with("rollout.maxUnavailable: "), "{why}");
+    }
 }
 
 #[test]

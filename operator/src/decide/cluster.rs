@@ -10,6 +10,7 @@ use kube::ResourceExt;
 use super::{
     Action, Decision, FINALIZER, KataPod, Node, Order, Progress, Refused, Run, RuntimeClass, World, decide,
     fixtures::{self, success},
+    turn::LOOKS,
 };
 use crate::{
     api::{KataConfig, KataConfigStatus, KataNodes},
@@ -23,6 +24,8 @@ pub struct Cluster {
     pub verified: BTreeSet<String>,
     /// Nodes that were told to be left alone once: what runs there does not count.
     pub skipped: BTreeSet<String>,
+    /// How many nodes may be changed at a time.
+    pub most: usize,
     /// The API server takes no pods of the installer.
     pub refusing: bool,
     /// Hosts, by their nodes' uids, of which a run has said that kata does not work there.
@@ -39,6 +42,7 @@ impl Cluster {
             pods: Vec::new(),
             verified: BTreeSet::new(),
             skipped: BTreeSet::new(),
+            most: 1,
             refusing: false,
             blamed: BTreeSet::new(),
             written: Vec::new(),
@@ -259,7 +263,7 @@ impl Cluster {
         node.record = record.clone();
     }
 
-    /// Never more than one node in flight.
+    /// Never more nodes in flight than the KataConfigs have ever allowed, and never two runs on one.
     fn watch_over(&self) {
         let counts = |run: &&Run| {
             let under_way = matches!(run.progress, Progress::Pending(_) | Progress::Running);
@@ -267,7 +271,16 @@ impl Cluster {
             under_way && there && !self.skipped.contains(&run.order.node)
         };
         let under_way: Vec<&Run> = self.world.runs.iter().filter(counts).collect();
-        assert!(under_way.len() <= 1, "several at once: {under_way:?}");
+        let (looks, changes): (Vec<&Run>, Vec<&Run>) =
+            under_way.into_iter().partition(|run| run.order.verb == Verb::Verify);
+        assert!(changes.len() <= self.most, "too many at once: {changes:?}");
+        assert!(looks.len() <= LOOKS, "too many at once: {looks:?}");
+        let nodes: BTreeSet<&str> = looks
+            .iter()
+            .chain(&changes)
+            .map(|run| run.order.node_uid.as_str())
+            .collect();
+        assert_eq!(nodes.len(), looks.len() + changes.len(), "two runs on a node");
     }
 
     pub fn tick(&mut self, by: SignedDuration) {

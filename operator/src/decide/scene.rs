@@ -51,6 +51,8 @@ struct Cast<'a> {
     standings: Vec<Standing<'a>>,
     /// Pods that use kata are known, and there are none.
     free_of_pods: bool,
+    /// How many nodes may be changed at a time.
+    most: usize,
 }
 
 impl<'a> Scene<'a> {
@@ -102,6 +104,7 @@ impl<'a> Scene<'a> {
             purpose: &self.purpose,
             clock: self.clock,
             refused: self.world.refused.as_ref(),
+            rollout: &self.config.spec.rollout,
         }
     }
 
@@ -121,6 +124,7 @@ impl<'a> Scene<'a> {
         decision.nodes = lists.clone();
         let facts = Facts {
             runtime_class: self.world.runtime_class.is_some(),
+            paused: self.config.spec.rollout.paused && !self.deleting(),
             waiting,
         };
         tell_status(self.config, reason, lists, &facts, self.clock, decision);
@@ -136,7 +140,11 @@ impl<'a> Scene<'a> {
             match waits {
                 false => None,
                 true if !node.ready => Some("is not Ready".to_owned()),
-                true if standing.wanted => node.unschedulable.then(|| "is cordoned".to_owned()),
+                true if standing.wanted && node.unschedulable => Some("is cordoned".to_owned()),
+                true if standing.wanted && !standing.chosen(self.measure()) => {
+                    Some("has not the labels of rollout.canary".to_owned())
+                }
+                true if standing.wanted => None,
                 true => {
                     let pod = pods()?.iter().find(here)?;
                     Some(format!("has pods with kata, such as {}", pod.name))
@@ -178,6 +186,7 @@ impl<'a> Scene<'a> {
         turn::take(
             &self.config.name_any(),
             &cast.standings,
+            cast.most,
             self.measure(),
             &|node| self.removable(&cast, node),
             decision,
@@ -193,7 +202,9 @@ impl<'a> Scene<'a> {
         };
         pool.wanted.retain(|name| !self.skipped.contains(name.as_str()));
         let peer_pods = self.config.spec.enable_peer_pods.then_some(Hold::PeerPods);
-        let refusal = self.invalid().map(Hold::Spec).or(peer_pods).or(refusal);
+        let most = self.config.spec.rollout.most(pool.wanted.len());
+        let wrong = self.invalid().or_else(|| most.as_ref().err().cloned());
+        let refusal = wrong.map(Hold::Spec).or(peer_pods).or(refusal);
         let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if self.in_the_way(pods).next().is_none());
         let claimed = |node: &Node| node.record.claimed() && !self.skipped.contains(node.name.as_str());
         let begun = !self.world.runtime_class.is_some_and(|class| class.ours);
@@ -222,6 +233,7 @@ impl<'a> Scene<'a> {
             hold,
             standings,
             free_of_pods,
+            most: most.unwrap_or(1),
         }
     }
 

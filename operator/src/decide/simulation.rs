@@ -2,6 +2,7 @@
 //! never happens, and there is always progress or a reason that is told.
 
 use jiff::SignedDuration;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 use proptest::prelude::*;
 
@@ -41,6 +42,9 @@ enum Happening {
     Select(Option<usize>),
     Level(bool),
     PeerPods(bool),
+    MaxUnavailable(i32),
+    Pause(bool),
+    Canary(Option<usize>),
     Retry(u8),
     Skip(usize),
     Upgrade(u8),
@@ -78,6 +82,9 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => proptest::option::of(node.clone()).prop_map(Happening::Select),
         1 => any::<bool>().prop_map(Happening::Level),
         1 => any::<bool>().prop_map(Happening::PeerPods),
+        1 => (1..4_i32).prop_map(Happening::MaxUnavailable),
+        1 => any::<bool>().prop_map(Happening::Pause),
+        1 => proptest::option::of(node.clone()).prop_map(Happening::Canary),
         1 => any::<u8>().prop_map(Happening::Retry),
         1 => node.prop_map(Happening::Skip),
         1 => (0..3_u8).prop_map(Happening::Upgrade),
@@ -181,6 +188,16 @@ fn happens_to_configs(cluster: &mut Cluster, happening: &Happening) {
             Happening::Level(debug) => cluster.respec(name, |config| {
                 config.spec.log_level = if debug { LogLevel::Debug } else { LogLevel::Info };
             }),
+            Happening::MaxUnavailable(most) => {
+                cluster.most = cluster.most.max(usize::try_from(most).unwrap());
+                cluster.respec(name, |config| config.spec.rollout.max_unavailable = Some(IntOrString::Int(most)));
+            }
+            Happening::Pause(paused) => cluster.respec(name, |config| config.spec.rollout.paused = paused),
+            Happening::Canary(index) => {
+                let label = |index: usize| ("kubernetes.io/hostname".to_owned(), NODES[index].to_owned());
+                let canary = index.map(|index| [label(index)].into());
+                cluster.respec(name, |config| config.spec.rollout.canary = canary);
+            }
             Happening::PeerPods(on) => cluster.respec(name, |config| config.spec.enable_peer_pods = on),
             Happening::Retry(word) => {
                 if let Some(config) = cluster.config(name) {
@@ -210,6 +227,8 @@ fn progress_or_a_reason(cluster: &mut Cluster) {
         return;
     };
     let name = config.name_any();
+    let rollout = &config.spec.rollout;
+    let held = rollout.paused || rollout.canary.is_some();
     let (in_progress, reason, message) = cluster.condition(&name);
     let lists = cluster.lists(&name);
     if in_progress == "False" || reason == "Failed" {
@@ -223,7 +242,7 @@ fn progress_or_a_reason(cluster: &mut Cluster) {
     let mut nodes = waiting.into_iter().flatten();
     let unfit = nodes.any(|name| {
         let node = cluster.world.nodes.iter().find(|node| node.name == *name).unwrap();
-        !node.ready || node.unschedulable || cluster.pods.iter().any(|pod| pod.node.as_ref() == Some(name))
+        held || !node.ready || node.unschedulable || cluster.pods.iter().any(|pod| pod.node.as_ref() == Some(name))
     });
     let under_way = !cluster.world.runs.is_empty();
     assert!(
@@ -249,6 +268,7 @@ fn calm_down(cluster: &mut Cluster) {
     for name in CONFIGS {
         cluster.respec(name, |config| {
             config.spec.enable_peer_pods = false;
+            (config.spec.rollout.paused, config.spec.rollout.canary) = (false, None);
             config.annotations_mut().remove(SKIP_NODES);
         });
     }

@@ -7,7 +7,7 @@ use super::{
     results::{self, Outcome},
     world::{KATA, Node, Record, Refused, Run, Settings},
 };
-use crate::report::Verb;
+use crate::{api::Rollout, report::Verb};
 
 /// How long a node may be not Ready before that is called a failure of what was done to it.
 const UNREADY: SignedDuration = SignedDuration::from_mins(5);
@@ -42,6 +42,7 @@ pub(super) struct Measure<'a> {
     pub(super) purpose: &'a str,
     pub(super) clock: &'a Clock,
     pub(super) refused: Option<&'a Refused>,
+    pub(super) rollout: &'a Rollout,
 }
 
 /// A node and where it is.
@@ -146,11 +147,22 @@ impl<'a> Standing<'a> {
         self.barred(measure).is_some() || (self.failures(measure) > 0 && last.is_some_and(|last| last.refused))
     }
 
+    /// Its turn may come: it is a canary, where there are some.
+    pub(super) fn chosen(&self, measure: Measure<'_>) -> bool {
+        let mut canary = measure.rollout.canary.iter().flatten();
+        canary.all(|(label, value)| self.node.labels.get(label) == Some(value))
+    }
+
+    /// It is being changed, or has not recovered from it.
+    pub(super) fn changing(&self, measure: Measure<'_>) -> bool {
+        self.hurt(measure) || self.run.as_ref().is_some_and(|(run, _)| run.order.verb != Verb::Verify)
+    }
+
     /// Kata cannot be put on it now, for a reason of its own: the cluster is complete without it.
     pub(super) fn unable(&self, measure: Measure<'_>) -> bool {
         match self.place {
             Place::FailedToInstall => self.unfit(measure),
-            Place::WaitingToInstall => !self.node.ready || self.node.unschedulable,
+            Place::WaitingToInstall => !self.node.ready || self.node.unschedulable || !self.chosen(measure),
             _ => false,
         }
     }

@@ -94,6 +94,8 @@ impl Reason {
 pub(super) struct Facts {
     /// The RuntimeClass is there.
     pub(super) runtime_class: bool,
+    /// No node is begun.
+    pub(super) paused: bool,
     /// The nodes that are waited for, each with what it waits for.
     pub(super) waiting: Vec<String>,
 }
@@ -164,6 +166,7 @@ fn progressing(reason: &Reason, facts: &Facts) -> (bool, &'static str, String) {
     };
     match reason {
         Reason::Failed { .. } => (false, "Failed", message),
+        _ if in_progress && facts.paused => (false, "Paused", "spec.rollout.paused is true: no node is begun".into()),
         _ if in_progress && facts.waiting.is_empty() => (true, word, message),
         // Whatever else is to be done goes on.
         _ if in_progress => (true, "WaitingForNodes", waiting()),

@@ -1,4 +1,4 @@
-//! Whose turn it is. There is one installer pod at a time in the cluster.
+//! Whose turn it is. So many nodes are changed at a time as the KataConfig says; looking at nodes disturbs nobody.
 
 use super::{
     output::{About, Action, Decision, Note},
@@ -8,7 +8,10 @@ use super::{
 };
 use crate::report::Verb;
 
-/// Starts the installer on the node whose turn it is, if any.
+/// How many nodes are looked at, at a time: each is a pod that is there for a few seconds.
+pub(super) const LOOKS: usize = 10;
+
+/// Starts the installer on the nodes whose turn it is, if any. `most` is how many may be changed at a time.
 ///
 /// The last by name comes first, as in the guide's tables. A failed node stops all others until it is due again, and
 /// then comes before them. One that is not fit stops nobody, nor does one that is not Ready, unless it became so when
@@ -16,24 +19,31 @@ use crate::report::Verb;
 pub(super) fn take(
     config: &str,
     standings: &[Standing<'_>],
+    most: usize,
     measure: Measure<'_>,
     removable: &dyn Fn(&Node) -> bool,
     decision: &mut Decision,
 ) {
-    let under_way = |standing: &Standing<'_>| standing.run.is_some() || standing.hurt(measure);
     let refused = measure.refused.filter(|refused| refused.purpose == measure.purpose);
     let refused = refused.is_some_and(|refused| !measure.clock.passed(refused.at, measure.settings.retry_first));
-    if refused || standings.iter().any(under_way) {
+    if refused {
         return;
     }
     let stops = |standing: &Standing<'_>| standing.node.ready && is_failed(standing) && !standing.unfit(measure);
     let stopped = standings.iter().any(stops);
-    let next = standings
+    let ready = standings
         .iter()
-        .filter(|standing| !stopped || stops(standing))
+        .filter(|standing| standing.run.is_none() && (!stopped || stops(standing)));
+    let mut next: Vec<_> = ready
         .filter_map(|standing| ready_for(standing, measure, removable))
-        .max_by_key(|(standing, verb)| (!standing.unfit(measure), urgency(*verb), &standing.node.name));
-    if let Some((standing, verb)) = next {
+        .collect();
+    next.sort_by_key(|(standing, verb)| (!standing.unfit(measure), urgency(*verb), &standing.node.name));
+    let changing = standings.iter().filter(|standing| standing.changing(measure)).count();
+    let looking = standings.iter().filter(|standing| standing.run.is_some()).count();
+    let (looks, changes): (Vec<_>, Vec<_>) = next.into_iter().rev().partition(|(_, verb)| *verb == Verb::Verify);
+    let changes = changes.into_iter().take(most.saturating_sub(changing));
+    let looks = looks.into_iter().take(LOOKS.saturating_sub(looking));
+    for (standing, verb) in changes.chain(looks) {
         start(config, standing, verb, measure, decision);
     }
 }
@@ -61,7 +71,10 @@ fn ready_for<'s, 'n>(
         return None;
     }
     match standing.place {
-        Place::WaitingToInstall | Place::FailedToInstall => (!node.unschedulable).then_some((standing, Verb::Install)),
+        Place::WaitingToInstall | Place::FailedToInstall => {
+            let wanted = !node.unschedulable && !measure.rollout.paused && standing.chosen(measure);
+            wanted.then_some((standing, Verb::Install))
+        }
         Place::WaitingToUninstall | Place::FailedToUninstall => removable(node).then_some((standing, Verb::Uninstall)),
         Place::Installed => standing.to_be_verified(measure).then_some((standing, Verb::Verify)),
         Place::Nowhere | Place::Installing | Place::Uninstalling => None,

@@ -405,3 +405,106 @@ fn machines_read_whether_kata_is_available_progressing_and_degraded() {
         config.metadata.generation
     );
 }
+
+fn rolling_out(rollout: serde_json::Value, nodes: usize) -> Cluster {
+    let names: Vec<String> = (0..nodes).map(|number| format!("worker-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut cluster = Cluster::new(&names);
+    cluster.most = nodes;
+    cluster.create(NAME, json!({"rollout": rollout}));
+    cluster.rest();
+    cluster
+}
+
+#[test]
+fn so_many_nodes_are_changed_at_once_as_the_rollout_says() {
+    for (most, nodes, at_once) in [
+        (json!(3), 7, 3),
+        (json!("50%"), 7, 3),
+        (json!("1%"), 7, 1),
+        (json!(9), 4, 4),
+    ] {
+        let mut cluster = rolling_out(json!({"maxUnavailable": most}), nodes);
+        assert_eq!(cluster.lists(NAME).installing.len(), at_once, "{most}");
+        // One that is down after its installation counts.
+        cluster.run_starts();
+        cluster.run_succeeds();
+        let done = cluster.world.runs[0].order.node.clone();
+        cluster.rest();
+        cluster.tick(SignedDuration::from_secs(1));
+        goes_down(&mut cluster, &done, false);
+        cluster.tick(SignedDuration::from_secs(30));
+        cluster.rest();
+        assert_eq!(cluster.lists(NAME).installing.len(), at_once - 1, "{most}");
+        goes_down(&mut cluster, &done, true);
+        cluster.run_all();
+        assert_eq!(cluster.lists(NAME).installed.len(), nodes);
+    }
+    let mut cluster = rolling_out(json!({"maxUnavailable": "half"}), 2);
+    assert_eq!(cluster.condition(NAME).1, "InvalidSpec");
+    assert!(cluster.condition(NAME).2.contains("rollout.maxUnavailable: \"half\""));
+}
+
+#[test]
+fn a_paused_rollout_begins_no_node() {
+    let mut cluster = rolling_out(json!({}), 2);
+    cluster.respec(NAME, |config| config.spec.rollout.paused = true);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).installed, ["worker-1"]);
+    assert_eq!(cluster.lists(NAME).waiting_to_install, ["worker-0"]);
+    assert_eq!(condition(&mut cluster, "Progressing").0, "False Paused");
+    cluster.respec(NAME, |config| config.spec.rollout.paused = false);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+    // A deletion goes on.
+    cluster.respec(NAME, |config| config.spec.rollout.paused = true);
+    cluster.delete(NAME);
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+}
+
+#[test]
+fn canaries_go_first_and_alone() {
+    let mut cluster = rolling_out(json!({"canary": {"kubernetes.io/hostname": "worker-0"}}), 3);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
+    // Pods can be tried there.
+    assert_eq!(condition(&mut cluster, "Available").0, "True Installed");
+    let (_, message) = condition(&mut cluster, "Progressing");
+    assert!(
+        message.starts_with("worker-1 has not the labels of rollout.canary; worker-2"),
+        "{message}"
+    );
+    cluster.respec(NAME, |config| config.spec.rollout.canary = None);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 3);
+    cluster.world.settings.version = "0.2.0-9f8e7d6c".into();
+    cluster.respec(NAME, |config| {
+        config.spec.rollout.canary = Some([("kubernetes.io/hostname".into(), "worker-1".into())].into());
+    });
+    cluster.run_all();
+    let versions: Vec<_> = cluster
+        .world
+        .nodes
+        .iter()
+        .map(|node| node.record.version.clone().unwrap())
+        .collect();
+    assert_eq!(versions, [fixtures::VERSION, "0.2.0-9f8e7d6c", fixtures::VERSION]);
+    assert!(cluster.ready_nodes().values().all(|ready| *ready == Some(true)));
+}
+
+#[test]
+fn a_verification_that_hangs_holds_up_no_installation() {
+    let mut cluster = installed(&["worker-0"]);
+    verifying(&mut cluster, "worker-0");
+    cluster.world.nodes.push(fixtures::node("worker-1"));
+    cluster.rest();
+    assert_eq!(cluster.lists(NAME).installing, ["worker-1"]);
+    // Looking is for many at a time.
+    let names: Vec<String> = (10..40).map(|number| format!("worker-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut cluster = installed(&names);
+    cluster.tick(SignedDuration::from_hours(24));
+    cluster.rest();
+    assert_eq!(cluster.world.runs.len(), 10);
+}
