@@ -96,6 +96,7 @@ pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
     let work = async {
         let lease = leadership.acquire().await;
         info!(identity = options.identity, "leading");
+        metrics.leader.set(1);
         select! {
             () = leadership.hold(lease) => {}
             () = Controller::new(client, options, metrics).go() => {}
@@ -215,7 +216,7 @@ impl Controller {
         } else {
             self.watches.leave_pods();
         }
-        self.metrics.show(&decision.nodes);
+        self.metrics.show(&decision.nodes, !world.configs.is_empty());
         match self.hands.carry_out(&world, &decision).await {
             Err(ActError::Refused(refused)) => {
                 warn!(node = refused.node, "the installer's pod is refused: {}", refused.text);

@@ -60,7 +60,7 @@ pub use self::{
     selector::{Selector, SelectorError},
     world::{
         FINALIZER, Host, KATA, KataPod, LastRun, Node, Order, Progress, RETRY, Record, Refused, Run, RuntimeClass,
-        SKIP_NODES, Settings, World,
+        SKIP_NODES, Settings, UnreadRun, World,
     },
 };
 use crate::api::{KataConfig, KataNodes};

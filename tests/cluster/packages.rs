@@ -145,6 +145,7 @@ fn values(server: &ApiServer) -> Result {
         "restartCommand=rc-service containerd restart",
         "settle=1s",
         "retryFirst=10s",
+        "imagePullSecrets={registry,mirror}",
         "namespace.create=false",
     ];
     let made = rendered(server, &settings)?;
@@ -161,11 +162,32 @@ fn values(server: &ApiServer) -> Result {
         "registry.example.com/operator@sha256:00",
     )?;
     same("the policy", &controller["imagePullPolicy"], "Always")?;
+    let secrets = &deployment["spec"]["template"]["spec"]["imagePullSecrets"];
+    same(
+        "the secrets",
+        secrets,
+        &json!([{ "name": "registry" }, { "name": "mirror" }]),
+    )?;
+    for (wrong, word) in [
+        ("settel=1s", "settel"),
+        ("settle=10", "settle"),
+        ("replicas=0", "replicas"),
+    ] {
+        let chart = deploy("chart").display().to_string();
+        let output = finish(
+            &mut helm(server, &["template", "sandpod", &chart, "--set", wrong])?,
+            None,
+            run::ORDINARY,
+        )?;
+        claim(output.code != 0, format!("{wrong} is taken"))?;
+        contains("what helm says", &output.errors(), word)?;
+    }
     let variables = controller["env"].as_array().into_iter().flatten();
     let set: BTreeMap<_, _> = variables
         .filter_map(|variable| Some((variable["name"].as_str()?, variable["value"].as_str()?)))
         .collect();
     let expected = [
+        ("SANDPOD_IMAGE_PULL_SECRETS", "registry,mirror"),
         ("SANDPOD_INSTALLER_IMAGE", "registry.example.com/installer@sha256:01"),
         ("SANDPOD_PREFIX", "/var/lib/sandpod"),
         ("SANDPOD_RESTART_COMMAND", "rc-service containerd restart"),
@@ -290,6 +312,12 @@ fn bundle(_: &ApiServer) -> Result {
         "the rights in the namespace",
         &install["permissions"][0]["rules"],
         &json!(own),
+    )?;
+    let installers = rules(&format!("Role {NAMESPACE}/sandpod-installer"));
+    same(
+        "the rights of the installer's pods",
+        &install["permissions"][1],
+        &json!({ "serviceAccountName": "sandpod-installer", "rules": installers }),
     )?;
     let deployment = &manifest[&format!("Deployment {NAMESPACE}/sandpod-operator")];
     same(

@@ -25,11 +25,16 @@ struct Build {
     version: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NoLabels {}
+
 /// All metrics.
 pub(super) struct Metrics {
     registry: Registry,
     nodes: Family<State, Gauge>,
-    success: Gauge,
+    success: Family<NoLabels, Gauge>,
+    /// 1 while this controller leads.
+    pub(super) leader: Gauge,
     install_seconds: Histogram,
     install_failures: Family<Reason, Counter>,
     /// Passes that ended with an error.
@@ -40,7 +45,8 @@ impl Metrics {
     pub(super) fn new(version: &str) -> Metrics {
         let mut registry = Registry::default();
         let nodes = Family::<State, Gauge>::default();
-        let success = Gauge::default();
+        let success = Family::<NoLabels, Gauge>::default();
+        let leader = Gauge::default();
         let install_seconds = Histogram::new([1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0]);
         let install_failures = Family::<Reason, Counter>::default();
         let reconcile_errors = Counter::default();
@@ -57,9 +63,10 @@ impl Metrics {
         );
         registry.register(
             "kata_config_installation_success",
-            "1 when every wanted node has kata, else 0",
+            "1 when every wanted node has kata, else 0; absent without a KataConfig, and from a controller that does not lead",
             success.clone(),
         );
+        registry.register("kata_operator_leader", "1 while this controller leads", leader.clone());
         registry.register(
             "kata_operator_node_install_seconds",
             "From the making of an installer pod to its success",
@@ -80,14 +87,15 @@ impl Metrics {
             registry,
             nodes,
             success,
+            leader,
             install_seconds,
             install_failures,
             reconcile_errors,
         }
     }
 
-    /// Shows the lists of the KataConfig that is in force.
-    pub(super) fn show(&self, counts: &KataNodes) {
+    /// Shows the lists of the KataConfig that is in force, if there is one.
+    pub(super) fn show(&self, counts: &KataNodes, in_force: bool) {
         let states = [
             ("installed", &counts.installed),
             ("installing", &counts.installing),
@@ -105,8 +113,11 @@ impl Metrics {
                 .get_or_create(&label)
                 .set(i64::try_from(names.len()).unwrap_or(i64::MAX));
         }
+        if !in_force {
+            return self.success.clear();
+        }
         let all = counts.node_count > 0 && counts.node_count == counts.ready_node_count;
-        self.success.set(i64::from(all));
+        self.success.get_or_create(&NoLabels {}).set(i64::from(all));
     }
 
     /// Counts runs that have ended.

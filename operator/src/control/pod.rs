@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{NAME, Options};
 use crate::{
-    decide::{Order, Progress, Run},
+    decide::{Order, Progress, Run, UnreadRun},
     report::{Problem, Report, Verb},
 };
 
@@ -18,6 +18,8 @@ pub(super) const INSTALLER: &str = "installer";
 const ORDER: &str = "sandpod.io/order";
 /// The only container.
 const CONTAINER: &str = "installer";
+/// The service account of the installer's pods, of which they have no token.
+const ACCOUNT: &str = "sandpod-installer";
 /// How long a run may take before its kubelet ends it. Unpacking to a slow disk and one restart of the CRI take a
 /// minute or two; the image comes before that, and a CRI that does not come back is waited for twice.
 const DEADLINE_SECONDS: i64 = 1200;
@@ -29,7 +31,7 @@ const DEADLINE_SECONDS: i64 = 1200;
 /// that it is pinned to is within its reach. It has no priority and requests nothing: for a pod of a critical priority
 /// class the kubelet of a full node would end pods of users.
 pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
-    json!({
+    let mut pod = json!({
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
@@ -45,6 +47,7 @@ pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
         "spec": {
             "nodeName": order.node,
             "restartPolicy": "Never",
+            "serviceAccountName": ACCOUNT,
             "automountServiceAccountToken": false,
             "enableServiceLinks": false,
             "tolerations": [{"operator": "Exists"}],
@@ -53,7 +56,12 @@ pub(super) fn pod(name: &str, order: &Order, options: &Options) -> Value {
             "containers": [container(order, options)],
             "volumes": [{"name": "host", "hostPath": {"path": "/", "type": "Directory"}}],
         },
-    })
+    });
+    if !options.image_pull_secrets.is_empty() {
+        let secrets = options.image_pull_secrets.iter();
+        pod["spec"]["imagePullSecrets"] = secrets.map(|name| json!({"name": name})).collect();
+    }
+    pod
 }
 
 fn container(order: &Order, options: &Options) -> Value {
@@ -101,7 +109,23 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
     words.into_iter().map(str::to_owned).collect()
 }
 
-/// The run that a pod is; none when it was not made by us.
+/// A pod of the installer whose order cannot be read: another version of the operator has made it.
+pub(super) fn unread(pod: &Pod) -> UnreadRun {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    UnreadRun {
+        name: pod.name_any(),
+        uid: pod.uid().unwrap_or_default(),
+        node: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.clone())
+            .unwrap_or_default(),
+        ended: matches!(phase, Some("Succeeded" | "Failed")),
+        deleted: pod.metadata.deletion_timestamp.is_some(),
+    }
+}
+
+/// The run that a pod is; none when its order cannot be read.
 pub(super) fn run(pod: &Pod) -> Option<Run> {
     let order = serde_json::from_str(pod.annotations().get(ORDER)?).ok()?;
     let created = pod.creation_timestamp()?.0;
@@ -206,6 +230,7 @@ mod tests {
             version: "0.1.0-1a2b3c4d".into(),
             prefix: "/opt/sandpod".into(),
             restart_command: None,
+            image_pull_secrets: Vec::new(),
             listen: ([127, 0, 0, 1], 0).into(),
             identity: "me".into(),
             retry_first: SignedDuration::from_mins(1),
@@ -255,6 +280,19 @@ mod tests {
             serde_json::to_value(typed).unwrap(),
             made,
             "a field that the API does not know"
+        );
+    }
+
+    #[test]
+    fn a_pod_names_the_secrets_for_its_image() {
+        let options = Options {
+            image_pull_secrets: vec!["registry".into(), "mirror".into()],
+            ..options()
+        };
+        let made = pod("p", &order(), &options);
+        assert_eq!(
+            made["spec"]["imagePullSecrets"],
+            json!([{"name": "registry"}, {"name": "mirror"}])
         );
     }
 

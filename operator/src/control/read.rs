@@ -24,7 +24,7 @@ use crate::{
 
 /// The label that says that we made something.
 pub(super) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-/// How many pods are asked for at a time.
+/// How many pods or nodes are asked for at a time.
 const PAGE: u32 = 500;
 
 pub(super) struct Eyes {
@@ -58,12 +58,17 @@ impl Eyes {
         let invalid_specs = configs.iter().map(KataConfig::name_any).zip(wrong);
         let invalid_specs = invalid_specs.filter_map(|(name, why)| Some((name, why?))).collect();
         let runs = self.runs.list(&installers).await?.items;
-        let nodes = self.nodes.list(&all).await?.items;
+        let nodes = self.nodes().await?;
         let runtime_class = self.runtime_classes.get_opt(KATA).await?;
         Ok(World {
             configs,
             invalid_specs,
-            nodes: nodes.iter().map(node).collect(),
+            nodes,
+            unread_runs: runs
+                .iter()
+                .filter(|made| pod::run(made).is_none())
+                .map(pod::unread)
+                .collect(),
             runs: runs.iter().filter_map(pod::run).collect(),
             kata_pods: None,
             runtime_class: runtime_class.map(|class| RuntimeClass {
@@ -73,6 +78,20 @@ impl Eyes {
             settings: settings.clone(),
             now: Timestamp::now(),
         })
+    }
+
+    /// All nodes, a page at a time: a node's list of images alone is some 20 KiB.
+    async fn nodes(&self) -> Result<Vec<Node>, kube::Error> {
+        let mut found = Vec::new();
+        let mut page = ListParams::default().limit(PAGE);
+        loop {
+            let list = self.nodes.list(&page).await?;
+            found.extend(list.items.iter().map(node));
+            match list.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return Ok(found),
+            }
+        }
     }
 
     /// The pods that use kata now, of all namespaces, by whichever RuntimeClass. They cannot be selected by that field.

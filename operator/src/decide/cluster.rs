@@ -202,7 +202,12 @@ impl Cluster {
                     progress: Progress::Pending(None),
                 });
             }
-            Action::DeleteRun { name, uid } => self.world.runs.retain(|run| (&run.name, &run.uid) != (name, uid)),
+            Action::DeleteRun { name, uid } => {
+                self.world.runs.retain(|run| (&run.name, &run.uid) != (name, uid));
+                self.world
+                    .unread_runs
+                    .retain(|run| (&run.name, &run.uid) != (name, uid));
+            }
             Action::CreateRuntimeClass(_) => self.world.runtime_class = Some(RuntimeClass { ours: true }),
             Action::DeleteRuntimeClass => {
                 let skipped = |pod: &KataPod| pod.node.as_ref().is_some_and(|node| self.skipped.contains(node));

@@ -66,6 +66,7 @@ pub fn world(nodes: &[&str]) -> World {
         invalid_specs: BTreeMap::new(),
         nodes: nodes.iter().map(|name| node(name)).collect(),
         runs: Vec::new(),
+        unread_runs: Vec::new(),
         kata_pods: None,
         runtime_class: None,
         refused: None,

@@ -105,6 +105,7 @@ impl<'a> Scene<'a> {
             clock: self.clock,
             refused: self.world.refused.as_ref(),
             rollout: &self.config.spec.rollout,
+            unread_runs: &self.world.unread_runs,
         }
     }
 
@@ -329,6 +330,11 @@ impl<'a> Scene<'a> {
                 decision.actions.push(delete(run));
             }
         }
+        let unread = self.world.unread_runs.iter().filter(|run| run.ended && !run.deleted);
+        decision.actions.extend(unread.map(|run| Action::DeleteRun {
+            name: run.name.clone(),
+            uid: run.uid.clone(),
+        }));
         for standing in &cast.standings {
             let Some((run, Some(outcome))) = &standing.run else {
                 continue;

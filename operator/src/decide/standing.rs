@@ -5,7 +5,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{
     clock::{Clock, after},
     results::{self, Outcome},
-    world::{KATA, Node, Record, Refused, Run, Settings},
+    world::{KATA, Node, Record, Refused, Run, Settings, UnreadRun},
 };
 use crate::{api::Rollout, report::Verb};
 
@@ -43,6 +43,7 @@ pub(super) struct Measure<'a> {
     pub(super) clock: &'a Clock,
     pub(super) refused: Option<&'a Refused>,
     pub(super) rollout: &'a Rollout,
+    pub(super) unread_runs: &'a [UnreadRun],
 }
 
 /// A node and where it is.
@@ -153,9 +154,15 @@ impl<'a> Standing<'a> {
         canary.all(|(label, value)| self.node.labels.get(label) == Some(value))
     }
 
+    /// Nothing is known to be done on it.
+    pub(super) fn idle(&self, measure: Measure<'_>) -> bool {
+        self.run.is_none() && measure.unread_runs.iter().all(|run| run.node != self.node.name)
+    }
+
     /// It is being changed, or has not recovered from it.
     pub(super) fn changing(&self, measure: Measure<'_>) -> bool {
-        self.hurt(measure) || self.run.as_ref().is_some_and(|(run, _)| run.order.verb != Verb::Verify)
+        let looked_at = |(run, _): &(&Run, _)| run.order.verb == Verb::Verify;
+        self.hurt(measure) || !(self.idle(measure) || self.run.as_ref().is_some_and(looked_at))
     }
 
     /// Kata cannot be put on it now, for a reason of its own: the cluster is complete without it.

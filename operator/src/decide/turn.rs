@@ -33,7 +33,7 @@ pub(super) fn take(
     let stopped = standings.iter().any(stops);
     let ready = standings
         .iter()
-        .filter(|standing| standing.run.is_none() && (!stopped || stops(standing)));
+        .filter(|standing| standing.idle(measure) && (!stopped || stops(standing)));
     let mut next: Vec<_> = ready
         .filter_map(|standing| ready_for(standing, measure, removable))
         .collect();

@@ -33,6 +33,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     /// The installer's pods.
     pub runs: Vec<Run>,
+    /// The installer's pods whose orders cannot be read.
+    pub unread_runs: Vec<UnreadRun>,
     /// Pods that use kata and have not ended, listed after everything else; or why they could not be listed. None while
     /// nobody has asked: a decision that depends on them says so ([`super::Decision::awaits_pods`]) and does nothing
     /// that they could forbid.
@@ -193,6 +195,22 @@ pub struct Run {
     pub deleted: bool,
     /// How far it is.
     pub progress: Progress,
+}
+
+/// A pod of the installer that another version of the operator has made, in words that this one does not know. Nothing
+/// is begun on its node before it has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadRun {
+    /// The pod's name.
+    pub name: String,
+    /// The pod's uid.
+    pub uid: String,
+    /// The name of the node that it was made for.
+    pub node: String,
+    /// It has ended.
+    pub ended: bool,
+    /// Somebody has deleted the pod, and its kubelet has not confirmed it.
+    pub deleted: bool,
 }
 
 /// What a run of the installer is made for. The pod carries all of it, so that a controller that starts later can read

@@ -56,7 +56,7 @@ fn one_file(rig: &mut Rig<'_>) -> Result {
     };
     let folder = folder.display().to_string();
     let kustomized = objects(&["-k", &folder], None)?;
-    same("the objects", kustomized.len(), 20)?;
+    same("the objects", kustomized.len(), 23)?;
     same(
         "the objects of the one file",
         objects(&["-f", "-"], Some(&install()?))?,
@@ -209,6 +209,7 @@ fn health(rig: &mut Rig<'_>) -> Result {
     let metrics = get("/metrics")?;
     for line in [
         "kata_config_installation_success 1",
+        "kata_operator_leader 1",
         "kata_operator_nodes{state=\"installed\"} 1",
         "kata_operator_node_install_seconds_count 1",
         "kata_operator_reconcile_errors_total 0",

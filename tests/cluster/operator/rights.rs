@@ -22,20 +22,19 @@ const EVERYBODYS: &[&str] = &[
 ];
 
 const CLUSTER: &[&str] = &[
-    "kataconfigs.kataconfiguration.openshift.io [] [] [get list watch patch]",
+    "kataconfigs.kataconfiguration.openshift.io [] [] [list watch patch]",
     "kataconfigs.kataconfiguration.openshift.io/finalizers [] [] [update]",
     "kataconfigs.kataconfiguration.openshift.io/status [] [] [patch]",
-    "nodes [] [] [get list watch patch]",
+    "nodes [] [] [list watch patch]",
     "pods [] [] [list watch]",
     "runtimeclasses.node.k8s.io [] [] [list watch create]",
-    "runtimeclasses.node.k8s.io [] [kata] [get patch delete]",
+    "runtimeclasses.node.k8s.io [] [kata] [get delete]",
 ];
 
 const OWN: &[&str] = &[
     "leases.coordination.k8s.io [] [] [create]",
-    "leases.coordination.k8s.io [] [sandpod-operator] [get update patch]",
-    "pods [] [] [list watch get create delete]",
-    "securitycontextconstraints.security.openshift.io [] [privileged] [use]",
+    "leases.coordination.k8s.io [] [sandpod-operator] [get update]",
+    "pods [] [] [list watch create delete]",
 ];
 
 const DEFAULT: &[&str] = &["events.events.k8s.io [] [] [create]"];

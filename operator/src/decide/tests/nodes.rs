@@ -508,3 +508,22 @@ fn a_verification_that_hangs_holds_up_no_installation() {
     cluster.rest();
     assert_eq!(cluster.world.runs.len(), 10);
 }
+
+#[test]
+fn a_pod_of_another_version_of_the_operator_is_waited_for() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.world.unread_runs.push(crate::decide::UnreadRun {
+        name: "kata-install-worker-1-1234".into(),
+        uid: "u".into(),
+        node: "worker-1".into(),
+        ended: false,
+        deleted: false,
+    });
+    cluster.create(NAME, json!({}));
+    cluster.rest();
+    assert!(cluster.world.runs.is_empty());
+    cluster.world.unread_runs[0].ended = true;
+    cluster.run_all();
+    assert!(cluster.world.unread_runs.is_empty());
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+}
