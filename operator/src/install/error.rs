@@ -63,6 +63,14 @@ pub enum InstallError {
         /// The file, as the node sees it.
         path: PathBuf,
     },
+    /// Something that others could change, or have made, where the installer's own folder belongs.
+    #[error("{path} {how}: remove it and try again")]
+    UnsafeFolder {
+        /// The folder, as the node sees it.
+        path: PathBuf,
+        /// What is wrong with it.
+        how: String,
+    },
     /// The handler is ours, below another prefix.
     #[error("Sandpod is installed in {prefix}: uninstall it there first, or use --prefix {prefix}")]
     OtherPrefix {
@@ -232,7 +240,7 @@ impl InstallError {
             Self::NoCri { .. } | Self::Silent { .. } => Code::NoCri,
             Self::CriTooOld { .. } => Code::CriTooOld,
             Self::ForeignHandler { .. } | Self::HandlerPresent { .. } => Code::ForeignHandler,
-            Self::ForeignFile { .. } => Code::ForeignFile,
+            Self::ForeignFile { .. } | Self::UnsafeFolder { .. } => Code::ForeignFile,
             Self::OtherPrefix { .. } => Code::OtherPrefix,
             Self::NotImported { .. } => Code::DropInNotRead,
             Self::ConfigInvalid { .. } => Code::ConfigInvalid,

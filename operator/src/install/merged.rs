@@ -2,7 +2,8 @@
 //! CRI would start with it.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -13,7 +14,8 @@ use super::{
     cri::{HANDLER, Kind, Version},
     dropin::{DropIn, MARK},
     error::{Context, InstallError, Result},
-    files::{self, Host, SCRATCH},
+    files::{self, Host},
+    runtime_folder::RuntimeFolder,
 };
 
 /// CRI-O's files.
@@ -189,34 +191,22 @@ fn covers(sources: &[Source]) -> bool {
 }
 
 /// Asks the CRI's own program whether it would start with these files, where the node has the program that is running.
+/// What it is asked about lies in the installer's folder meanwhile.
 ///
 /// # Errors
 /// It says no.
-pub fn validate(host: &Host, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
+pub fn validate(host: &Host, folder: &RuntimeFolder, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
     let Some(program) = program_of(host, kind, version) else {
         return Ok(());
     };
-    let scratch = scratch(host);
-    files::remove_tree(&scratch)?;
+    // Not in a folder of the CRI's, where everything is read.
+    let scratch = folder.scratch()?;
     let verdict = match kind {
-        Kind::Crio => crio_verdict(host, &program, &scratch, ours),
-        Kind::Containerd => containerd_verdict(host, &program, &scratch, ours),
+        Kind::Crio => crio_verdict(host, &program, scratch.path(), ours),
+        Kind::Containerd => containerd_verdict(host, &program, scratch.path(), ours),
     };
-    files::remove_tree(&scratch)?;
+    scratch.close().at("remove a folder in", folder.path())?;
     verdict
-}
-
-/// Removes what a run that was killed while it asked the CRI's program left.
-///
-/// # Errors
-/// The kernel's.
-pub fn sweep(host: &Host) -> Result<bool> {
-    files::remove_tree(&scratch(host))
-}
-
-/// Not in a folder of the CRI's, where everything is read.
-fn scratch(host: &Host) -> PathBuf {
-    host.at(format!("/run/lock/.check{SCRATCH}"))
 }
 
 fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
@@ -286,7 +276,8 @@ fn put(scratch: &Path, name: &Path, bytes: &[u8]) -> Result<()> {
     let place = scratch.join(name);
     let folder = place.parent().unwrap_or(scratch);
     fs::create_dir_all(folder).at("create", folder)?;
-    fs::write(&place, bytes).at("write", &place)
+    let mut file = File::create_new(&place).at("create", &place)?;
+    file.write_all(bytes).at("write", &place)
 }
 
 fn verdict(command: &mut Command, what: &str) -> Result<()> {

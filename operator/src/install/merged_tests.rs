@@ -15,7 +15,7 @@ impl Node {
             host: Host::new(root.path()),
             _root: root,
         };
-        fs::create_dir_all(node.host.at("/run/lock")).unwrap();
+        fs::create_dir_all(node.host.at("/run")).unwrap();
         for (path, text) in files {
             node.put(path, text);
         }
@@ -45,8 +45,10 @@ impl Node {
             Kind::Crio => "1.33.0",
             Kind::Containerd => "v2.4.2",
         });
-        let verdict = validate(&self.host, kind, &version, &ours(kind));
-        assert!(files::names(&self.host.at("/run/lock")).unwrap().is_empty());
+        let folder = RuntimeFolder::make(&self.host).unwrap();
+        let verdict = validate(&self.host, &folder, kind, &version, &ours(kind));
+        drop(folder);
+        assert!(files::names(&self.host.at("/run")).unwrap().is_empty());
         verdict.err().map(|error| error.to_string())
     }
 }

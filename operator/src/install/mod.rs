@@ -14,6 +14,7 @@ pub mod merged;
 pub mod payload;
 pub mod preflight;
 pub mod restart;
+pub mod runtime_folder;
 pub mod selinux;
 pub mod state;
 pub mod versions;
@@ -37,6 +38,7 @@ use self::{
     cri::{Cri, Kind},
     error::{Context, InstallError, Result},
     files::Host,
+    lock::NodeLock,
     payload::Payload,
     state::Layout,
 };
@@ -184,9 +186,9 @@ impl<'r> Run<'r> {
 
     /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was
     /// any.
-    fn sweep_scratch(&self) -> Result<bool> {
+    fn sweep_scratch(&self, lock: &NodeLock) -> Result<bool> {
         let host = &self.layout.host;
-        let mut swept = self.layout.sweep_beside()? | merged::sweep(host)?;
+        let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()?;
         for kind in [Kind::Crio, Kind::Containerd] {
             for file in dropin::all(kind, &self.layout.prefix, self.options.log_level) {
                 swept |= files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;

@@ -7,7 +7,9 @@ use super::{
     cri::{Cri, HANDLER},
     dropin::{self, DropIn, MARK},
     error::{InstallError, Result},
-    files, lock, merged, preflight,
+    files,
+    lock::NodeLock,
+    merged, preflight,
     restart::restart,
     selinux,
     state::{Pending, State},
@@ -39,10 +41,10 @@ struct Change {
 /// # Errors
 /// Why the node is not fit, or what failed.
 pub fn install(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let lock = NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    run.sweep_scratch()?;
-    let job = check(run)?;
+    run.sweep_scratch(&lock)?;
+    let job = check(run, &lock)?;
     let mut state = run.layout.load_or_make()?;
     if let Err(error) = place(run, &job) {
         return Err(undone(error, forsake(run, &state, &job)));
@@ -57,7 +59,7 @@ pub fn install(run: &mut Run) -> Result<Phase> {
 }
 
 /// Looks at everything that could be in the way. Changes nothing.
-fn check(run: &mut Run) -> Result<Job> {
+fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     let state = run.layout.load()?;
     let cri = run.cri(None)?;
     preflight::refuse_old(&cri)?;
@@ -86,7 +88,7 @@ fn check(run: &mut Run) -> Result<Job> {
         }
     }
     if changes.iter().any(|change| change.file.of_cri) {
-        merged::validate(&run.layout.host, cri.kind, &cri.version, &wanted)?;
+        merged::validate(&run.layout.host, &lock.folder, cri.kind, &cri.version, &wanted)?;
     }
     Ok(Job {
         cri,

@@ -10,7 +10,8 @@ use super::{
     cri::{Cri, HANDLER, Kind},
     dropin::{self, DropIn, MARK},
     error::{InstallError, Result},
-    files, lock,
+    files,
+    lock::NodeLock,
     restart::restart,
     state::{Pending, State},
     step, versions,
@@ -27,9 +28,9 @@ const PACE: Duration = Duration::from_millis(50);
 /// # Errors
 /// Pods run, or something cannot be taken away.
 pub fn uninstall(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let lock = NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    let swept = run.sweep_scratch()?;
+    let swept = run.sweep_scratch(&lock)?;
     run.refuse_other_prefix()?;
     let state = run.layout.load()?;
     let of_cri = present(run)?;

@@ -3,7 +3,9 @@
 use super::{
     Run, dropin,
     error::{InstallError, Result},
-    files, lock, step, versions,
+    files,
+    lock::NodeLock,
+    step, versions,
 };
 use crate::report::Phase;
 
@@ -12,7 +14,7 @@ use crate::report::Phase;
 /// # Errors
 /// The first thing that is not as it should be.
 pub fn verify(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let _lock = NodeLock::take(&run.layout.host)?;
     step("looking at what is installed");
     let prefix = run.layout.prefix.clone();
     let absent = || InstallError::NotInstalled { prefix: prefix.clone() };
