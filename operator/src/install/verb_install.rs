@@ -49,7 +49,7 @@ pub fn install(run: &mut Run) -> Result<Phase> {
     if let Err(error) = place(run, &job) {
         return Err(undone(error, forsake(run, &state, &job)));
     }
-    let changed = change(run, &job, &mut state)?;
+    let changed = change(run, &job, &mut state)? | versions::protect_locks(&run.layout)?;
     step("sweeping old versions");
     let keep = [Some(job.version.as_str()), state.previous.as_deref()];
     let keep: Vec<_> = keep.into_iter().flatten().collect();

@@ -4,7 +4,7 @@
 //! from it, and its QEMU, find everything of their version until they end.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, Permissions},
     os::unix::fs::{DirBuilderExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
 };
@@ -24,6 +24,8 @@ use super::{
 const INTERPRETER: &str = "lib/ld-linux-x86-64.so.2";
 /// The payload's own libraries.
 const LIBRARIES: &str = "lib";
+/// Who may open a file may lock it, and so keep a version from being removed and pods from being started with it.
+const LOCK_MODE: u32 = 0o600;
 /// The link to the administrator's drop-ins, beside the version's configuration.
 const CONFIG_LINK: &str = "config.d";
 
@@ -61,7 +63,7 @@ pub fn stage(layout: &Layout, payload: &Payload, selinux: selinux::Mode) -> Resu
         });
     }
     files::write(&folder.join(MANIFEST), installed.render().as_bytes(), 0o644)?;
-    files::write(&folder.join(LOCK), b"", 0o644)?;
+    files::write(&folder.join(LOCK), b"", LOCK_MODE)?;
     symlink(CONFIG_FOLDER, folder.join(CONFIG_LINK)).at("create the link", folder.join(CONFIG_LINK))?;
     let folders = payload.manifest.folders();
     let files_too = installed.entries.iter().map(|entry| entry.path.clone());
@@ -163,6 +165,28 @@ fn manifest(folder: &Path) -> Result<Option<Manifest>> {
 pub fn all(layout: &Layout) -> Result<Vec<String>> {
     let names = files::names(&layout.versions())?;
     Ok(names.into_iter().filter(|name| !name.starts_with('.')).collect())
+}
+
+/// Takes the locks of versions that an earlier installer has left open to every user away from them. Whether there were
+/// any.
+///
+/// # Errors
+/// The kernel's.
+pub fn protect_locks(layout: &Layout) -> Result<bool> {
+    let mut changed = false;
+    for name in files::names(&layout.versions())? {
+        let path = layout.versions().join(name).join(LOCK);
+        let mode = match fs::symlink_metadata(&path) {
+            Ok(found) => found.permissions().mode() & 0o7777,
+            Err(error) if files::is_absent(&error) => continue,
+            Err(error) => return Err(error).at("look at", &path),
+        };
+        if mode != LOCK_MODE {
+            fs::set_permissions(&path, Permissions::from_mode(LOCK_MODE)).at("set the mode of", &path)?;
+            changed = true;
+        }
+    }
+    Ok(changed)
 }
 
 /// The first version that a shim runs from.
@@ -337,6 +361,23 @@ mod tests {
         drop(shim);
         assert!(sweep(&place.layout, &[&new]).unwrap());
         assert_eq!(place.all(), [new]);
+    }
+
+    #[test]
+    fn nobody_but_root_can_lock_a_version() {
+        let place = place("/opt/sandpod");
+        let locks = [place.install("1"), place.install("2")].map(|name| place.layout.versions().join(name).join(LOCK));
+        let modes = || {
+            locks
+                .clone()
+                .map(|lock| fs::metadata(lock).unwrap().permissions().mode() & 0o777)
+        };
+        assert_eq!(modes(), [0o600, 0o600]);
+        assert!(!protect_locks(&place.layout).unwrap());
+        // As an earlier installer has left it.
+        fs::set_permissions(&locks[0], Permissions::from_mode(0o644)).unwrap();
+        assert!(protect_locks(&place.layout).unwrap());
+        assert_eq!(modes(), [0o600, 0o600]);
     }
 
     #[test]
