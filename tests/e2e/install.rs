@@ -433,7 +433,7 @@ const BAD: &[Bad] = &[
         right: "sed -i 's/^version = 99/version = 2/' /etc/containerd/config.toml",
         arguments: &[],
         code: Code::ConfigInvalid,
-        sentence: "containerd's configuration with the handler `kata` is not valid: ",
+        sentence: "containerd's configuration is not valid: ",
     },
     Bad {
         what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro tmpfs /opt/read-only",

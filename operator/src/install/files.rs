@@ -92,9 +92,9 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn replace(path: &Path, bytes: &[u8], scratch: &Path) -> Result<()> {
+pub fn replace(path: &Path, bytes: &[u8], scratch: &Path, mode: u32) -> Result<()> {
     let new = scratch_name(path, scratch);
-    write(&new, bytes, 0o644)?;
+    write(&new, bytes, mode)?;
     fs::rename(&new, path).at("move a new file to", path)?;
     sync_parent(path)
 }
@@ -226,8 +226,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (folder, file) = (root.path().join("read-by-all"), root.path().join("read-by-all/50-kata"));
         fs::create_dir(&folder).unwrap();
-        replace(&file, b"one", root.path()).unwrap();
-        replace(&file, b"two", root.path()).unwrap();
+        replace(&file, b"one", root.path(), 0o644).unwrap();
+        replace(&file, b"two", root.path(), 0o644).unwrap();
         assert_eq!(read(&file).unwrap().unwrap(), b"two");
         assert_eq!(names(&folder).unwrap(), ["50-kata"]);
         assert_eq!(names(root.path()).unwrap(), ["read-by-all"]);

@@ -6,6 +6,7 @@
 
 pub mod cri;
 pub mod dropin;
+pub mod effective;
 pub mod elf;
 pub mod error;
 pub mod files;
@@ -190,8 +191,8 @@ impl<'r> Run<'r> {
         let host = &self.layout.host;
         let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()?;
         for kind in [Kind::Crio, Kind::Containerd] {
-            for file in dropin::all(kind, &self.layout.prefix, self.options.log_level) {
-                swept |= files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;
+            for place in dropin::places(kind) {
+                swept |= files::remove(&files::scratch_name(Path::new(place.path), &host.at(place.scratch)))?;
             }
         }
         Ok(swept)
@@ -200,7 +201,7 @@ impl<'r> Run<'r> {
     /// Refuses a node whose handler is ours and goes through another prefix.
     fn refuse_other_prefix(&self) -> Result<()> {
         for kind in [Kind::Crio, Kind::Containerd] {
-            let path = dropin::handler(kind, &self.layout.prefix).path;
+            let path = dropin::handlers_place(kind).path;
             let text = files::read_text(&self.layout.host.at(path))?.unwrap_or_default();
             if let Some(prefix) = dropin::prefix_of(&text).filter(|prefix| *prefix != self.layout.prefix) {
                 return Err(InstallError::OtherPrefix { prefix });

@@ -16,9 +16,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cri::Kind,
+    effective::Baseline,
     error::{InstallError, Result},
     files::{self, Host, SCRATCH},
 };
+
+/// It may tell of the CRI's configuration, which only root can ask for.
+const MODE: u32 = 0o600;
 
 /// `PREFIX/state.json`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -48,6 +52,8 @@ pub struct Pending {
     pub files: BTreeMap<PathBuf, Option<String>>,
     /// The CRI has to be restarted for it.
     pub restart: bool,
+    /// What the CRI was like before its restart.
+    pub baseline: Option<Baseline>,
 }
 
 /// Where things are below the prefix.
@@ -110,7 +116,7 @@ impl Layout {
     /// # Errors
     /// The kernel's.
     pub fn save(&self, state: &State) -> Result<()> {
-        files::replace(&self.state(), &render(state), &self.root())
+        files::replace(&self.state(), &render(state), &self.root(), MODE)
     }
 
     /// What was remembered; where nothing was, the prefix is made with a first state in it.
@@ -135,7 +141,7 @@ impl Layout {
         let inside = self.root();
         let inside = inside.strip_prefix(top).unwrap_or(Path::new(""));
         make_folders(&scratch.join(inside))?;
-        files::write(&scratch.join(inside).join("state.json"), &render(&state), 0o644)?;
+        files::write(&scratch.join(inside).join("state.json"), &render(&state), MODE)?;
         rename(&scratch, top)?;
         Ok(state)
     }

@@ -8,7 +8,7 @@ use std::{
 use super::{
     Run,
     cri::{Cri, HANDLER, Kind},
-    dropin::{self, DropIn, MARK},
+    dropin::{self, MARK, Place},
     error::{InstallError, Result},
     files,
     lock::NodeLock,
@@ -16,7 +16,7 @@ use super::{
     state::{Pending, State},
     step, versions,
 };
-use crate::{log_level::LogLevel, report::Phase};
+use crate::report::Phase;
 
 /// How long a shim may take to end after its pod was removed.
 const SHIM_END: Duration = Duration::from_secs(10);
@@ -62,13 +62,13 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
 }
 
 /// Our files that a CRI reads, whichever it is.
-fn present(run: &Run) -> Result<Vec<DropIn>> {
+fn present(run: &Run) -> Result<Vec<Place>> {
     let mut present = Vec::new();
     for kind in [Kind::Crio, Kind::Containerd] {
-        for file in dropin::all(kind, &run.layout.prefix, LogLevel::Info) {
-            let text = files::read_text(&run.layout.host.at(&file.path))?;
-            if file.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
-                present.push(file);
+        for place in dropin::places(kind) {
+            let text = files::read_text(&run.layout.host.at(place.path))?;
+            if place.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
+                present.push(place);
             }
         }
     }
@@ -98,7 +98,7 @@ fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
 }
 
 /// Takes the handler away from the CRI. From here on only forward: a node without the handler is what was asked for.
-fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) -> Result<()> {
+fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[Place], state: &mut State) -> Result<()> {
     let left = state.pending.take().unwrap_or_default();
     state.pending = Some(Pending {
         boot_id: run.boot_id(),
@@ -106,9 +106,9 @@ fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) ->
         ..left
     });
     run.layout.save(state)?;
-    for file in of_cri {
-        step(format_args!("removing {}", file.path.display()));
-        files::remove(&run.layout.host.at(&file.path))?;
+    for place in of_cri {
+        step(format_args!("removing {}", place.path));
+        files::remove(&run.layout.host.at(place.path))?;
     }
     step(format_args!("restarting {}", cri.kind.name()));
     run.report.restarted = true;
