@@ -104,8 +104,8 @@ impl Layout {
         let text = files::read_text(&path)?;
         text.map(|text| {
             serde_json::from_str(&text).map_err(|error| InstallError::ConfigInvalid {
-                what: path.display().to_string(),
-                why: error.to_string(),
+                what: self.host.name(&path).display().to_string(),
+                why: format!("{error}; uninstall, which does without it, and install again"),
             })
         })
         .transpose()
@@ -249,6 +249,20 @@ mod tests {
         assert_eq!(layout.load().unwrap(), Some(state.clone()));
         layout.forget(&state).unwrap();
         assert!(files::names(root.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_state_that_is_damaged_is_named_with_its_cure() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = layout(root.path());
+        layout.load_or_make().unwrap();
+        fs::write(layout.state(), "{").unwrap();
+        let error = layout.load().unwrap_err().to_string();
+        assert!(
+            error.starts_with("/opt/sandpod/state.json is not valid: EOF while")
+                && error.ends_with("; uninstall, which does without it, and install again"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 use super::{
     Run,
     cri::{Cri, HANDLER, Kind},
-    dropin::{self, MARK, Place},
+    dropin::{self, DropIn, Format, MARK, Place},
     error::{InstallError, Result},
     files,
     lock::NodeLock,
@@ -16,7 +16,7 @@ use super::{
     state::{Pending, State},
     step, versions,
 };
-use crate::report::Phase;
+use crate::{log_level::LogLevel, report::Phase};
 
 /// How long a shim may take to end after its pod was removed.
 const SHIM_END: Duration = Duration::from_secs(10);
@@ -32,7 +32,12 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
     step("checking the node");
     let swept = run.sweep_scratch(&lock)?;
     run.refuse_other_prefix()?;
-    let state = run.layout.load()?;
+    let remembered = run.layout.load();
+    let damaged = matches!(remembered, Err(InstallError::ConfigInvalid { .. }));
+    let state = match damaged {
+        true => Some(guess(run)?),
+        false => remembered?,
+    };
     let of_cri = present(run)?;
     if state.is_none() && of_cri.is_empty() {
         run.report.changed = swept;
@@ -49,7 +54,10 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
         false => Some(run.cri(state.cri)?),
     };
     refuse_in_use(run, cri.as_ref())?;
-    let mut state = run.layout.load_or_make()?;
+    let mut state = match damaged {
+        true => run.layout.save(&state).map(|()| state)?,
+        false => run.layout.load_or_make()?,
+    };
     run.touched = true;
     if let Some(cri) = cri {
         disconnect(run, &cri, &of_cri, &mut state)?;
@@ -59,6 +67,28 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
     clear(run, &state)?;
     run.report.changed = true;
     Ok(Phase::Uninstalled)
+}
+
+/// What can be said of an installation whose state is damaged: the prefix is ours, and a file among the
+/// administrator's that has our text.
+fn guess(run: &mut Run) -> Result<State> {
+    let prefix = run.layout.prefix.clone();
+    run.warn(Some(format!(
+        "{} is damaged: what is not in {} and not known by its text stays",
+        prefix.join("state.json").display(),
+        prefix.display()
+    )));
+    let mut state = State {
+        made: vec![prefix.clone()],
+        ..State::default()
+    };
+    for DropIn { place, text } in dropin::all(Format::Crio, &prefix, LogLevel::Debug) {
+        let found = files::read_text(&run.layout.host.at(place.path))?;
+        if let Some(text) = text.filter(|text| !place.of_cri && found.as_ref() == Some(text)) {
+            state.written.insert(place.path.into(), files::sha256(text.as_bytes()));
+        }
+    }
+    Ok(state)
 }
 
 /// Our files that a CRI reads, whichever it is.

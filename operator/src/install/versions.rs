@@ -243,16 +243,25 @@ fn discard(layout: &Layout, name: &str) -> Result<()> {
 }
 
 /// Removes a version: what its manifest names, and what the installer made besides. Whatever else somebody has put
-/// there stays, and is returned as a warning.
+/// there stays, and is returned as a warning. Where the manifest is damaged nobody can tell the two apart, and all of it
+/// goes with the next sweep, which is a warning too.
 ///
 /// # Errors
 /// The kernel's.
 pub fn remove(layout: &Layout, name: &str) -> Result<Option<String>> {
     let folder = layout.versions().join(name);
-    let manifest = manifest(&folder)?.unwrap_or(Manifest {
-        version: String::new(),
-        entries: Vec::new(),
-    });
+    let manifest = match manifest(&folder) {
+        Ok(manifest) => manifest.unwrap_or(Manifest {
+            version: String::new(),
+            entries: Vec::new(),
+        }),
+        Err(InstallError::Payload(why)) => {
+            discard(layout, name)?;
+            let folder = layout.host.name(&folder);
+            return Ok(Some(format!("{} goes with all that is in it: {why}", folder.display())));
+        }
+        Err(error) => return Err(error),
+    };
     for entry in &manifest.entries {
         files::remove(&folder.join(&entry.path))?;
     }
@@ -392,5 +401,20 @@ mod tests {
         );
         assert_eq!(remove(&place.layout, &two).unwrap(), None);
         assert_eq!(place.all(), [one]);
+    }
+
+    #[test]
+    fn a_version_whose_manifest_is_damaged_goes_too() {
+        let place = place("/opt/sandpod");
+        let name = place.install("1");
+        fs::write(place.layout.versions().join(&name).join(MANIFEST), "sandpod 1\n755 3\n").unwrap();
+        let warning = remove(&place.layout, &name).unwrap().unwrap();
+        assert_eq!(
+            warning,
+            format!("/opt/sandpod/versions/{name} goes with all that is in it: its manifest has the line \"755 3\"")
+        );
+        assert!(place.all().is_empty());
+        assert!(sweep(&place.layout, &[]).unwrap());
+        assert!(files::names(&place.layout.versions()).unwrap().is_empty());
     }
 }
