@@ -449,6 +449,20 @@ const BAD: &[Bad] = &[
         sentence: "containerd does not read /etc/containerd/conf.d: add `imports = ",
     },
     Bad {
+        what: "sed -i '/^version = 2/d' /etc/containerd/config.toml",
+        right: "sed -i '1a version = 2' /etc/containerd/config.toml",
+        arguments: &[],
+        code: Code::ConfigInvalid,
+        sentence: "/etc/containerd/config.toml has no `version`, or the version 1: write into it what ",
+    },
+    Bad {
+        what: "ln -s /etc /run/sandpod",
+        right: "rm /run/sandpod",
+        arguments: &[],
+        code: Code::ForeignFile,
+        sentence: "/run/sandpod is not a folder: remove it and try again",
+    },
+    Bad {
         what: "sed -i 's/^version = 2/version = 99/' /etc/containerd/config.toml",
         right: "sed -i 's/^version = 99/version = 2/' /etc/containerd/config.toml",
         arguments: &[],

@@ -158,7 +158,8 @@ mod tests {
     fn what_the_program_prints_is_read_without_our_handler_of_either_version() {
         let print = |plugin: &str, more: &str| {
             let text = format!(
-                "version = 3\n[plugins.'{plugin}'.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n{more}"
+                "version = 3\n[plugins.'{plugin}'.containerd.runtimes.runc]\n\
+                 runtime_type = 'io.containerd.runc.v2'\n{more}"
             );
             printed(&text).unwrap()
         };

@@ -90,7 +90,8 @@ pub enum InstallError {
     /// containerd's configuration says nothing of its version, or is of the first one, of which containerd 2 takes only
     /// the names.
     #[error(
-        "{main} has no `version`, or the version 1: write into it what `containerd config migrate` prints and install again"
+        "{main} has no `version`, or the version 1: write into it what `containerd config migrate` prints and install \
+         again"
     )]
     Unversioned {
         /// containerd's configuration.
@@ -98,7 +99,8 @@ pub enum InstallError {
     },
     /// Files that mean something else together with ours.
     #[error(
-        "containerd would not have the same `{path}` with {drop_in} as without it: give every file that {main} imports the `version` that {main} has and install again"
+        "containerd would not have the same `{path}` with {drop_in} as without it: give every file that {main} imports \
+         the `version` that {main} has and install again"
     )]
     WouldDiffer {
         /// The first thing that would be another one.
@@ -110,7 +112,8 @@ pub enum InstallError {
     },
     /// A restart with ours has changed more than the handler.
     #[error(
-        "{cri} had not the same `{path}` after its restart as before: if its configuration was edited since it had been started, install again, else its log says which key it ignores"
+        "{cri} had not the same `{path}` after its restart as before: if its configuration was edited since its last \
+         start, install again, else its log says which key it ignores"
     )]
     Differs {
         /// Which CRI.

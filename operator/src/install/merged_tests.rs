@@ -181,8 +181,8 @@ fn a_program_of_another_version_than_the_running_one_is_not_asked() {
     assert_eq!(node.verdict(Kind::Crio), None);
 }
 
-/// A containerd that prints what it reads: the main file and everything in the folder that this one imports, without the
-/// imports. As containerd 2.2, it takes the version that it reads last, and prints nothing of other versions.
+/// A containerd that prints what it reads: the main file and everything in the folder that this one imports, without
+/// the imports. As containerd 2.2, it takes the version that it reads last, and prints nothing of other versions.
 const CONTAINERD: &str = r#"[ "$1" = --version ] && echo containerd v2.4.2 && exit
 [ "$1 $3 $4" = '--config config dump' ] && [ "${2##*/etc/}" = containerd/config.toml ] || exit 3
 all="$2 $(sed -n 's/^imports = \["\(.*\)"\]$/\1/p' "$2")"
@@ -265,8 +265,8 @@ fn a_containerd_that_would_read_less_with_ours_is_not_restarted() {
         node.verdict(Kind::Containerd).as_deref(),
         Some(
             "containerd would not have the same `plugins` with /etc/containerd/conf.d/50-kata.toml as without it: give \
-             every file that /etc/containerd/config.toml imports the `version` that /etc/containerd/config.toml has and \
-             install again"
+             every file that /etc/containerd/config.toml imports the `version` that /etc/containerd/config.toml has \
+             and install again"
         )
     );
 }
