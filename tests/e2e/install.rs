@@ -34,6 +34,7 @@ pub const ON_A_BARE_NODE: &[Story] = &[
     ("a_bad_node_gets_one_sentence_and_no_change", bad_nodes),
     ("files_are_labelled_where_selinux_is_enabled", labels),
     ("the_nodes_own_configuration_stays_as_it_is", own_configuration_stays),
+    ("an_edit_that_waits_for_a_restart_is_told", edit_is_told),
     ("what_is_damaged_goes_too", damaged_goes_too),
     ("the_locks_are_roots_alone", locks_are_roots),
 ];
@@ -667,6 +668,33 @@ fn own_configuration_stays(node: &Node) -> Result {
         same("containerd's configuration", Effective::of(node)?, before)?;
         same("the phase", installer.succeed(&["verify"])?.phase, Phase::Verified)?;
         installer.succeed(&["uninstall"]).map(drop)
+    })
+}
+
+/// A restart that brings more than the handler is undone. Nothing tells that the rest is the administrator's own edit;
+/// he is told what has changed, and the next install finds it in force.
+fn edit_is_told(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let install = ["install", "--payload", &payload];
+        let main = node.inside(MAIN);
+        let text = fs::read_to_string(&main).trying("reading containerd's configuration")?;
+        let edited = text.replace("SystemdCgroup = false", "SystemdCgroup = true");
+        fs::write(&main, edited).trying("editing containerd's configuration")?;
+        let before = installer.tree()?;
+        let failed = installer.run(&install)?;
+        same("the phase", failed.phase, Phase::Failed)?;
+        sentence(
+            &failed,
+            Code::ConfigInvalid,
+            "containerd had not the same `containerd.runtimes.runc.options.SystemdCgroup` after its restart as before: ",
+        )?;
+        done("what was undone", &failed, false, true)?;
+        installer.tree()?.same_as(&before)?;
+        installer.succeed(&install)?;
+        installer.succeed(&["uninstall"])?;
+        fs::write(&main, text).trying("writing containerd's configuration back")?;
+        node.restart_containerd()
     })
 }
 

@@ -52,7 +52,7 @@ pub struct Pending {
     pub files: BTreeMap<PathBuf, Option<String>>,
     /// The CRI has to be restarted for it.
     pub restart: bool,
-    /// What the CRI was like before its restart.
+    /// What the CRI was like before the change.
     pub baseline: Option<Baseline>,
 }
 

@@ -10,7 +10,7 @@ use super::{
     Run,
     cri::{Cri, HANDLER},
     dropin::{self, DropIn, MARK},
-    effective,
+    effective::{self, Baseline},
     error::{InstallError, Result},
     files,
     lock::NodeLock,
@@ -27,6 +27,10 @@ use crate::report::Phase;
 /// What the look at the node has brought.
 struct Job {
     cri: Cri,
+    /// Whether it has the handler already; none where it does not tell.
+    listed: Option<bool>,
+    /// What it is like before anything is changed.
+    baseline: Baseline,
     /// The name of the version to install.
     version: String,
     /// It is there already, as it should be.
@@ -100,6 +104,8 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     }
     let handler = dropin::handler(format, &run.layout.prefix);
     Ok(Job {
+        listed: cri.lists_handler()?,
+        baseline: cri.baseline()?,
         cri,
         version,
         intact,
@@ -207,15 +213,14 @@ fn undone(first: InstallError, then: Result<()>) -> InstallError {
 fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     let current = run.layout.current_version();
     let flip = current.as_deref() != Some(&job.version);
-    let listed = job.cri.lists_handler()?;
     let left = state.pending.take();
     // After a death between a change and its restart the files are as they should be, and the CRI does not know of
     // them.
     let owed = left
         .as_ref()
         .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
-    let restart = owed || listed == Some(false) || job.changes.iter().any(|change| change.file.place.of_cri);
-    run.report.handler_seen = listed;
+    let restart = owed || job.listed == Some(false) || job.changes.iter().any(|change| change.file.place.of_cri);
+    run.report.handler_seen = job.listed;
     if !flip && !restart && job.changes.is_empty() && left.is_none() {
         return Ok(false);
     }
@@ -231,15 +236,13 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
         pending.files.entry(path).or_insert_with(before);
     }
     // After a death it is the one before that death: the CRI may have been restarted since.
-    if restart && pending.baseline.is_none() {
-        pending.baseline = Some(job.cri.baseline()?);
-    }
+    let baseline = pending.baseline.get_or_insert_with(|| job.baseline.clone()).clone();
     state.pending = Some(pending.clone());
     state.cri = Some(job.cri.kind);
     run.layout.save(state)?;
     run.touched = true;
     let advanced = advance(run, job, state, flip, restart).and_then(|()| match restart {
-        true => refuse_worse(run, job, &pending),
+        true => refuse_worse(run, job, &pending, &baseline),
         false => Ok(()),
     });
     if let Err(error) = advanced {
@@ -283,9 +286,8 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
 }
 
 /// After the restart: the CRI is what it was before it, but for our handler.
-fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending) -> Result<()> {
+fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) -> Result<()> {
     let cri = job.cri.kind.name();
-    let before = pending.baseline.clone().unwrap_or_default();
     if misread(job, pending) {
         run.warn(Some(format!(
             "what {cri} makes of its configuration was not compared: the drop-in of an earlier Sandpod had another version \
@@ -296,7 +298,7 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending) -> Result<()> {
     {
         return Err(InstallError::Differs { cri, path });
     }
-    job.cri.await_conditions(&before)
+    job.cri.await_conditions(before)
 }
 
 /// Whether the drop-in that was there before had another version than belongs to the node: then the CRI may have left
