@@ -69,11 +69,11 @@ for peer; do
       { echo "peers: building $peer failed; $out/log ends with: $(tail -n 3 "$out/log")" >&2; exit 1; }
     touch "$out/built"
   fi
-  # Not symbolic ones: what looks for its neighbours by its own path finds all of them.
   case $peer in
     *-[0-9]*) place=$links/$peer ;;
     *) place=$links ;;
   esac
+  # Not symbolic ones: what looks for its neighbours by its own path finds all of them.
   for kind in bin share; do
     [ -z "$(ls -A "$out/$kind" 2>/dev/null)" ] || { mkdir -p "$place/$kind" && ln -f "$out/$kind"/* "$place/$kind/"; }
   done
