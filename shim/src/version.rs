@@ -8,7 +8,7 @@ use std::{
 use crate::error::{Context, Error, Result};
 
 /// Beside the folder of a version's programs (`PREFIX/versions/<version>/bin`); made by the installer, which locks it
-/// alone before it removes the version.
+/// alone before it removes the version. Only root may open it: who may open a file may lock it.
 const LOCK: &str = ".lock";
 
 /// Shares the lock of the version that this program belongs to, until the returned file is closed. None where the

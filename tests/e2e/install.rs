@@ -8,9 +8,11 @@ use std::{
 };
 
 use operator::report::{Accelerator, Code, Phase, Report};
+use serde_json::Value;
 use tests::{
     config,
     failure::{Failure, Result, Trying, claim, contains, same},
+    images,
     installer::{self, Installer},
     node::Node,
     procs::Process,
@@ -31,6 +33,17 @@ pub const ON_A_BARE_NODE: &[Story] = &[
     ("what_fails_is_undone", what_fails_is_undone),
     ("a_bad_node_gets_one_sentence_and_no_change", bad_nodes),
     ("files_are_labelled_where_selinux_is_enabled", labels),
+    ("the_nodes_own_configuration_stays_as_it_is", own_configuration_stays),
+    ("an_edit_that_waits_for_a_restart_is_told", edit_is_told),
+    ("what_is_damaged_goes_too", damaged_goes_too),
+    ("the_locks_are_roots_alone", locks_are_roots),
+];
+
+/// Stories of a node whose containerd takes one version for all files of its configuration.
+pub const ON_AN_EARLIER_NODE: &[Story] = &[
+    ("one_command_brings_pods_and_another_takes_them_away", one_command),
+    ("the_nodes_own_configuration_stays_as_it_is", own_configuration_stays),
+    ("a_drop_in_of_another_version_is_put_right", drop_in_put_right),
 ];
 
 /// Stories of a node whose containerd is of Debian.
@@ -353,6 +366,14 @@ fn what_fails_is_undone(node: &Node) -> Result {
             Code::RestartFailed,
             "`false` ended with exit status: 1; the log of containerd says more",
         )?;
+        let silent = node.path("no-such-program").display().to_string();
+        sentence(
+            &install(&["--restart-command", &format!("sh {silent}")])?,
+            Code::RestartFailed,
+            &format!(
+                "`sh {silent}` ended with exit status: 2 and said \"sh: 0: cannot open {silent}: No such file\"; "
+            ),
+        )?;
         installer.tree()?.same_as(&before)?;
 
         installer.succeed(&["install", "--payload", &payload])?;
@@ -429,11 +450,25 @@ const BAD: &[Bad] = &[
         sentence: "containerd does not read /etc/containerd/conf.d: add `imports = ",
     },
     Bad {
+        what: "sed -i '/^version = 2/d' /etc/containerd/config.toml",
+        right: "sed -i '1a version = 2' /etc/containerd/config.toml",
+        arguments: &[],
+        code: Code::ConfigInvalid,
+        sentence: "/etc/containerd/config.toml has no `version`, or the version 1: write into it what ",
+    },
+    Bad {
+        what: "ln -s /etc /run/sandpod",
+        right: "rm /run/sandpod",
+        arguments: &[],
+        code: Code::ForeignFile,
+        sentence: "/run/sandpod is not a folder: remove it and try again",
+    },
+    Bad {
         what: "sed -i 's/^version = 2/version = 99/' /etc/containerd/config.toml",
         right: "sed -i 's/^version = 99/version = 2/' /etc/containerd/config.toml",
         arguments: &[],
         code: Code::ConfigInvalid,
-        sentence: "containerd's configuration with the handler `kata` is not valid: ",
+        sentence: "containerd's configuration is not valid: ",
     },
     Bad {
         what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro tmpfs /opt/read-only",
@@ -483,6 +518,221 @@ fn bad_nodes(node: &Node) -> Result {
             installer.tree()?.same_as(&before)?;
         }
         same("restarts", installer.restarts(), 0)
+    })
+}
+
+/// An uninstall needs neither the state nor a manifest to be whole.
+fn damaged_goes_too(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        installer.succeed(&["install", "--payload", &payload, "--log-level", "debug"])?;
+        let manifest = node.inside("/opt/sandpod/current/MANIFEST");
+        fs::write(&manifest, "sandpod 1.0.0\nnonsense\n").trying("damaging the manifest")?;
+        fs::write(node.inside("/opt/sandpod/state.json"), "{").trying("damaging the state")?;
+        let refused = installer.run(&["install", "--payload", &payload])?;
+        sentence(&refused, Code::ConfigInvalid, "/opt/sandpod/state.json is not valid: ")?;
+        let gone = installer.succeed(&["uninstall"])?;
+        let warnings = gone.warnings.join("\n");
+        contains("the warnings", &warnings, "/opt/sandpod/state.json is damaged: ")?;
+        contains(
+            "the warnings",
+            &warnings,
+            "goes with all that is in it: its manifest has the line",
+        )?;
+        // Nobody remembers who has made the folders of others.
+        shell(
+            node,
+            "rmdir /etc/containerd/conf.d; rmdir /etc/sandpod/config.d /etc/sandpod || :",
+        )
+    })
+}
+
+/// Whoever may open a lock may hold it: nobody but root may, whatever an earlier installer has left.
+fn locks_are_roots(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        // On a node of Debian everybody may create files here.
+        shell(node, "chmod 1777 /run/lock")?;
+        as_nobody(node, "touch /run/lock/sandpod.lock")?;
+        installer.succeed(&["install", "--payload", &payload])?;
+        let open = "exec 9</opt/sandpod/current/.lock";
+        claim(
+            as_nobody(node, open).is_err(),
+            "only root should open the lock of a version",
+        )?;
+        shell(node, "chmod 644 /opt/sandpod/current/.lock")?;
+        as_nobody(node, open)?;
+        let report = installer.succeed(&["install", "--payload", &payload])?;
+        done("closing the lock", &report, true, false)?;
+        claim(
+            as_nobody(node, open).is_err(),
+            "only root should open the lock of a version again",
+        )?;
+        installer.succeed(&["uninstall"])?;
+        shell(node, "rm /run/lock/sandpod.lock && chmod 755 /run/lock")
+    })
+}
+
+fn as_nobody(node: &Node, script: &str) -> Result {
+    let mut command = node.command("setpriv");
+    command.args([
+        "--reuid",
+        "65534",
+        "--regid",
+        "65534",
+        "--clear-groups",
+        "sh",
+        "-c",
+        script,
+    ]);
+    run::succeed(&mut command, run::ORDINARY).map(drop)
+}
+
+/// containerd's configuration on a bare node.
+const MAIN: &str = "/etc/containerd/config.toml";
+
+/// Plays on a node whose administrator has a cgroup driver and a runtime of his own, and whose containerd runs with them.
+fn play_with_own_configuration(node: &Node, tell: impl FnOnce(&Installer) -> Result) -> Result {
+    const EXTRA: &str = "\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.extra]\n\
+                         runtime_type = \"io.containerd.runc.v2\"\n";
+    play(node, |installer| {
+        let main = node.inside(MAIN);
+        let before = fs::read_to_string(&main).trying("reading containerd's configuration")?;
+        let own = before.replace("SystemdCgroup = false", "SystemdCgroup = true") + EXTRA;
+        fs::write(&main, own)
+            .trying("writing containerd's configuration")
+            .and_then(|()| node.restart_containerd())?;
+        let told = tell(installer);
+        fs::write(&main, before).trying("writing containerd's configuration back")?;
+        told.and(node.restart_containerd())
+    })
+}
+
+/// What containerd makes of its configuration, without the handler: as the CRI tells it, and as its program prints it.
+#[derive(Debug, PartialEq)]
+struct Effective {
+    told: Value,
+    printed: Vec<String>,
+}
+
+impl Effective {
+    fn of(node: &Node) -> Result<Effective> {
+        let info = node.crictl(["info", "--output", "json"])?.text();
+        let info: Value = serde_json::from_str(&info).trying("reading what the CRI tells of itself")?;
+        let mut told = info["config"].clone();
+        if let Some(runtimes) = told.pointer_mut("/containerd/runtimes").and_then(Value::as_object_mut) {
+            runtimes.remove(HANDLER);
+        }
+        let mut command = node.command("containerd");
+        let dump = run::succeed(command.args(["--config", MAIN, "config", "dump"]), run::ORDINARY)?.text();
+        let sections = dump.split("\n\n").map(|section| section.trim().to_owned());
+        let printed = sections.filter(|section| !section.starts_with(&format!("[{OURS}]")));
+        Ok(Effective {
+            told,
+            printed: printed.collect(),
+        })
+    }
+
+    /// Fails unless it has what the administrator of [`play_with_own_configuration`] has asked for.
+    fn is_the_administrators(&self) -> Result {
+        let runtimes = &self.told["containerd"]["runtimes"];
+        same(
+            "the extra runtime",
+            runtimes["extra"]["runtimeType"].as_str(),
+            Some("io.containerd.runc.v2"),
+        )?;
+        let cgroup = runtimes["runc"]["options"]["SystemdCgroup"].as_bool();
+        same("the cgroup driver", cgroup, Some(true))?;
+        let pause = |section: &String| section.contains(&format!("sandbox = '{}'", images::PAUSE));
+        claim(
+            self.printed.iter().any(pause),
+            "the pause image should be the administrator's",
+        )
+    }
+}
+
+/// The section of our handler in what containerd 2 prints.
+const OURS: &str = "plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata";
+
+/// The pause image, the cgroup driver and other runtimes are read with the handler as without it.
+fn own_configuration_stays(node: &Node) -> Result {
+    play_with_own_configuration(node, |installer| {
+        let before = Effective::of(node)?;
+        before.is_the_administrators()?;
+        let payload = installer.payload("1.0.0", small)?;
+        let report = installer.succeed(&["install", "--payload", &payload])?;
+        claim(
+            compared(&report),
+            "the installer should have compared the configuration",
+        )?;
+        same("containerd's configuration", Effective::of(node)?, before)?;
+        same("the phase", installer.succeed(&["verify"])?.phase, Phase::Verified)?;
+        installer.succeed(&["uninstall"]).map(drop)
+    })
+}
+
+/// A restart that brings more than the handler is undone. Nothing tells that the rest is the administrator's own edit;
+/// he is told what has changed, and the next install finds it in force.
+fn edit_is_told(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", small)?;
+        let install = ["install", "--payload", &payload];
+        let main = node.inside(MAIN);
+        let text = fs::read_to_string(&main).trying("reading containerd's configuration")?;
+        let edited = text.replace("SystemdCgroup = false", "SystemdCgroup = true");
+        fs::write(&main, edited).trying("editing containerd's configuration")?;
+        let before = installer.tree()?;
+        let failed = installer.run(&install)?;
+        same("the phase", failed.phase, Phase::Failed)?;
+        sentence(
+            &failed,
+            Code::ConfigInvalid,
+            "containerd had not the same `containerd.runtimes.runc.options.SystemdCgroup` after its restart as before: ",
+        )?;
+        done("what was undone", &failed, false, true)?;
+        installer.tree()?.same_as(&before)?;
+        installer.succeed(&install)?;
+        installer.succeed(&["uninstall"])?;
+        fs::write(&main, text).trying("writing containerd's configuration back")?;
+        node.restart_containerd()
+    })
+}
+
+/// Whether the installer has compared what containerd made of its configuration before and after its restart.
+fn compared(report: &Report) -> bool {
+    !report
+        .warnings
+        .iter()
+        .any(|warning| warning.contains("was not compared"))
+}
+
+/// A Sandpod that wrote the same drop-in for all nodes has made containerd ignore what the node's own file says.
+fn drop_in_put_right(node: &Node) -> Result {
+    const OF_VERSION_3: &str = include_str!("../../deploy/cri/50-kata.containerd-2.toml");
+    play_with_own_configuration(node, |installer| {
+        let before = Effective::of(node)?;
+        let payload = installer.payload("1.0.0", small)?;
+        let install = ["install", "--payload", &payload];
+        installer.succeed(&install)?;
+        let installed = installer.tree()?;
+        fs::write(node.inside(DROP_IN), OF_VERSION_3).trying("writing another drop-in")?;
+        node.restart_containerd()?;
+        let ignored = Effective::of(node)?.is_the_administrators();
+        claim(ignored.is_err(), "containerd should ignore its main file by now")?;
+        sentence(
+            &installer.run(&["verify"])?,
+            Code::Damaged,
+            "/etc/containerd/conf.d/50-kata.toml has not the `version` of the configuration that imports it",
+        )?;
+        let repaired = installer.succeed(&install)?;
+        done("a repair", &repaired, true, true)?;
+        claim(
+            !compared(&repaired),
+            "a configuration that was not read cannot be compared",
+        )?;
+        installer.tree()?.same_as(&installed)?;
+        same("containerd's configuration", Effective::of(node)?, before)?;
+        installer.succeed(&["uninstall"]).map(drop)
     })
 }
 

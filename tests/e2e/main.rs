@@ -115,7 +115,7 @@ fn main() {
             }
         }
     }
-    let bare = containerds.map(|containerd| {
+    let bare = [Containerd::Newest, Containerd::Debian, Containerd::Earlier].map(|containerd| {
         Stage::new(NodeSpec {
             bare: true,
             ..NodeSpec::new(containerd)
@@ -125,6 +125,7 @@ fn main() {
         (Containerd::Newest, &bare[0], install::ON_A_BARE_NODE, false),
         (Containerd::Newest, &bare[0], install::AT_LENGTH, true),
         (Containerd::Debian, &bare[1], install::ON_AN_OLD_NODE, false),
+        (Containerd::Earlier, &bare[2], install::ON_AN_EARLIER_NODE, false),
     ];
     for (containerd, stage, stories, at_length) in on_bare_nodes {
         for (story, tell) in stories.iter().copied() {
@@ -132,5 +133,5 @@ fn main() {
             trials.push(stage::trial(name, stage, tell).with_ignored_flag(at_length));
         }
     }
-    stage::perform(trials, &[stages, bare].concat())
+    stage::perform(trials, &[&stages[..], &bare].concat())
 }

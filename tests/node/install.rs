@@ -83,11 +83,12 @@ pub fn configure(node: &Machine, settings: &str) -> Result {
     node.put(&format!("{SETTINGS}/config.d/50-story.toml"), text.as_bytes())
 }
 
-/// Everything where an installer or a pod may leave something: kind, mode, owner, path, target of a link.
+/// Everything where an installer or a pod may leave something: kind, mode, owner, path, target of a link. What the
+/// harness has mounted there is left out.
 fn tree(node: &Machine) -> Result<BTreeSet<String>> {
-    const FOLDERS: &str = "/etc /opt /run/lock /run/netns /var/lib/sandpod";
+    const FOLDERS: &str = "/etc /opt /run/netns /run/sandpod /var/lib/sandpod";
     let listed = node.try_run(&format!(
-        "find {FOLDERS} -mindepth 1 -printf '%y %m %u %p %l\\n' 2>/dev/null"
+        "find {FOLDERS} -xdev -mindepth 1 -printf '%y %m %u %p %l\\n' 2>/dev/null"
     ))?;
     Ok(listed.text().lines().map(|line| line.trim_end().to_owned()).collect())
 }

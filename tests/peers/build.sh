@@ -2,7 +2,8 @@
 # Builds the real programs that the tests run Sandpod under, pinned by go.mod and go.sum in the folder of each
 # peer; prints the folder that holds them. What is built is kept under the hash of its own peer's pins, so a peer
 # is built again only when it changes; the printed folder holds links to all that were asked for. Of a peer's modules
-# it needs files besides, or nothing but files, where `files` says so: they are in the folder `share` beside.
+# it needs files besides, or nothing but files, where `files` says so: they are in the folder `share` beside. A peer that
+# is another version of one (<peer>-<version>) has programs of the same names: they are in a folder of its name beside.
 #   tests/peers/build.sh [<peer>...]      without arguments: every peer
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -68,9 +69,13 @@ for peer; do
       { echo "peers: building $peer failed; $out/log ends with: $(tail -n 3 "$out/log")" >&2; exit 1; }
     touch "$out/built"
   fi
+  case $peer in
+    *-[0-9]*) place=$links/$peer ;;
+    *) place=$links ;;
+  esac
   # Not symbolic ones: what looks for its neighbours by its own path finds all of them.
   for kind in bin share; do
-    [ -z "$(ls -A "$out/$kind" 2>/dev/null)" ] || { mkdir -p "$links/$kind" && ln -f "$out/$kind"/* "$links/$kind/"; }
+    [ -z "$(ls -A "$out/$kind" 2>/dev/null)" ] || { mkdir -p "$place/$kind" && ln -f "$out/$kind"/* "$place/$kind/"; }
   done
 done
 echo "$links/bin"

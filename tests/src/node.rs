@@ -64,7 +64,9 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 pub enum Containerd {
     /// Debian's 1.6.
     Debian,
-    /// 2.4, built from its Go module.
+    /// 2.2, built from its Go module. As in 2.0 and 2.1, the files of its configuration have one version for all.
+    Earlier,
+    /// 2.4, built likewise.
     Newest,
 }
 
@@ -74,6 +76,7 @@ impl Containerd {
     pub fn name(self) -> &'static str {
         match self {
             Containerd::Debian => "containerd-1.6",
+            Containerd::Earlier => "containerd-2.2",
             Containerd::Newest => "containerd-2.4",
         }
     }
@@ -82,6 +85,7 @@ impl Containerd {
     fn folder(self) -> Result<PathBuf> {
         match self {
             Containerd::Debian => Ok(PathBuf::from("/usr/bin")),
+            Containerd::Earlier => places::containerd_2_2(),
             Containerd::Newest => places::peers(),
         }
     }

@@ -91,6 +91,18 @@ pub fn peers() -> Result<PathBuf> {
     }
 }
 
+/// The folder with containerd 2.2, its runc shim and ctr, which lies beside the one of the other peers.
+///
+/// # Errors
+/// When they have not been built.
+pub fn containerd_2_2() -> Result<PathBuf> {
+    holding(
+        peers()?.with_file_name("containerd-2.2").join("bin"),
+        "containerd",
+        "make peers",
+    )
+}
+
 /// The folder with the disk and kernel of an emulated node: `$SANDPOD_NODE_IMAGE`, else the newest cached one.
 ///
 /// # Errors

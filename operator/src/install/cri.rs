@@ -4,6 +4,7 @@
 //! numbers that they have there.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -24,6 +25,7 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{
+    effective::{self, Baseline},
     error::{Context, InstallError, Result},
     files::Host,
 };
@@ -37,6 +39,9 @@ const ANSWER: Duration = Duration::from_secs(20);
 const COMEBACK: Duration = Duration::from_secs(120);
 /// How often it is asked meanwhile.
 const PACE: Duration = Duration::from_millis(100);
+
+/// The conditions without which no pod starts (`RuntimeReady` and `NetworkReady` of cri-api's `constants.go`).
+const CONDITIONS: &[&str] = &["RuntimeReady", "NetworkReady"];
 
 /// A container runtime that serves the CRI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,9 +191,54 @@ impl Cri {
     /// # Errors
     /// It does not answer.
     pub fn lists_handler(&self) -> Result<Option<bool>> {
-        let answer: wire::StatusResponse = self.ask("Status", wire::StatusRequest {})?;
+        let answer = self.status(false)?;
         let ours = |handler: &wire::RuntimeHandler| handler.name == HANDLER;
         Ok((!answer.runtime_handlers.is_empty()).then(|| answer.runtime_handlers.iter().any(ours)))
+    }
+
+    /// What it is like now, without our handler: to be compared with what it is like after a change.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn baseline(&self) -> Result<Baseline> {
+        let answer = self.status(true)?;
+        // Each CRI tells what it likes, in a form of its own; what is no JSON cannot be compared.
+        let config = answer.info.get("config");
+        let config = config.and_then(|text| serde_json::from_str(text).ok());
+        let conditions = conditions(answer.status).into_iter();
+        Ok(Baseline {
+            config: config.map(effective::told),
+            ready: conditions
+                .filter_map(|(name, holds)| holds.is_ok().then_some(name))
+                .collect(),
+        })
+    }
+
+    /// Waits until the conditions that held before its restart hold again.
+    ///
+    /// # Errors
+    /// One of them does not within two minutes.
+    pub fn await_conditions(&self, before: &Baseline) -> Result<()> {
+        let end = Instant::now() + COMEBACK;
+        loop {
+            let unmet = before.unmet(&conditions(self.status(false)?.status));
+            match unmet {
+                None => return Ok(()),
+                Some(unmet) if Instant::now() >= end => {
+                    return Err(InstallError::NotReady {
+                        cri: self.kind.name(),
+                        condition: unmet.condition,
+                        why: unmet.why,
+                    });
+                }
+                // A network plugin's configuration is read in the background, which nobody announces either.
+                Some(_) => self.runtime.block_on(async { sleep(PACE).await }),
+            }
+        }
+    }
+
+    fn status(&self, verbose: bool) -> Result<wire::StatusResponse> {
+        self.ask("Status", wire::StatusRequest { verbose })
     }
 
     /// The sandboxes of our handler that are ready.
@@ -237,6 +287,22 @@ impl Cri {
     }
 }
 
+/// Of the conditions that matter here, those that hold, and why the others do not.
+fn conditions(status: Option<wire::RuntimeStatus>) -> BTreeMap<String, std::result::Result<(), String>> {
+    let told = status.map(|status| status.conditions).unwrap_or_default().into_iter();
+    told.filter(|condition| CONDITIONS.contains(&condition.r#type.as_str()))
+        .map(|condition| {
+            let why = format!("{} {}", condition.reason, condition.message);
+            let holds = if condition.status {
+                Ok(())
+            } else {
+                Err(why.trim().to_owned())
+            };
+            (condition.r#type, holds)
+        })
+        .collect()
+}
+
 /// Each call has a connection of its own: the CRI is restarted between them.
 async fn dial(socket: PathBuf) -> std::result::Result<Channel, tonic::transport::Error> {
     let connect = tower::service_fn(move |_| {
@@ -261,6 +327,8 @@ fn sources(error: &dyn std::error::Error) -> String {
 mod wire {
     //! `runtime.v1` of the CRI. Fields that nobody here reads are left out: prost skips them.
 
+    use std::collections::BTreeMap;
+
     /// `PodSandboxState.SANDBOX_READY`
     pub const READY: i32 = 0;
 
@@ -274,12 +342,37 @@ mod wire {
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
-    pub struct StatusRequest {}
+    pub struct StatusRequest {
+        #[prost(bool, tag = "1")]
+        pub verbose: bool,
+    }
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub struct StatusResponse {
+        #[prost(message, optional, tag = "1")]
+        pub status: Option<RuntimeStatus>,
+        #[prost(btree_map = "string, string", tag = "2")]
+        pub info: BTreeMap<String, String>,
         #[prost(message, repeated, tag = "3")]
         pub runtime_handlers: Vec<RuntimeHandler>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct RuntimeStatus {
+        #[prost(message, repeated, tag = "1")]
+        pub conditions: Vec<RuntimeCondition>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct RuntimeCondition {
+        #[prost(string, tag = "1")]
+        pub r#type: String,
+        #[prost(bool, tag = "2")]
+        pub status: bool,
+        #[prost(string, tag = "3")]
+        pub reason: String,
+        #[prost(string, tag = "4")]
+        pub message: String,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -326,6 +419,32 @@ mod tests {
         assert_eq!(Version::parse("1.33.0-dev\n").numbers, (1, 33));
         assert_eq!(Version::parse("v2.4.2").text, "2.4.2");
         assert_eq!(Version::parse("unknown").numbers, (0, 0));
+    }
+
+    #[test]
+    fn only_the_conditions_without_which_no_pod_starts_are_looked_at() {
+        let condition = |name: &str, status| wire::RuntimeCondition {
+            r#type: name.into(),
+            status,
+            reason: "NetworkPluginNotReady".into(),
+            message: "cni plugin not initialized".into(),
+        };
+        let status = wire::RuntimeStatus {
+            conditions: vec![
+                condition("RuntimeReady", true),
+                condition("NetworkReady", false),
+                condition("ContainerdHasNoDeprecationWarnings", false),
+            ],
+        };
+        let why = "NetworkPluginNotReady cni plugin not initialized".to_owned();
+        assert_eq!(
+            conditions(Some(status)),
+            BTreeMap::from([
+                ("NetworkReady".to_owned(), Err(why)),
+                ("RuntimeReady".to_owned(), Ok(()))
+            ])
+        );
+        assert!(conditions(None).is_empty());
     }
 
     #[test]

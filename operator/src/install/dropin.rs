@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use toml::Table;
+
 use super::cri::Kind;
 use crate::log_level::LogLevel;
 
@@ -13,68 +15,136 @@ pub const DEFAULT_PREFIX: &str = "/opt/sandpod";
 /// The administrator's folder of the shim's configuration.
 pub const CONFIG_FOLDER: &str = "/etc/sandpod/config.d";
 
+/// The shim's file where everything is logged.
+const VERBOSE: &str = "# Sandpod: pods that start from now on log everything; a later file may say otherwise.\n\
+                       [runtime]\nenable_debug = true\n";
 const CRIO: &str = include_str!("../../../deploy/cri/50-kata.crio.conf");
 const CONTAINERD: &str = include_str!("../../../deploy/cri/50-kata.containerd-2.toml");
 
-/// One file that there should be, or should not.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DropIn {
+/// How the CRI's configuration names a runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// CRI-O's.
+    Crio,
+    /// containerd's with `version = 2`, in which one plugin is the whole CRI.
+    ContainerdV2,
+    /// containerd's with `version = 3` or a later one, in which the CRI's runtimes are a plugin of their own.
+    ContainerdV3,
+}
+
+impl Format {
+    /// Whose it is.
+    #[must_use]
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Crio => Kind::Crio,
+            Self::ContainerdV2 | Self::ContainerdV3 => Kind::Containerd,
+        }
+    }
+}
+
+/// Where one of our files outside the prefix belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
     /// As the node sees it.
-    pub path: PathBuf,
-    /// Its text; none where there should be no such file.
-    pub text: Option<String>,
-    /// Where it is written before it is moved to its place: its reader reads all files of its own folder, whatever
-    /// their names.
-    pub scratch: PathBuf,
+    pub path: &'static str,
+    /// The folder where it is written before it is moved to its place: its reader reads all files of its own folder,
+    /// whatever their names.
+    pub scratch: &'static str,
     /// The CRI reads it, and only when it starts.
     pub of_cri: bool,
 }
 
+/// One file that there should be, or should not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DropIn {
+    /// Where it is.
+    pub place: Place,
+    /// Its text; none where there should be no such file.
+    pub text: Option<String>,
+}
+
+const CRIO_LOG_LEVEL: Place = Place {
+    path: "/etc/crio/crio.conf.d/51-kata-log-level",
+    scratch: "/etc/crio",
+    of_cri: true,
+};
+
+const SHIM_LOG_LEVEL: Place = Place {
+    path: "/etc/sandpod/config.d/00-log-level.toml",
+    // Only files that end with .toml are read there.
+    scratch: CONFIG_FOLDER,
+    of_cri: false,
+};
+
+/// Where the drop-in that defines the handler belongs.
+#[must_use]
+pub fn handlers_place(kind: Kind) -> Place {
+    let (path, scratch) = match kind {
+        Kind::Crio => ("/etc/crio/crio.conf.d/50-kata", "/etc/crio"),
+        Kind::Containerd => ("/etc/containerd/conf.d/50-kata.toml", "/etc/containerd"),
+    };
+    Place {
+        path,
+        scratch,
+        of_cri: true,
+    }
+}
+
+/// Where every file of ours outside the prefix belongs, whether there should be one or not.
+#[must_use]
+pub fn places(kind: Kind) -> Vec<Place> {
+    let mut places = vec![handlers_place(kind)];
+    // containerd's level is that of its service; the shim has its own.
+    if kind == Kind::Crio {
+        places.push(CRIO_LOG_LEVEL);
+    }
+    places.push(SHIM_LOG_LEVEL);
+    places
+}
+
 /// The drop-in that defines the handler.
 #[must_use]
-pub fn handler(kind: Kind, prefix: &Path) -> DropIn {
-    let (path, text) = match kind {
-        Kind::Crio => ("/etc/crio/crio.conf.d/50-kata", at_prefix(CRIO, prefix)),
-        Kind::Containerd => ("/etc/containerd/conf.d/50-kata.toml", containerd(prefix)),
+pub fn handler(format: Format, prefix: &Path) -> DropIn {
+    let text = match format {
+        Format::Crio => at_prefix(CRIO, prefix),
+        Format::ContainerdV2 => containerd(prefix)
+            .replace("\nversion = 3\n", "\nversion = 2\n")
+            .replace(
+                "[plugins.'io.containerd.cri.v1.runtime'.",
+                "[plugins.'io.containerd.grpc.v1.cri'.",
+            ),
+        Format::ContainerdV3 => containerd(prefix),
     };
-    of_cri(kind, path, Some(text))
+    DropIn {
+        place: handlers_place(format.kind()),
+        text: Some(text),
+    }
 }
 
 /// Every file of ours outside the prefix.
 #[must_use]
-pub fn all(kind: Kind, prefix: &Path, level: LogLevel) -> Vec<DropIn> {
-    let mut files = vec![handler(kind, prefix)];
-    // containerd's level is that of its service; the shim has its own.
-    if kind == Kind::Crio {
-        let text =
-            format!("{MARK}the log level of the cluster's KataConfig.\n[crio.runtime]\nlog_level = \"{level}\"\n");
-        let text = (level != LogLevel::Info).then_some(text);
-        files.push(of_cri(kind, "/etc/crio/crio.conf.d/51-kata-log-level", text));
-    }
-    let debug = matches!(level, LogLevel::Debug | LogLevel::Trace);
-    files.push(DropIn {
-        path: Path::new(CONFIG_FOLDER).join("00-log-level.toml"),
-        text: debug.then(|| {
-            format!("{MARK}pods that start from now on log everything; a later file may say otherwise.\n[runtime]\nenable_debug = true\n")
-        }),
-        // Only files that end with .toml are read there.
-        scratch: CONFIG_FOLDER.into(),
-        of_cri: false,
+pub fn all(format: Format, prefix: &Path, level: LogLevel) -> Vec<DropIn> {
+    let texts = places(format.kind()).into_iter().map(|place| match place {
+        CRIO_LOG_LEVEL => DropIn {
+            place,
+            text: (level != LogLevel::Info).then(|| {
+                format!("{MARK}the log level of the cluster's KataConfig.\n[crio.runtime]\nlog_level = \"{level}\"\n")
+            }),
+        },
+        SHIM_LOG_LEVEL => DropIn {
+            place,
+            text: matches!(level, LogLevel::Debug | LogLevel::Trace).then(|| VERBOSE.to_owned()),
+        },
+        _ => handler(format, prefix),
     });
-    files
+    texts.collect()
 }
 
-fn of_cri(kind: Kind, path: &str, text: Option<String>) -> DropIn {
-    DropIn {
-        path: path.into(),
-        text,
-        scratch: match kind {
-            Kind::Crio => "/etc/crio",
-            Kind::Containerd => "/etc/containerd",
-        }
-        .into(),
-        of_cri: true,
-    }
+/// The `version` that a text of containerd's configuration says it has.
+#[must_use]
+pub fn version_of(text: &str) -> Option<i64> {
+    text.parse::<Table>().ok()?.get("version")?.as_integer()
 }
 
 /// The prefix that a drop-in of ours goes through, if it is one and names one.
@@ -113,7 +183,7 @@ fn containerd(prefix: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use toml::{Table, Value};
+    use toml::Value;
 
     fn at<'t>(table: &'t Table, keys: &[&str]) -> Option<&'t Value> {
         let (last, sections) = keys.split_last()?;
@@ -125,8 +195,8 @@ mod tests {
 
     #[test]
     fn crios_handler_has_the_keys_that_a_vm_needs() {
-        let file = handler(Kind::Crio, Path::new("/opt/sandpod"));
-        assert_eq!(file.path, Path::new("/etc/crio/crio.conf.d/50-kata"));
+        let file = handler(Format::Crio, Path::new("/opt/sandpod"));
+        assert_eq!(file.place.path, "/etc/crio/crio.conf.d/50-kata");
         let text = file.text.unwrap();
         assert!(text.starts_with(MARK));
         let table: Table = text.parse().unwrap();
@@ -145,45 +215,54 @@ mod tests {
         assert_eq!(key("allowed_annotations"), None);
     }
 
+    /// The version of containerd's drop-in, and the table of its runtime.
+    fn runtime(format: Format, prefix: &str) -> (i64, Table) {
+        let text = handler(format, Path::new(prefix)).text.unwrap();
+        let plugin = match format {
+            Format::ContainerdV2 => "io.containerd.grpc.v1.cri",
+            _ => "io.containerd.cri.v1.runtime",
+        };
+        let keys = ["plugins", plugin, "containerd", "runtimes", "kata"];
+        let table: Table = text.parse().unwrap();
+        assert_eq!(table["plugins"].as_table().unwrap().len(), 1);
+        let runtime = at(&table, &keys).unwrap().as_table().unwrap().clone();
+        (version_of(&text).unwrap(), runtime)
+    }
+
     #[test]
     fn containerds_handler_names_its_configuration_only_where_the_shim_would_not_find_it() {
-        let runtime = |prefix: &str| {
-            let table: Table = handler(Kind::Containerd, Path::new(prefix))
-                .text
-                .unwrap()
-                .parse()
-                .unwrap();
-            let keys = [
-                "plugins",
-                "io.containerd.cri.v1.runtime",
-                "containerd",
-                "runtimes",
-                "kata",
-            ];
-            at(&table, &keys).unwrap().as_table().unwrap().clone()
-        };
-        let usual = runtime("/opt/sandpod");
-        assert_eq!(
-            usual["runtime_path"],
-            "/opt/sandpod/current/bin/containerd-shim-kata-v2".into()
-        );
-        assert_eq!(usual.get("options"), None);
-        let moved = runtime("/var/lib/sandpod");
-        assert_eq!(
-            moved["runtime_path"],
-            "/var/lib/sandpod/current/bin/containerd-shim-kata-v2".into()
-        );
-        assert_eq!(
-            moved["options"]["ConfigPath"],
-            "/var/lib/sandpod/current/configuration.toml".into()
-        );
+        for (format, version) in [(Format::ContainerdV2, 2), (Format::ContainerdV3, 3)] {
+            let (usual, moved) = (runtime(format, "/opt/sandpod"), runtime(format, "/var/lib/sandpod"));
+            assert_eq!((usual.0, moved.0), (version, version));
+            assert_eq!(
+                usual.1["runtime_path"],
+                "/opt/sandpod/current/bin/containerd-shim-kata-v2".into()
+            );
+            assert_eq!(usual.1.get("options"), None);
+            assert_eq!(
+                moved.1["runtime_path"],
+                "/var/lib/sandpod/current/bin/containerd-shim-kata-v2".into()
+            );
+            assert_eq!(
+                moved.1["options"]["ConfigPath"],
+                "/var/lib/sandpod/current/configuration.toml".into()
+            );
+        }
+    }
+
+    #[test]
+    fn containerds_handler_says_the_same_in_both_versions() {
+        for prefix in ["/opt/sandpod", "/var/lib/sandpod"] {
+            let [old, new] = [Format::ContainerdV2, Format::ContainerdV3].map(|format| runtime(format, prefix).1);
+            assert_eq!(old, new);
+        }
     }
 
     #[test]
     fn a_drop_in_tells_its_prefix() {
-        for kind in [Kind::Crio, Kind::Containerd] {
+        for format in [Format::Crio, Format::ContainerdV2, Format::ContainerdV3] {
             for prefix in ["/opt/sandpod", "/var/lib/sandpod"] {
-                let text = handler(kind, Path::new(prefix)).text.unwrap();
+                let text = handler(format, Path::new(prefix)).text.unwrap();
                 assert_eq!(prefix_of(&text), Some(prefix.into()));
                 assert_eq!(prefix_of(&text.replace(MARK, "# ")), None);
             }
@@ -193,30 +272,27 @@ mod tests {
 
     #[test]
     fn a_log_level_is_for_crio_and_a_verbose_one_for_the_shim() {
-        let texts = |kind, level| -> Vec<_> {
-            let files = all(kind, Path::new("/opt/sandpod"), level).into_iter().skip(1);
+        let texts = |format, level| -> Vec<_> {
+            let files = all(format, Path::new("/opt/sandpod"), level).into_iter().skip(1);
             files
                 .map(|file| file.text.map(|text| text.lines().skip(1).collect::<Vec<_>>().join(";")))
                 .collect()
         };
         let crio = |level: &str| Some(format!("[crio.runtime];log_level = \"{level}\""));
         let shim = || Some("[runtime];enable_debug = true".to_owned());
-        assert_eq!(texts(Kind::Crio, LogLevel::Info), [None, None]);
-        assert_eq!(texts(Kind::Crio, LogLevel::Warn), [crio("warn"), None]);
-        assert_eq!(texts(Kind::Crio, LogLevel::Debug), [crio("debug"), shim()]);
-        assert_eq!(texts(Kind::Containerd, LogLevel::Trace), [shim()]);
+        assert_eq!(texts(Format::Crio, LogLevel::Info), [None, None]);
+        assert_eq!(texts(Format::Crio, LogLevel::Warn), [crio("warn"), None]);
+        assert_eq!(texts(Format::Crio, LogLevel::Debug), [crio("debug"), shim()]);
+        assert_eq!(texts(Format::ContainerdV2, LogLevel::Trace), [shim()]);
     }
 
     #[test]
     fn nothing_is_written_first_where_its_reader_would_read_it() {
-        for kind in [Kind::Crio, Kind::Containerd] {
-            for file in all(kind, Path::new("/opt/sandpod"), LogLevel::Debug) {
-                assert!(
-                    !file.of_cri || Some(file.scratch.as_path()) != file.path.parent(),
-                    "{}",
-                    file.path.display()
-                );
-            }
+        for place in [Kind::Crio, Kind::Containerd].into_iter().flat_map(places) {
+            assert!(
+                !place.of_cri || Some(Path::new(place.scratch)) != Path::new(place.path).parent(),
+                "{place:?}"
+            );
         }
     }
 }

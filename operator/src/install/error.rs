@@ -63,6 +63,14 @@ pub enum InstallError {
         /// The file, as the node sees it.
         path: PathBuf,
     },
+    /// Something that others could change, or have made, where the installer's own folder belongs.
+    #[error("{path} {how}: remove it and try again")]
+    UnsafeFolder {
+        /// The folder, as the node sees it.
+        path: PathBuf,
+        /// What is wrong with it.
+        how: String,
+    },
     /// The handler is ours, below another prefix.
     #[error("Sandpod is installed in {prefix}: uninstall it there first, or use --prefix {prefix}")]
     OtherPrefix {
@@ -70,14 +78,58 @@ pub enum InstallError {
         prefix: PathBuf,
     },
     /// containerd does not read its drop-ins.
-    #[error(
-        "containerd does not read {folder}: add `imports = [\"{folder}/*.toml\"]` at the top of {main} and install again"
-    )]
+    #[error("containerd does not read {folder}: add {lines} at the top of {main} and install again")]
     NotImported {
+        /// What has to be added.
+        lines: String,
         /// The folder of drop-ins.
         folder: &'static str,
         /// containerd's configuration.
         main: &'static str,
+    },
+    /// containerd's configuration says nothing of its version, or is of the first one, of which containerd 2 takes only
+    /// the names.
+    #[error(
+        "{main} has no `version`, or the version 1: write into it what `containerd config migrate` prints and install \
+         again"
+    )]
+    Unversioned {
+        /// containerd's configuration.
+        main: &'static str,
+    },
+    /// Files that mean something else together with ours.
+    #[error(
+        "containerd would not have the same `{path}` with {drop_in} as without it: give every file that {main} imports \
+         the `version` that {main} has and install again"
+    )]
+    WouldDiffer {
+        /// The first thing that would be another one.
+        path: String,
+        /// Our file.
+        drop_in: &'static str,
+        /// containerd's configuration.
+        main: &'static str,
+    },
+    /// A restart with ours has changed more than the handler.
+    #[error(
+        "{cri} had not the same `{path}` after its restart as before: if its configuration was edited since its last \
+         start, install again, else its log says which key it ignores"
+    )]
+    Differs {
+        /// Which CRI.
+        cri: &'static str,
+        /// The first thing that was another one.
+        path: String,
+    },
+    /// The CRI is back and pods would not start.
+    #[error("`{condition}` of {cri} held before its restart and did not after it: {why}")]
+    NotReady {
+        /// Which CRI.
+        cri: &'static str,
+        /// The condition.
+        condition: String,
+        /// What it says of it.
+        why: String,
     },
     /// A configuration that its reader would refuse.
     #[error("{what} is not valid: {why}")]
@@ -232,16 +284,18 @@ impl InstallError {
             Self::NoCri { .. } | Self::Silent { .. } => Code::NoCri,
             Self::CriTooOld { .. } => Code::CriTooOld,
             Self::ForeignHandler { .. } | Self::HandlerPresent { .. } => Code::ForeignHandler,
-            Self::ForeignFile { .. } => Code::ForeignFile,
+            Self::ForeignFile { .. } | Self::UnsafeFolder { .. } => Code::ForeignFile,
             Self::OtherPrefix { .. } => Code::OtherPrefix,
             Self::NotImported { .. } => Code::DropInNotRead,
-            Self::ConfigInvalid { .. } => Code::ConfigInvalid,
+            Self::ConfigInvalid { .. } | Self::Unversioned { .. } | Self::WouldDiffer { .. } | Self::Differs { .. } => {
+                Code::ConfigInvalid
+            }
             Self::ReadOnlyPrefix { .. } => Code::ReadOnlyPrefix,
             Self::DiskFull { .. } => Code::DiskFull,
             Self::Label { .. } => Code::SeLinux,
             Self::Payload(_) => Code::Payload,
             Self::Busy => Code::Busy,
-            Self::Restart { .. } => Code::RestartFailed,
+            Self::Restart { .. } | Self::NotReady { .. } => Code::RestartFailed,
             Self::HandlerAbsent { .. } => Code::HandlerAbsent,
             Self::SandboxesExist { .. } | Self::InUse { .. } => Code::SandboxesExist,
             Self::OtherBoot { .. } => Code::OtherBoot,

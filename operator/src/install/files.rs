@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, Permissions},
     io::{self, Write},
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink},
     path::{Component, Path, PathBuf},
 };
 
@@ -62,7 +62,9 @@ pub fn read_text(path: &Path) -> Result<Option<String>> {
     Ok(read(path)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
 }
 
-fn is_absent(error: &io::Error) -> bool {
+/// Whether an error says that there is no such file.
+#[must_use]
+pub fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
@@ -71,7 +73,14 @@ fn is_absent(error: &io::Error) -> bool {
 /// # Errors
 /// The kernel's.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let mut file = File::create(path).at("create", path)?;
+    // With its mode from the beginning: who has opened a file before it is closed to him keeps it.
+    let options = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .to_owned();
+    let mut file = options.open(path).at("create", path)?;
     // Whatever the umask is: QEMU reads its own files as another user.
     file.set_permissions(Permissions::from_mode(mode))
         .at("set the mode of", path)?;
@@ -83,9 +92,9 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn replace(path: &Path, bytes: &[u8], scratch: &Path) -> Result<()> {
+pub fn replace(path: &Path, bytes: &[u8], scratch: &Path, mode: u32) -> Result<()> {
     let new = scratch_name(path, scratch);
-    write(&new, bytes, 0o644)?;
+    write(&new, bytes, mode)?;
     fs::rename(&new, path).at("move a new file to", path)?;
     sync_parent(path)
 }
@@ -217,8 +226,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (folder, file) = (root.path().join("read-by-all"), root.path().join("read-by-all/50-kata"));
         fs::create_dir(&folder).unwrap();
-        replace(&file, b"one", root.path()).unwrap();
-        replace(&file, b"two", root.path()).unwrap();
+        replace(&file, b"one", root.path(), 0o644).unwrap();
+        replace(&file, b"two", root.path(), 0o644).unwrap();
         assert_eq!(read(&file).unwrap().unwrap(), b"two");
         assert_eq!(names(&folder).unwrap(), ["50-kata"]);
         assert_eq!(names(root.path()).unwrap(), ["read-by-all"]);

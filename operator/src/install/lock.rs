@@ -1,25 +1,30 @@
 //! Locks: one installer at a time on a node, and no version removed that a shim runs from.
 
 use std::{
-    fs::{File, TryLockError},
-    os::unix::fs::MetadataExt,
+    fs::{self, File, TryLockError},
+    io::ErrorKind,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
+use nix::libc::O_NOFOLLOW;
+
 use super::{
     error::{Context, InstallError, Result},
-    files::{self, Host},
+    files::Host,
+    runtime_folder::RuntimeFolder,
 };
 
-/// Where installers meet.
-const NODE: &str = "/run/lock/sandpod.lock";
+/// Where installers meet, in the installer's own folder.
+const NODE: &str = "lock";
 
-/// Held by the one installer that is at work on a node. Its file goes with it.
+/// Held by the one installer that is at work on a node. Its file goes with it, and then the folder.
 #[derive(Debug)]
 pub struct NodeLock {
     path: PathBuf,
-    made: Vec<PathBuf>,
     _file: File,
+    /// Where this installer may keep what it needs only until it ends.
+    pub folder: RuntimeFolder,
 }
 
 impl NodeLock {
@@ -28,13 +33,17 @@ impl NodeLock {
     /// # Errors
     /// Another installer has it.
     pub fn take(host: &Host) -> Result<Self> {
-        let path = host.at(NODE);
-        let folder = path.parent().unwrap_or(&path).to_owned();
-        let made = files::missing_folders(&folder);
-        std::fs::create_dir_all(&folder).at("create", &folder)?;
-        let options = File::options().write(true).create(true).truncate(false).to_owned();
+        let mut options = File::options();
+        options.write(true).create(true).mode(0o600).custom_flags(O_NOFOLLOW);
         loop {
-            let file = options.open(&path).at("open", &path)?;
+            let folder = RuntimeFolder::make(host)?;
+            let path = folder.path().join(NODE);
+            let file = match options.open(&path) {
+                Ok(file) => file,
+                // The one before us has removed the folder after we had looked at it.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).at("open", &path),
+            };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(InstallError::Busy),
@@ -42,11 +51,11 @@ impl NodeLock {
             }
             // The one before us may have removed the file after we had opened it; then nobody else would meet us there.
             let ours = file.metadata().at("look at", &path)?.ino();
-            if std::fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == ours) {
+            if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.ino() == ours) {
                 return Ok(Self {
                     path,
-                    made,
                     _file: file,
+                    folder,
                 });
             }
         }
@@ -56,10 +65,7 @@ impl NodeLock {
 impl Drop for NodeLock {
     fn drop(&mut self) {
         // What cannot be removed does no harm: the next installer takes the same file.
-        drop(std::fs::remove_file(&self.path));
-        for folder in self.made.iter().rev() {
-            drop(std::fs::remove_dir(folder));
-        }
+        drop(fs::remove_file(&self.path));
     }
 }
 
@@ -79,7 +85,7 @@ impl Unused {
         let path = version.join(LOCK);
         let file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Some(Self { _lock: None })),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(Self { _lock: None })),
             Err(error) => return Err(error).at("open", &path),
         };
         match file.try_lock() {
@@ -95,17 +101,45 @@ pub const LOCK: &str = ".lock";
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
+    use crate::install::files;
+
+    fn node() -> (tempfile::TempDir, Host) {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("run")).unwrap();
+        let host = Host::new(root.path());
+        (root, host)
+    }
 
     #[test]
     fn two_installers_meet_and_the_second_is_refused() {
-        let root = tempfile::tempdir().unwrap();
-        let host = Host::new(root.path());
+        let (_root, host) = node();
         let first = NodeLock::take(&host).unwrap();
         assert!(matches!(NodeLock::take(&host), Err(InstallError::Busy)));
         drop(first);
         drop(NodeLock::take(&host).unwrap());
-        assert!(files::names(root.path()).unwrap().is_empty());
+        assert!(files::names(&host.at("/run")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_lock_is_not_followed() {
+        let (root, host) = node();
+        let (folder, target) = (RuntimeFolder::make(&host).unwrap(), root.path().join("target"));
+        symlink(&target, folder.path().join(NODE)).unwrap();
+        let refusal = NodeLock::take(&host).unwrap_err().to_string();
+        assert!(refusal.contains("Too many levels of symbolic links"), "{refusal}");
+        assert!(!target.exists());
+    }
+
+    #[test]
+    fn what_other_users_do_in_the_folder_for_everybodys_locks_is_nothing_to_us() {
+        let (_root, host) = node();
+        fs::create_dir(host.at("/run/lock")).unwrap();
+        let theirs = File::create(host.at("/run/lock/sandpod.lock")).unwrap();
+        theirs.lock().unwrap();
+        drop(NodeLock::take(&host).unwrap());
     }
 
     #[test]

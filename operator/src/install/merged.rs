@@ -2,8 +2,9 @@
 //! CRI would start with it.
 
 use std::{
-    fs,
-    path::{Path, PathBuf},
+    fs::{self, File},
+    io::Write,
+    path::{Component, Path, PathBuf},
     process::Command,
 };
 
@@ -11,9 +12,11 @@ use toml::{Table, Value};
 
 use super::{
     cri::{HANDLER, Kind, Version},
-    dropin::{DropIn, MARK},
+    dropin::{self, DropIn, Format, MARK},
+    effective,
     error::{Context, InstallError, Result},
-    files::{self, Host, SCRATCH},
+    files::{self, Host},
+    runtime_folder::RuntimeFolder,
 };
 
 /// CRI-O's files.
@@ -44,23 +47,24 @@ struct Source {
 ///
 /// # Errors
 /// The file that is in the way; a file that is no TOML; the line that containerd's configuration lacks.
-pub fn refuse_foreign(host: &Host, kind: Kind, ours: &[DropIn]) -> Result<()> {
+pub fn refuse_foreign(host: &Host, kind: Kind) -> Result<()> {
+    let ours = dropin::places(kind);
     let sources = match kind {
         Kind::Crio => crio_sources(host)?,
         Kind::Containerd => containerd_sources(host)?,
     };
-    let is_ours = |path: &Path| ours.iter().any(|file| file.path == path);
+    let is_ours = |path: &Path| ours.iter().any(|place| Path::new(place.path) == path);
     for source in sources.iter().filter(|source| !is_ours(&source.path)) {
         if defines_handler(kind, &source.table) {
             let path = source.path.clone();
             return Err(InstallError::ForeignHandler { path });
         }
     }
-    for file in ours.iter().filter(|file| file.of_cri) {
-        if let Some(text) = files::read_text(&host.at(&file.path))?
+    for place in ours.iter().filter(|place| place.of_cri) {
+        if let Some(text) = files::read_text(&host.at(place.path))?
             && !text.starts_with(MARK)
         {
-            let path = file.path.clone();
+            let path = place.path.into();
             let table = text.parse::<Table>().unwrap_or_default();
             return Err(match defines_handler(kind, &table) {
                 true => InstallError::ForeignHandler { path },
@@ -69,12 +73,41 @@ pub fn refuse_foreign(host: &Host, kind: Kind, ours: &[DropIn]) -> Result<()> {
         }
     }
     if kind == Kind::Containerd && !covers(&sources) {
+        let imports = format!("`imports = [\"{CONTAINERD_FOLDER}/*.toml\"]`");
         return Err(InstallError::NotImported {
+            lines: match sources.is_empty() {
+                true => format!("`version = 3` and {imports}"),
+                false => imports,
+            },
             folder: CONTAINERD_FOLDER,
             main: CONTAINERD_MAIN,
         });
     }
     Ok(())
+}
+
+/// How our drop-in has to be written to be read together with the node's own configuration.
+///
+/// containerd has one version for all of its files. 2.0 to 2.2 take the one of the file that they read last, and bring
+/// what the files say to their own version only if that one is older: a drop-in of a later version than the main file's
+/// makes the main file's sections unknown ones. Some 2.3 do not start with one.
+///
+/// # Errors
+/// containerd's main file has no version, or one that containerd 2 does not read.
+pub fn format(host: &Host, kind: Kind) -> Result<Format> {
+    if kind == Kind::Crio {
+        return Ok(Format::Crio);
+    }
+    let Some(main) = source(host, Path::new(CONTAINERD_MAIN))? else {
+        // Without a file it has its own newest version, which is 3 or later.
+        return Ok(Format::ContainerdV3);
+    };
+    match main.table.get("version").and_then(Value::as_integer) {
+        Some(2) => Ok(Format::ContainerdV2),
+        // Whether there is such a version containerd's own program says.
+        Some(version) if version > 2 => Ok(Format::ContainerdV3),
+        _ => Err(InstallError::Unversioned { main: CONTAINERD_MAIN }),
+    }
 }
 
 fn defines_handler(kind: Kind, table: &Table) -> bool {
@@ -156,7 +189,20 @@ fn imports(source: &Source) -> Vec<PathBuf> {
     let folder = source.path.parent().unwrap_or(Path::new("/"));
     let words = source.table.get("imports").and_then(Value::as_array);
     let words = words.into_iter().flatten().filter_map(Value::as_str);
-    words.map(|word| folder.join(word)).collect()
+    words.map(|word| cleaned(&folder.join(word))).collect()
+}
+
+/// A path without `.` and `..`, as containerd takes it: what is a link is not looked at.
+fn cleaned(path: &Path) -> PathBuf {
+    let mut cleaned = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => drop(cleaned.pop()),
+            _ => cleaned.push(part),
+        }
+    }
+    cleaned
 }
 
 /// The files of a pattern whose last part may have stars.
@@ -189,34 +235,22 @@ fn covers(sources: &[Source]) -> bool {
 }
 
 /// Asks the CRI's own program whether it would start with these files, where the node has the program that is running.
+/// What it is asked about lies in the installer's folder meanwhile.
 ///
 /// # Errors
 /// It says no.
-pub fn validate(host: &Host, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
+pub fn validate(host: &Host, folder: &RuntimeFolder, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
     let Some(program) = program_of(host, kind, version) else {
         return Ok(());
     };
-    let scratch = scratch(host);
-    files::remove_tree(&scratch)?;
+    // Not in a folder of the CRI's, where everything is read.
+    let scratch = folder.scratch()?;
     let verdict = match kind {
-        Kind::Crio => crio_verdict(host, &program, &scratch, ours),
-        Kind::Containerd => containerd_verdict(host, &program, &scratch, ours),
+        Kind::Crio => crio_verdict(host, &program, scratch.path(), ours),
+        Kind::Containerd => containerd_verdict(host, &program, scratch.path(), ours),
     };
-    files::remove_tree(&scratch)?;
+    scratch.close().at("remove a folder in", folder.path())?;
     verdict
-}
-
-/// Removes what a run that was killed while it asked the CRI's program left.
-///
-/// # Errors
-/// The kernel's.
-pub fn sweep(host: &Host) -> Result<bool> {
-    files::remove_tree(&scratch(host))
-}
-
-/// Not in a folder of the CRI's, where everything is read.
-fn scratch(host: &Host) -> PathBuf {
-    host.at(format!("/run/lock/.check{SCRATCH}"))
 }
 
 fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
@@ -235,19 +269,18 @@ fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
 fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
     let mut paths = Vec::new();
     walk(host, Path::new(CRIO_FOLDER), &mut paths)?;
-    let others = paths.iter().filter(|path| !ours.iter().any(|file| file.path == **path));
+    let others = paths
+        .iter()
+        .filter(|path| !ours.iter().any(|file| Path::new(file.place.path) == **path));
     for path in others {
         if let Some(bytes) = files::read(&host.at(path))? {
             put(scratch, path.strip_prefix(CRIO_FOLDER).unwrap_or(path), &bytes)?;
         }
     }
-    for file in ours.iter().filter(|file| file.of_cri) {
+    for file in ours.iter().filter(|file| file.place.of_cri) {
+        let name = Path::new(file.place.path).file_name().unwrap_or_default();
         if let Some(text) = &file.text {
-            put(
-                scratch,
-                Path::new(file.path.file_name().unwrap_or_default()),
-                text.as_bytes(),
-            )?;
+            put(scratch, Path::new(name), text.as_bytes())?;
         }
     }
     let main = host.at(CRIO_MAIN);
@@ -259,40 +292,67 @@ fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) ->
         .arg("--config-dir")
         .arg(scratch)
         .arg("config");
-    verdict(&mut command, "CRI-O's configuration with the handler `kata`")
+    verdict(&mut command, "CRI-O's configuration with the handler `kata`").map(drop)
 }
 
-/// A file that imports the main one and ours after it.
+/// A copy of the files that containerd reads, at their own paths below the folder, first without ours and then with it:
+/// everything but our handler has to be the same.
 fn containerd_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
-    let mut imports = vec![host.at(CONTAINERD_MAIN)];
-    for file in ours.iter().filter(|file| file.of_cri) {
+    const WITHOUT: &str = "containerd's configuration";
+    const WITH: &str = "containerd's configuration with the handler `kata`";
+    let inside = |path: &Path| path.strip_prefix("/").unwrap_or(path).to_owned();
+    let is_ours = |path: &Path| ours.iter().any(|file| Path::new(file.place.path) == path);
+    for mut source in containerd_sources(host)? {
+        if is_ours(&source.path) {
+            continue;
+        }
+        let imports: Vec<_> = imports(&source).iter().map(|path| scratch.join(inside(path))).collect();
+        if source.table.contains_key("imports") {
+            let imports = imports.iter().map(|path| path.display().to_string().into());
+            source.table.insert("imports".into(), Value::Array(imports.collect()));
+        }
+        put(scratch, &inside(&source.path), source.table.to_string().as_bytes())?;
+    }
+    let dump = |what: &str| {
+        let mut command = Command::new(program);
+        let main = scratch.join(inside(Path::new(CONTAINERD_MAIN)));
+        let printed = verdict(command.arg("--config").arg(main).args(["config", "dump"]), what)?;
+        effective::printed(&printed).map_err(|why| InstallError::ConfigInvalid {
+            what: format!("what `containerd config dump` prints of {what}"),
+            why,
+        })
+    };
+    let without = dump(WITHOUT)?;
+    let mut drop_in = "";
+    for file in ours.iter().filter(|file| file.place.of_cri) {
         if let Some(text) = &file.text {
-            let name = Path::new(file.path.file_name().unwrap_or_default());
-            put(scratch, name, text.as_bytes())?;
-            imports.push(scratch.join(name));
+            drop_in = file.place.path;
+            put(scratch, &inside(Path::new(drop_in)), text.as_bytes())?;
         }
     }
-    let text = format!("version = 3\nimports = {imports:?}\n");
-    put(scratch, Path::new("main"), text.as_bytes())?;
-    let mut command = Command::new(program);
-    command
-        .arg("--config")
-        .arg(scratch.join("main"))
-        .args(["config", "dump"]);
-    verdict(&mut command, "containerd's configuration with the handler `kata`")
+    let with = dump(WITH)?;
+    effective::difference(&without, &with).map_or(Ok(()), |path| {
+        Err(InstallError::WouldDiffer {
+            path,
+            drop_in,
+            main: CONTAINERD_MAIN,
+        })
+    })
 }
 
 fn put(scratch: &Path, name: &Path, bytes: &[u8]) -> Result<()> {
     let place = scratch.join(name);
     let folder = place.parent().unwrap_or(scratch);
     fs::create_dir_all(folder).at("create", folder)?;
-    fs::write(&place, bytes).at("write", &place)
+    let mut file = File::create_new(&place).at("create", &place)?;
+    file.write_all(bytes).at("write", &place)
 }
 
-fn verdict(command: &mut Command, what: &str) -> Result<()> {
+/// What the CRI's program prints.
+fn verdict(command: &mut Command, what: &str) -> Result<String> {
     let output = command.output().at("start", command.get_program())?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(InstallError::ConfigInvalid {

@@ -1,7 +1,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::{install::dropin, log_level::LogLevel};
+use crate::log_level::LogLevel;
 
 struct Node {
     _root: tempfile::TempDir,
@@ -15,7 +15,7 @@ impl Node {
             host: Host::new(root.path()),
             _root: root,
         };
-        fs::create_dir_all(node.host.at("/run/lock")).unwrap();
+        fs::create_dir_all(node.host.at("/run")).unwrap();
         for (path, text) in files {
             node.put(path, text);
         }
@@ -36,8 +36,12 @@ impl Node {
     }
 
     fn refusal(&self, kind: Kind) -> Option<String> {
-        let refused = refuse_foreign(&self.host, kind, &ours(kind));
+        let refused = refuse_foreign(&self.host, kind);
         refused.err().map(|error| error.to_string())
+    }
+
+    fn format(&self) -> Result<Format> {
+        format(&self.host, Kind::Containerd)
     }
 
     fn verdict(&self, kind: Kind) -> Option<String> {
@@ -45,14 +49,17 @@ impl Node {
             Kind::Crio => "1.33.0",
             Kind::Containerd => "v2.4.2",
         });
-        let verdict = validate(&self.host, kind, &version, &ours(kind));
-        assert!(files::names(&self.host.at("/run/lock")).unwrap().is_empty());
+        let folder = RuntimeFolder::make(&self.host).unwrap();
+        let ours = ours(format(&self.host, kind).unwrap());
+        let verdict = validate(&self.host, &folder, kind, &version, &ours);
+        drop(folder);
+        assert!(files::names(&self.host.at("/run")).unwrap().is_empty());
         verdict.err().map(|error| error.to_string())
     }
 }
 
-fn ours(kind: Kind) -> Vec<DropIn> {
-    dropin::all(kind, Path::new("/opt/sandpod"), LogLevel::Debug)
+fn ours(format: Format) -> Vec<DropIn> {
+    dropin::all(format, Path::new("/opt/sandpod"), LogLevel::Debug)
 }
 
 const CRIO_HANDLER: &str = "[crio.runtime.runtimes.kata]\nruntime_path = \"/usr/bin/containerd-shim-kata-v2\"\n";
@@ -83,7 +90,7 @@ fn another_handler_of_crios_is_found_in_whatever_file() {
 
 #[test]
 fn our_own_handler_is_not_foreign() {
-    let text = ours(Kind::Crio)[0].text.clone().unwrap();
+    let text = ours(Format::Crio)[0].text.clone().unwrap();
     let node = Node::new(&[("/etc/crio/crio.conf.d/50-kata", &text)]);
     assert_eq!(node.refusal(Kind::Crio), None);
     let node = Node::new(&[("/etc/crio/crio.conf.d/50-kata", "[crio.image]\n")]);
@@ -116,7 +123,11 @@ fn a_containerd_that_does_not_read_the_folder_is_refused_with_the_line_to_add() 
         let node = Node::new(&[("/etc/containerd/config.toml", main)]);
         assert_eq!(node.refusal(Kind::Containerd).as_deref(), Some(sentence));
     }
-    assert_eq!(Node::new(&[]).refusal(Kind::Containerd).as_deref(), Some(sentence));
+    // A file that is to be made has to have a version, too.
+    assert_eq!(
+        Node::new(&[]).refusal(Kind::Containerd),
+        Some(sentence.replace("add ", "add `version = 3` and "))
+    );
     for imports in [
         "conf.d/*.toml",
         "/etc/containerd/conf.d/*",
@@ -170,12 +181,113 @@ fn a_program_of_another_version_than_the_running_one_is_not_asked() {
     assert_eq!(node.verdict(Kind::Crio), None);
 }
 
+/// A containerd that prints what it reads: the main file and everything in the folder that this one imports, without
+/// the imports. As containerd 2.2, it takes the version that it reads last, and prints nothing of other versions.
+const CONTAINERD: &str = r#"[ "$1" = --version ] && echo containerd v2.4.2 && exit
+[ "$1 $3 $4" = '--config config dump' ] && [ "${2##*/etc/}" = containerd/config.toml ] || exit 3
+all="$2 $(sed -n 's/^imports = \["\(.*\)"\]$/\1/p' "$2")"
+version=$(cat $all | sed -n 's/^version = //p' | tail -n 1)
+[ "$version" -lt 5 ] || { echo "there is no version $version" >&2; exit 1; }
+echo "version = $version"
+for file in $all; do
+  ! grep -q "^version = $version" $file || sed '/^version/d; /^imports/d' $file
+done"#;
+
+/// A main file of a version, with a cgroup driver.
+fn main(version: u32) -> String {
+    let plugin = match version {
+        2 => "io.containerd.grpc.v1.cri",
+        _ => "io.containerd.cri.v1.runtime",
+    };
+    format!(
+        "imports = [\"conf.d/*.toml\"]\nversion = {version}\n\
+         [plugins.\"{plugin}\".containerd.runtimes.runc.options]\nSystemdCgroup = true\n"
+    )
+}
+
 #[test]
-fn containerd_is_asked_with_a_file_that_imports_both() {
-    let node = Node::new(&[("/etc/containerd/config.toml", IMPORTS)]);
+fn the_drop_in_has_the_version_of_the_file_that_imports_it() {
+    let format = |text: &str| Node::new(&[("/etc/containerd/config.toml", text)]).format();
+    for (version, expected) in [
+        (2, Format::ContainerdV2),
+        (3, Format::ContainerdV3),
+        (4, Format::ContainerdV3),
+    ] {
+        assert_eq!(format(&main(version)).unwrap(), expected);
+    }
+    assert_eq!(Node::new(&[]).format().unwrap(), Format::ContainerdV3);
+    for text in ["", "version = 1\n", "version = \"2\"\n"] {
+        assert_eq!(
+            format(text).unwrap_err().to_string(),
+            "/etc/containerd/config.toml has no `version`, or the version 1: write into it what `containerd config \
+             migrate` prints and install again"
+        );
+    }
+}
+
+#[test]
+fn containerd_is_asked_with_its_own_files_and_ours() {
+    for version in [2, 3] {
+        let node = Node::new(&[("/etc/containerd/config.toml", &main(version))]);
+        assert_eq!(node.verdict(Kind::Containerd), None);
+        node.program("containerd", CONTAINERD);
+        assert_eq!(node.verdict(Kind::Containerd), None);
+        // One that an earlier installer has written in another version makes no difference: ours takes its place.
+        let earlier = [Format::ContainerdV3, Format::ContainerdV2][version as usize - 2];
+        let earlier = ours(earlier)[0].text.clone().unwrap();
+        node.put("/etc/containerd/conf.d/50-kata.toml", &earlier);
+        assert_eq!(node.verdict(Kind::Containerd), None);
+    }
+}
+
+#[test]
+fn a_containerd_that_would_refuse_its_files_is_not_restarted() {
+    let node = Node::new(&[("/etc/containerd/config.toml", &main(5))]);
+    node.program("containerd", CONTAINERD);
+    assert_eq!(
+        node.verdict(Kind::Containerd).as_deref(),
+        Some("containerd's configuration is not valid: there is no version 5")
+    );
+}
+
+#[test]
+fn a_containerd_that_would_read_less_with_ours_is_not_restarted() {
+    // The file of somebody else has made containerd ignore the main one, which ours would bring back.
+    let node = Node::new(&[
+        ("/etc/containerd/config.toml", &main(2)),
+        (
+            "/etc/containerd/conf.d/10-theirs.toml",
+            "version = 3\nroot = \"/data\"\n",
+        ),
+    ]);
+    node.program("containerd", CONTAINERD);
+    assert_eq!(
+        node.verdict(Kind::Containerd).as_deref(),
+        Some(
+            "containerd would not have the same `plugins` with /etc/containerd/conf.d/50-kata.toml as without it: give \
+             every file that /etc/containerd/config.toml imports the `version` that /etc/containerd/config.toml has \
+             and install again"
+        )
+    );
+}
+
+#[test]
+fn what_an_import_imports_is_copied_too() {
+    let node = Node::new(&[
+        (
+            "/etc/containerd/config.toml",
+            "version = 3\nimports = [\"more/all.toml\"]\n",
+        ),
+        (
+            "/etc/containerd/more/all.toml",
+            "imports = [\"../conf.d/*.toml\", \"/opt/kept.toml\"]\nversion = 3\n",
+        ),
+        ("/opt/kept.toml", "version = 3\nroot = \"/data\"\n"),
+    ]);
     let look = "[ \"$1\" = --version ] && echo containerd v2.4.2 && exit\n\
-                [ \"$1 $3 $4\" = '--config config dump' ] && grep -q etc/containerd/config.toml \"$2\" || exit 1\n\
-                exec grep -q kata \"${2%/main}/50-kata.toml\"";
+                cd \"${2%/etc/containerd/config.toml}\" || exit 3\n\
+                grep -q \"$PWD/etc/containerd/more/all.toml\" etc/containerd/config.toml || exit 4\n\
+                grep -q \"$PWD/opt/kept.toml\" etc/containerd/more/all.toml && grep -q /data opt/kept.toml || exit 5";
     node.program("containerd", look);
     assert_eq!(node.verdict(Kind::Containerd), None);
 }

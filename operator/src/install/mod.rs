@@ -6,6 +6,7 @@
 
 pub mod cri;
 pub mod dropin;
+pub mod effective;
 pub mod elf;
 pub mod error;
 pub mod files;
@@ -14,6 +15,7 @@ pub mod merged;
 pub mod payload;
 pub mod preflight;
 pub mod restart;
+pub mod runtime_folder;
 pub mod selinux;
 pub mod state;
 pub mod versions;
@@ -37,6 +39,7 @@ use self::{
     cri::{Cri, Kind},
     error::{Context, InstallError, Result},
     files::Host,
+    lock::NodeLock,
     payload::Payload,
     state::Layout,
 };
@@ -184,12 +187,12 @@ impl<'r> Run<'r> {
 
     /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was
     /// any.
-    fn sweep_scratch(&self) -> Result<bool> {
+    fn sweep_scratch(&self, lock: &NodeLock) -> Result<bool> {
         let host = &self.layout.host;
-        let mut swept = self.layout.sweep_beside()? | merged::sweep(host)?;
+        let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()?;
         for kind in [Kind::Crio, Kind::Containerd] {
-            for file in dropin::all(kind, &self.layout.prefix, self.options.log_level) {
-                swept |= files::remove(&files::scratch_name(&file.path, &host.at(&file.scratch)))?;
+            for place in dropin::places(kind) {
+                swept |= files::remove(&files::scratch_name(Path::new(place.path), &host.at(place.scratch)))?;
             }
         }
         Ok(swept)
@@ -198,7 +201,7 @@ impl<'r> Run<'r> {
     /// Refuses a node whose handler is ours and goes through another prefix.
     fn refuse_other_prefix(&self) -> Result<()> {
         for kind in [Kind::Crio, Kind::Containerd] {
-            let path = dropin::handler(kind, &self.layout.prefix).path;
+            let path = dropin::handlers_place(kind).path;
             let text = files::read_text(&self.layout.host.at(path))?.unwrap_or_default();
             if let Some(prefix) = dropin::prefix_of(&text).filter(|prefix| *prefix != self.layout.prefix) {
                 return Err(InstallError::OtherPrefix { prefix });

@@ -16,9 +16,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cri::Kind,
+    effective::Baseline,
     error::{InstallError, Result},
     files::{self, Host, SCRATCH},
 };
+
+/// It may tell of the CRI's configuration, which only root can ask for.
+const MODE: u32 = 0o600;
 
 /// `PREFIX/state.json`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -48,6 +52,8 @@ pub struct Pending {
     pub files: BTreeMap<PathBuf, Option<String>>,
     /// The CRI has to be restarted for it.
     pub restart: bool,
+    /// What the CRI was like before the change.
+    pub baseline: Option<Baseline>,
 }
 
 /// Where things are below the prefix.
@@ -98,8 +104,8 @@ impl Layout {
         let text = files::read_text(&path)?;
         text.map(|text| {
             serde_json::from_str(&text).map_err(|error| InstallError::ConfigInvalid {
-                what: path.display().to_string(),
-                why: error.to_string(),
+                what: self.host.name(&path).display().to_string(),
+                why: format!("{error}; uninstall, which does without it, and install again"),
             })
         })
         .transpose()
@@ -110,7 +116,7 @@ impl Layout {
     /// # Errors
     /// The kernel's.
     pub fn save(&self, state: &State) -> Result<()> {
-        files::replace(&self.state(), &render(state), &self.root())
+        files::replace(&self.state(), &render(state), &self.root(), MODE)
     }
 
     /// What was remembered; where nothing was, the prefix is made with a first state in it.
@@ -135,7 +141,7 @@ impl Layout {
         let inside = self.root();
         let inside = inside.strip_prefix(top).unwrap_or(Path::new(""));
         make_folders(&scratch.join(inside))?;
-        files::write(&scratch.join(inside).join("state.json"), &render(&state), 0o644)?;
+        files::write(&scratch.join(inside).join("state.json"), &render(&state), MODE)?;
         rename(&scratch, top)?;
         Ok(state)
     }
@@ -243,6 +249,20 @@ mod tests {
         assert_eq!(layout.load().unwrap(), Some(state.clone()));
         layout.forget(&state).unwrap();
         assert!(files::names(root.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_state_that_is_damaged_is_named_with_its_cure() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = layout(root.path());
+        layout.load_or_make().unwrap();
+        fs::write(layout.state(), "{").unwrap();
+        let error = layout.load().unwrap_err().to_string();
+        assert!(
+            error.starts_with("/opt/sandpod/state.json is not valid: EOF while")
+                && error.ends_with("; uninstall, which does without it, and install again"),
+            "{error}"
+        );
     }
 
     #[test]

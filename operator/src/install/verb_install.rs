@@ -1,13 +1,20 @@
 //! `install`: this payload's version becomes the current one, and the CRI has the handler.
 
-use std::{collections::BTreeMap, path::PathBuf, process::Command};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use super::{
     Run,
     cri::{Cri, HANDLER},
     dropin::{self, DropIn, MARK},
+    effective::{self, Baseline},
     error::{InstallError, Result},
-    files, lock, merged, preflight,
+    files,
+    lock::NodeLock,
+    merged, preflight,
     restart::restart,
     selinux,
     state::{Pending, State},
@@ -20,10 +27,16 @@ use crate::report::Phase;
 /// What the look at the node has brought.
 struct Job {
     cri: Cri,
+    /// Whether it has the handler already; none where it does not tell.
+    listed: Option<bool>,
+    /// What it is like before anything is changed.
+    baseline: Baseline,
     /// The name of the version to install.
     version: String,
     /// It is there already, as it should be.
     intact: bool,
+    /// The `version` that the drop-in of the handler has to have; none where the CRI knows no versions.
+    drop_in_version: Option<i64>,
     /// Files outside the prefix that are not as they should be.
     changes: Vec<Change>,
 }
@@ -39,15 +52,15 @@ struct Change {
 /// # Errors
 /// Why the node is not fit, or what failed.
 pub fn install(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let lock = NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    run.sweep_scratch()?;
-    let job = check(run)?;
+    run.sweep_scratch(&lock)?;
+    let job = check(run, &lock)?;
     let mut state = run.layout.load_or_make()?;
     if let Err(error) = place(run, &job) {
         return Err(undone(error, forsake(run, &state, &job)));
     }
-    let changed = change(run, &job, &mut state)?;
+    let changed = change(run, &job, &mut state)? | versions::protect_locks(&run.layout)?;
     step("sweeping old versions");
     let keep = [Some(job.version.as_str()), state.previous.as_deref()];
     let keep: Vec<_> = keep.into_iter().flatten().collect();
@@ -57,7 +70,7 @@ pub fn install(run: &mut Run) -> Result<Phase> {
 }
 
 /// Looks at everything that could be in the way. Changes nothing.
-fn check(run: &mut Run) -> Result<Job> {
+fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     let state = run.layout.load()?;
     let cri = run.cri(None)?;
     preflight::refuse_old(&cri)?;
@@ -69,8 +82,9 @@ fn check(run: &mut Run) -> Result<Job> {
     let base = payload.text("configuration.toml")?;
     run.judge(cri.kind, base.as_deref())?;
     run.refuse_other_prefix()?;
-    let wanted = dropin::all(cri.kind, &run.layout.prefix, run.options.log_level);
-    merged::refuse_foreign(&run.layout.host, cri.kind, &wanted)?;
+    merged::refuse_foreign(&run.layout.host, cri.kind)?;
+    let format = merged::format(&run.layout.host, cri.kind)?;
+    let wanted = dropin::all(format, &run.layout.prefix, run.options.log_level);
     let intact = versions::inspect(&run.layout, &version).is_ok();
     if let Some(payload) = run.payload.as_ref().filter(|_| !intact) {
         preflight::refuse_full(&run.layout, payload)?;
@@ -78,20 +92,24 @@ fn check(run: &mut Run) -> Result<Job> {
     let written = state.map(|state| state.written).unwrap_or_default();
     let mut changes = Vec::new();
     for file in wanted.clone() {
-        let before = files::read_text(&run.layout.host.at(&file.path))?;
+        let before = files::read_text(&run.layout.host.at(file.place.path))?;
         match verdict(&file, before.as_deref(), &written) {
             Verdict::Same => {}
             Verdict::Change => changes.push(Change { file, before }),
-            Verdict::Theirs => run.warn(Some(format!("{} was edited; it stays as it is", file.path.display()))),
+            Verdict::Theirs => run.warn(Some(format!("{} was edited; it stays as it is", file.place.path))),
         }
     }
-    if changes.iter().any(|change| change.file.of_cri) {
-        merged::validate(&run.layout.host, cri.kind, &cri.version, &wanted)?;
+    if changes.iter().any(|change| change.file.place.of_cri) {
+        merged::validate(&run.layout.host, &lock.folder, cri.kind, &cri.version, &wanted)?;
     }
+    let handler = dropin::handler(format, &run.layout.prefix);
     Ok(Job {
+        listed: cri.lists_handler()?,
+        baseline: cri.baseline()?,
         cri,
         version,
         intact,
+        drop_in_version: handler.text.as_deref().and_then(dropin::version_of),
         changes,
     })
 }
@@ -110,8 +128,10 @@ fn verdict(file: &DropIn, before: Option<&str>, written: &BTreeMap<PathBuf, Stri
         (None, None) => Verdict::Same,
         (Some(before), Some(text)) if before == text => Verdict::Same,
         (None, Some(_)) => Verdict::Change,
-        (Some(before), _) if file.of_cri && before.starts_with(MARK) => Verdict::Change,
-        (Some(before), _) if written.get(&file.path) == Some(&files::sha256(before.as_bytes())) => Verdict::Change,
+        (Some(before), _) if file.place.of_cri && before.starts_with(MARK) => Verdict::Change,
+        (Some(before), _) if written.get(Path::new(file.place.path)) == Some(&files::sha256(before.as_bytes())) => {
+            Verdict::Change
+        }
         // A name that we would use too, where we want nothing.
         (Some(_), None) => Verdict::Same,
         (Some(_), Some(_)) => Verdict::Theirs,
@@ -193,15 +213,14 @@ fn undone(first: InstallError, then: Result<()>) -> InstallError {
 fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     let current = run.layout.current_version();
     let flip = current.as_deref() != Some(&job.version);
-    let listed = job.cri.lists_handler()?;
     let left = state.pending.take();
     // After a death between a change and its restart the files are as they should be, and the CRI does not know of
     // them.
     let owed = left
         .as_ref()
         .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
-    let restart = owed || listed == Some(false) || job.changes.iter().any(|change| change.file.of_cri);
-    run.report.handler_seen = listed;
+    let restart = owed || job.listed == Some(false) || job.changes.iter().any(|change| change.file.place.of_cri);
+    run.report.handler_seen = job.listed;
     if !flip && !restart && job.changes.is_empty() && left.is_none() {
         return Ok(false);
     }
@@ -213,13 +232,20 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     pending.restart = restart;
     for change in &job.changes {
         let before = || change.before.clone();
-        pending.files.entry(change.file.path.clone()).or_insert_with(before);
+        let path = change.file.place.path.into();
+        pending.files.entry(path).or_insert_with(before);
     }
+    // After a death it is the one before that death: the CRI may have been restarted since.
+    let baseline = pending.baseline.get_or_insert_with(|| job.baseline.clone()).clone();
     state.pending = Some(pending.clone());
     state.cri = Some(job.cri.kind);
     run.layout.save(state)?;
     run.touched = true;
-    if let Err(error) = advance(run, job, state, flip, restart) {
+    let advanced = advance(run, job, state, flip, restart).and_then(|()| match restart {
+        true => refuse_worse(run, job, &pending, &baseline),
+        false => Ok(()),
+    });
+    if let Err(error) = advanced {
         return Err(undone(error, roll_back(run, job, state)));
     }
     if pending.current.as_deref() != Some(&job.version) {
@@ -238,7 +264,7 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
     }
     for Change { file, .. } in &job.changes {
         let verb = if file.text.is_some() { "writing" } else { "removing" };
-        step(format_args!("{verb} {}", file.path.display()));
+        step(format_args!("{verb} {}", file.place.path));
         put(run, state, file)?;
     }
     if restart_it {
@@ -259,36 +285,62 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
     Ok(())
 }
 
+/// After the restart: the CRI is what it was before it, but for our handler.
+fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) -> Result<()> {
+    let cri = job.cri.kind.name();
+    if misread(job, pending) {
+        run.warn(Some(format!(
+            "what {cri} makes of its configuration was not compared: the drop-in of an earlier Sandpod had another version \
+             than the rest of it"
+        )));
+    } else if let (Some(before), Some(now)) = (&before.config, job.cri.baseline()?.config)
+        && let Some(path) = effective::difference(before, &now)
+    {
+        return Err(InstallError::Differs { cri, path });
+    }
+    job.cri.await_conditions(before)
+}
+
+/// Whether the drop-in that was there before had another version than belongs to the node: then the CRI may have left
+/// out other files' sections, which it reads now.
+fn misread(job: &Job, pending: &Pending) -> bool {
+    let place = dropin::handlers_place(job.cri.kind);
+    let before = pending.files.get(Path::new(place.path)).cloned().flatten();
+    let before = before.as_deref().and_then(dropin::version_of);
+    before.is_some_and(|before| Some(before) != job.drop_in_version)
+}
+
 fn put(run: &mut Run, state: &mut State, file: &DropIn) -> Result<()> {
-    let place = run.layout.host.at(&file.path);
+    let place = run.layout.host.at(file.place.path);
+    let path = PathBuf::from(file.place.path);
     let Some(text) = &file.text else {
-        state.written.remove(&file.path);
+        state.written.remove(&path);
         return files::remove(&place).map(drop);
     };
     if let Some(folder) = place.parent() {
         run.layout.make_folder(state, folder)?;
     }
-    if !file.of_cri {
+    if !file.place.of_cri {
         // Known to be ours before it is there.
-        state.written.insert(file.path.clone(), files::sha256(text.as_bytes()));
+        state.written.insert(path, files::sha256(text.as_bytes()));
         run.layout.save(state)?;
     }
-    files::replace(&place, text.as_bytes(), &run.layout.host.at(&file.scratch))
+    files::replace(&place, text.as_bytes(), &run.layout.host.at(file.place.scratch), 0o644)
 }
 
 /// Puts back what was there before the change that is pending.
 fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
     step("putting back what was there before");
     let pending = state.pending.clone().unwrap_or_default();
-    let ours = dropin::all(job.cri.kind, &run.layout.prefix, run.options.log_level);
+    let ours = dropin::places(job.cri.kind);
     let mut of_cri = false;
     for (path, before) in &pending.files {
         let place = run.layout.host.at(path);
-        let file = ours.iter().find(|file| file.path == *path);
-        of_cri |= file.is_none_or(|file| file.of_cri);
-        let scratch = file.map_or_else(|| run.layout.root(), |file| run.layout.host.at(&file.scratch));
+        let known = ours.iter().find(|known| Path::new(known.path) == path);
+        of_cri |= known.is_none_or(|known| known.of_cri);
+        let scratch = known.map_or_else(|| run.layout.root(), |known| run.layout.host.at(known.scratch));
         match before {
-            Some(text) => files::replace(&place, text.as_bytes(), &scratch)?,
+            Some(text) => files::replace(&place, text.as_bytes(), &scratch, 0o644)?,
             None => drop(files::remove(&place)?),
         }
         state.written.remove(path);
@@ -316,11 +368,10 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{install::cri::Kind, log_level::LogLevel};
-    use std::path::Path;
+    use crate::{install::dropin::Format, log_level::LogLevel};
 
     fn files_of(level: LogLevel) -> [DropIn; 2] {
-        let mut files = dropin::all(Kind::Containerd, Path::new("/opt/sandpod"), level).into_iter();
+        let mut files = dropin::all(Format::ContainerdV3, Path::new("/opt/sandpod"), level).into_iter();
         [files.next().unwrap(), files.next().unwrap()]
     }
 
@@ -338,7 +389,7 @@ mod tests {
     fn an_administrators_file_is_left_alone() {
         let ([_, off], [_, on]) = (files_of(LogLevel::Info), files_of(LogLevel::Debug));
         let text = on.text.clone().unwrap();
-        let ours = BTreeMap::from([(on.path.clone(), files::sha256(text.as_bytes()))]);
+        let ours = BTreeMap::from([(PathBuf::from(on.place.path), files::sha256(text.as_bytes()))]);
         let none = BTreeMap::new();
         assert_eq!(verdict(&on, None, &none), Verdict::Change);
         assert_eq!(verdict(&on, Some("mine"), &none), Verdict::Theirs);

@@ -8,9 +8,10 @@ use std::{
 use super::{
     Run,
     cri::{Cri, HANDLER, Kind},
-    dropin::{self, DropIn, MARK},
+    dropin::{self, DropIn, Format, MARK, Place},
     error::{InstallError, Result},
-    files, lock,
+    files,
+    lock::NodeLock,
     restart::restart,
     state::{Pending, State},
     step, versions,
@@ -27,11 +28,16 @@ const PACE: Duration = Duration::from_millis(50);
 /// # Errors
 /// Pods run, or something cannot be taken away.
 pub fn uninstall(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let lock = NodeLock::take(&run.layout.host)?;
     step("checking the node");
-    let swept = run.sweep_scratch()?;
+    let swept = run.sweep_scratch(&lock)?;
     run.refuse_other_prefix()?;
-    let state = run.layout.load()?;
+    let remembered = run.layout.load();
+    let damaged = matches!(remembered, Err(InstallError::ConfigInvalid { .. }));
+    let state = match damaged {
+        true => Some(guess(run)?),
+        false => remembered?,
+    };
     let of_cri = present(run)?;
     if state.is_none() && of_cri.is_empty() {
         run.report.changed = swept;
@@ -48,7 +54,10 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
         false => Some(run.cri(state.cri)?),
     };
     refuse_in_use(run, cri.as_ref())?;
-    let mut state = run.layout.load_or_make()?;
+    let mut state = match damaged {
+        true => run.layout.save(&state).map(|()| state)?,
+        false => run.layout.load_or_make()?,
+    };
     run.touched = true;
     if let Some(cri) = cri {
         disconnect(run, &cri, &of_cri, &mut state)?;
@@ -60,14 +69,36 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
     Ok(Phase::Uninstalled)
 }
 
+/// What can be said of an installation whose state is damaged: the prefix is ours, and a file among the
+/// administrator's that has our text.
+fn guess(run: &mut Run) -> Result<State> {
+    let prefix = run.layout.prefix.clone();
+    run.warn(Some(format!(
+        "{} is damaged: what is not in {} and not known by its text stays",
+        prefix.join("state.json").display(),
+        prefix.display()
+    )));
+    let mut state = State {
+        made: vec![prefix.clone()],
+        ..State::default()
+    };
+    for DropIn { place, text } in dropin::all(Format::Crio, &prefix, LogLevel::Debug) {
+        let found = files::read_text(&run.layout.host.at(place.path))?;
+        if let Some(text) = text.filter(|text| !place.of_cri && found.as_ref() == Some(text)) {
+            state.written.insert(place.path.into(), files::sha256(text.as_bytes()));
+        }
+    }
+    Ok(state)
+}
+
 /// Our files that a CRI reads, whichever it is.
-fn present(run: &Run) -> Result<Vec<DropIn>> {
+fn present(run: &Run) -> Result<Vec<Place>> {
     let mut present = Vec::new();
     for kind in [Kind::Crio, Kind::Containerd] {
-        for file in dropin::all(kind, &run.layout.prefix, LogLevel::Info) {
-            let text = files::read_text(&run.layout.host.at(&file.path))?;
-            if file.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
-                present.push(file);
+        for place in dropin::places(kind) {
+            let text = files::read_text(&run.layout.host.at(place.path))?;
+            if place.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
+                present.push(place);
             }
         }
     }
@@ -97,7 +128,7 @@ fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
 }
 
 /// Takes the handler away from the CRI. From here on only forward: a node without the handler is what was asked for.
-fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) -> Result<()> {
+fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[Place], state: &mut State) -> Result<()> {
     let left = state.pending.take().unwrap_or_default();
     state.pending = Some(Pending {
         boot_id: run.boot_id(),
@@ -105,9 +136,9 @@ fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[DropIn], state: &mut State) ->
         ..left
     });
     run.layout.save(state)?;
-    for file in of_cri {
-        step(format_args!("removing {}", file.path.display()));
-        files::remove(&run.layout.host.at(&file.path))?;
+    for place in of_cri {
+        step(format_args!("removing {}", place.path));
+        files::remove(&run.layout.host.at(place.path))?;
     }
     step(format_args!("restarting {}", cri.kind.name()));
     run.report.restarted = true;

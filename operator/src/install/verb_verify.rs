@@ -3,7 +3,9 @@
 use super::{
     Run, dropin,
     error::{InstallError, Result},
-    files, lock, step, versions,
+    files,
+    lock::NodeLock,
+    merged, step, versions,
 };
 use crate::report::Phase;
 
@@ -12,7 +14,7 @@ use crate::report::Phase;
 /// # Errors
 /// The first thing that is not as it should be.
 pub fn verify(run: &mut Run) -> Result<Phase> {
-    let _lock = lock::NodeLock::take(&run.layout.host)?;
+    let _lock = NodeLock::take(&run.layout.host)?;
     step("looking at what is installed");
     let prefix = run.layout.prefix.clone();
     let absent = || InstallError::NotInstalled { prefix: prefix.clone() };
@@ -26,11 +28,18 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
     }
     versions::inspect(&run.layout, &version)?;
     let cri = run.cri(state.cri)?;
-    let handler = dropin::handler(cri.kind, &prefix);
-    if files::read_text(&run.layout.host.at(&handler.path))? != handler.text {
+    let format = merged::format(&run.layout.host, cri.kind)?;
+    let handler = dropin::handler(format, &prefix);
+    let found = files::read_text(&run.layout.host.at(handler.place.path))?;
+    if found != handler.text {
+        let version = |text: &Option<String>| text.as_deref().and_then(dropin::version_of);
+        let misread = version(&found).is_some_and(|found| Some(found) != version(&handler.text));
         return Err(InstallError::Damaged {
-            path: handler.path,
-            how: "is not what was installed",
+            path: handler.place.path.into(),
+            how: match misread {
+                true => "has not the `version` of the configuration that imports it",
+                false => "is not what was installed",
+            },
         });
     }
     let base = files::read_text(&run.layout.current().join("configuration.toml"))?;

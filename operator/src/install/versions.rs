@@ -4,7 +4,7 @@
 //! from it, and its QEMU, find everything of their version until they end.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, Permissions},
     os::unix::fs::{DirBuilderExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
 };
@@ -24,6 +24,8 @@ use super::{
 const INTERPRETER: &str = "lib/ld-linux-x86-64.so.2";
 /// The payload's own libraries.
 const LIBRARIES: &str = "lib";
+/// Who may open a file may lock it, and so keep a version from being removed and pods from being started with it.
+const LOCK_MODE: u32 = 0o600;
 /// The link to the administrator's drop-ins, beside the version's configuration.
 const CONFIG_LINK: &str = "config.d";
 
@@ -61,7 +63,7 @@ pub fn stage(layout: &Layout, payload: &Payload, selinux: selinux::Mode) -> Resu
         });
     }
     files::write(&folder.join(MANIFEST), installed.render().as_bytes(), 0o644)?;
-    files::write(&folder.join(LOCK), b"", 0o644)?;
+    files::write(&folder.join(LOCK), b"", LOCK_MODE)?;
     symlink(CONFIG_FOLDER, folder.join(CONFIG_LINK)).at("create the link", folder.join(CONFIG_LINK))?;
     let folders = payload.manifest.folders();
     let files_too = installed.entries.iter().map(|entry| entry.path.clone());
@@ -165,6 +167,28 @@ pub fn all(layout: &Layout) -> Result<Vec<String>> {
     Ok(names.into_iter().filter(|name| !name.starts_with('.')).collect())
 }
 
+/// Takes the locks of versions that an earlier installer has left open to every user away from them. Whether there were
+/// any.
+///
+/// # Errors
+/// The kernel's.
+pub fn protect_locks(layout: &Layout) -> Result<bool> {
+    let mut changed = false;
+    for name in files::names(&layout.versions())? {
+        let path = layout.versions().join(name).join(LOCK);
+        let mode = match fs::symlink_metadata(&path) {
+            Ok(found) => found.permissions().mode() & 0o7777,
+            Err(error) if files::is_absent(&error) => continue,
+            Err(error) => return Err(error).at("look at", &path),
+        };
+        if mode != LOCK_MODE {
+            fs::set_permissions(&path, Permissions::from_mode(LOCK_MODE)).at("set the mode of", &path)?;
+            changed = true;
+        }
+    }
+    Ok(changed)
+}
+
 /// The first version that a shim runs from.
 ///
 /// # Errors
@@ -219,16 +243,25 @@ fn discard(layout: &Layout, name: &str) -> Result<()> {
 }
 
 /// Removes a version: what its manifest names, and what the installer made besides. Whatever else somebody has put
-/// there stays, and is returned as a warning.
+/// there stays, and is returned as a warning. Where the manifest is damaged nobody can tell the two apart, and all of it
+/// goes with the next sweep, which is a warning too.
 ///
 /// # Errors
 /// The kernel's.
 pub fn remove(layout: &Layout, name: &str) -> Result<Option<String>> {
     let folder = layout.versions().join(name);
-    let manifest = manifest(&folder)?.unwrap_or(Manifest {
-        version: String::new(),
-        entries: Vec::new(),
-    });
+    let manifest = match manifest(&folder) {
+        Ok(manifest) => manifest.unwrap_or(Manifest {
+            version: String::new(),
+            entries: Vec::new(),
+        }),
+        Err(InstallError::Payload(why)) => {
+            discard(layout, name)?;
+            let folder = layout.host.name(&folder);
+            return Ok(Some(format!("{} goes with all that is in it: {why}", folder.display())));
+        }
+        Err(error) => return Err(error),
+    };
     for entry in &manifest.entries {
         files::remove(&folder.join(&entry.path))?;
     }
@@ -340,6 +373,23 @@ mod tests {
     }
 
     #[test]
+    fn nobody_but_root_can_lock_a_version() {
+        let place = place("/opt/sandpod");
+        let locks = [place.install("1"), place.install("2")].map(|name| place.layout.versions().join(name).join(LOCK));
+        let modes = || {
+            locks
+                .clone()
+                .map(|lock| fs::metadata(lock).unwrap().permissions().mode() & 0o777)
+        };
+        assert_eq!(modes(), [0o600, 0o600]);
+        assert!(!protect_locks(&place.layout).unwrap());
+        // As an earlier installer has left it.
+        fs::set_permissions(&locks[0], Permissions::from_mode(0o644)).unwrap();
+        assert!(protect_locks(&place.layout).unwrap());
+        assert_eq!(modes(), [0o600, 0o600]);
+    }
+
+    #[test]
     fn what_somebody_else_has_put_into_a_version_stays() {
         let place = place("/opt/sandpod");
         let (one, two) = (place.install("1"), place.install("2"));
@@ -351,5 +401,20 @@ mod tests {
         );
         assert_eq!(remove(&place.layout, &two).unwrap(), None);
         assert_eq!(place.all(), [one]);
+    }
+
+    #[test]
+    fn a_version_whose_manifest_is_damaged_goes_too() {
+        let place = place("/opt/sandpod");
+        let name = place.install("1");
+        fs::write(place.layout.versions().join(&name).join(MANIFEST), "sandpod 1\n755 3\n").unwrap();
+        let warning = remove(&place.layout, &name).unwrap().unwrap();
+        assert_eq!(
+            warning,
+            format!("/opt/sandpod/versions/{name} goes with all that is in it: its manifest has the line \"755 3\"")
+        );
+        assert!(place.all().is_empty());
+        assert!(sweep(&place.layout, &[]).unwrap());
+        assert!(files::names(&place.layout.versions()).unwrap().is_empty());
     }
 }
