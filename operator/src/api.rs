@@ -122,9 +122,6 @@ pub struct KataConfigStatus {
     /// `InProgress`, for people, and `Available`, `Progressing` and `Degraded`, for machines.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
-    /// The `metadata.generation` of the `spec` that all of this is about.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub observed_generation: Option<i64>,
     /// Which node is in which state.
     pub kata_nodes: KataNodes,
     /// Always false here: there is no MachineConfigOperator to wait for.

@@ -237,9 +237,10 @@ fn helm_installs(server: &ApiServer) -> Result {
 
 /// `kubectl delete --filename` takes nothing that the nodes need as long as there is a KataConfig, and everything
 /// afterwards.
-fn deleted_too_early(server: &ApiServer) -> Result {
+fn deleted_too_early(_: &ApiServer) -> Result {
+    // Of its own: nobody here completes the removal of the namespace, in which the other stories make things.
+    let server = &ApiServer::start()?;
     let file = deploy("install.yaml").display().to_string();
-    // The namespace of the story before goes at its own time, and nobody completes it here.
     server.kubectl(["apply", "--filename", &file])?;
     server.wait_for("condition=Established", &[&format!("crd/{DEFINITION}")], run::ORDINARY)?;
     let config = json!({ "apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": { "name": "early" } });

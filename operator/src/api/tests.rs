@@ -44,7 +44,6 @@ fn full() -> KataConfig {
                 message: "Performing initial installation of kata on cluster".into(),
                 observed_generation: Some(1),
             }],
-            observed_generation: Some(1),
             kata_nodes: KataNodes {
                 node_count: 7,
                 ready_node_count: 1,

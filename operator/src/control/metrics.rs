@@ -1,6 +1,9 @@
 //! What monitoring is told: `kata_operator_*` and `kata_config_installation_success`, in the OpenMetrics text format.
 
-use std::{fmt, sync::atomic::AtomicU64};
+use std::{
+    fmt,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -25,73 +28,82 @@ struct Build {
     version: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct NoLabels {}
-
 /// All metrics.
 pub(super) struct Metrics {
-    registry: Registry,
     nodes: Family<State, Gauge>,
-    success: Family<NoLabels, Gauge>,
+    success: Gauge,
+    /// There is a KataConfig that this controller has looked at.
+    in_force: AtomicBool,
     /// 1 while this controller leads.
     pub(super) leader: Gauge,
     install_seconds: Histogram,
     install_failures: Family<Reason, Counter>,
     /// Passes that ended with an error.
     pub(super) reconcile_errors: Counter<u64, AtomicU64>,
+    build: Family<Build, Gauge>,
 }
 
 impl Metrics {
     pub(super) fn new(version: &str) -> Metrics {
-        let mut registry = Registry::default();
-        let nodes = Family::<State, Gauge>::default();
-        let success = Family::<NoLabels, Gauge>::default();
-        let leader = Gauge::default();
-        let install_seconds = Histogram::new([1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0]);
-        let install_failures = Family::<Reason, Counter>::default();
-        let reconcile_errors = Counter::default();
         let build = Family::<Build, Gauge>::default();
         build
             .get_or_create(&Build {
                 version: version.to_owned(),
             })
             .set(1);
+        Metrics {
+            nodes: Family::default(),
+            success: Gauge::default(),
+            in_force: AtomicBool::default(),
+            leader: Gauge::default(),
+            install_seconds: Histogram::new([1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0]),
+            install_failures: Family::default(),
+            reconcile_errors: Counter::default(),
+            build,
+        }
+    }
+
+    /// Names all of them, and leaves out what is not known.
+    fn registry(&self) -> Registry {
+        let mut registry = Registry::default();
         registry.register(
             "kata_operator_nodes",
             "Nodes by state, as in status.kataNodes",
-            nodes.clone(),
+            self.nodes.clone(),
         );
+        if self.in_force.load(Ordering::Relaxed) {
+            registry.register(
+                "kata_config_installation_success",
+                "1 when every wanted node has kata, else 0; absent without a KataConfig and where another controller leads",
+                self.success.clone(),
+            );
+        }
         registry.register(
-            "kata_config_installation_success",
-            "1 when every wanted node has kata, else 0; absent without a KataConfig, and from a controller that does not lead",
-            success.clone(),
+            "kata_operator_leader",
+            "1 while this controller leads",
+            self.leader.clone(),
         );
-        registry.register("kata_operator_leader", "1 while this controller leads", leader.clone());
         registry.register(
             "kata_operator_node_install_seconds",
             "From the making of an installer pod to its success",
-            install_seconds.clone(),
+            self.install_seconds.clone(),
         );
         registry.register(
             "kata_operator_install_failures",
             "Runs of the installer that failed, by the installer's code",
-            install_failures.clone(),
+            self.install_failures.clone(),
         );
         registry.register(
             "kata_operator_reconcile_errors",
             "Passes that ended with an error",
-            reconcile_errors.clone(),
+            self.reconcile_errors.clone(),
         );
-        registry.register("kata_operator_build_info", "The version that is installed", build);
-        Metrics {
-            registry,
-            nodes,
-            success,
-            leader,
-            install_seconds,
-            install_failures,
-            reconcile_errors,
-        }
+        registry.register(
+            "kata_operator_build_info",
+            "The version that is installed",
+            self.build.clone(),
+        );
+        registry
     }
 
     /// Shows the lists of the KataConfig that is in force, if there is one.
@@ -113,11 +125,9 @@ impl Metrics {
                 .get_or_create(&label)
                 .set(i64::try_from(names.len()).unwrap_or(i64::MAX));
         }
-        if !in_force {
-            return self.success.clear();
-        }
+        self.in_force.store(in_force, Ordering::Relaxed);
         let all = counts.node_count > 0 && counts.node_count == counts.ready_node_count;
-        self.success.get_or_create(&NoLabels {}).set(i64::from(all));
+        self.success.set(i64::from(all));
     }
 
     /// Counts runs that have ended.
@@ -140,7 +150,7 @@ impl Metrics {
     /// None in practice: a string takes everything.
     pub(super) fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
-        encode(&mut text, &self.registry)?;
+        encode(&mut text, &self.registry())?;
         Ok(text)
     }
 }

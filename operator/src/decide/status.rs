@@ -139,7 +139,6 @@ pub(super) fn status(
             condition(PROGRESSING, progressing(reason, facts), generation),
             condition(DEGRADED, degraded(reason), generation),
         ],
-        observed_generation: generation,
         kata_nodes,
         waiting_for_mco_to_start: false,
     }

@@ -116,11 +116,16 @@ impl Controller {
 
     /// Waits until it has said this.
     pub fn until_said(&self, what: &str, deadline: Duration) -> Result<String> {
+        self.until_said_times(what, 1, deadline)
+    }
+
+    /// Waits until it has said this so many times; the last of these lines.
+    pub fn until_said_times(&self, what: &str, times: usize, deadline: Duration) -> Result<String> {
         self.said
             .bell
             .until(&format!("the controller's word {what:?}"), deadline, || {
                 let lines = self.said.lines();
-                let found = lines.iter().find(|line| line.contains(what)).cloned();
+                let found = lines.iter().filter(|line| line.contains(what)).nth(times - 1).cloned();
                 found.ok_or_else(|| lines.last().cloned().unwrap_or_default())
             })
     }

@@ -2,10 +2,11 @@
 
 use std::fs;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tests::{
     failure::{Result, Trying, contains, same},
     run,
+    wait::Bell,
 };
 
 use super::{
@@ -16,25 +17,58 @@ use super::{
 };
 
 pub const STORIES: &[Story] = &[
-    ("a_failing_node_says_why_stops_the_others_and_recovers", recovers),
-    ("a_retry_annotation_tries_at_once", retry),
+    ("a_node_that_is_not_fit_says_why_stops_nobody_and_recovers", recovers),
+    (
+        "a_failing_node_stops_the_others_and_a_retry_annotation_tries_at_once",
+        retry,
+    ),
     ("an_installer_pod_that_is_not_let_in_is_told_of", not_let_in),
+    (
+        "a_look_that_is_not_let_in_takes_nothing_from_the_node",
+        not_let_in_later,
+    ),
 ];
 
 const TEXT: &str = "/dev/kvm is absent; enable virtualization in the firmware";
 
-fn refuse(rig: &Rig<'_>, index: usize) -> Result {
-    fs::write(rig.kubelet(index)?.folder().join("refuse"), TEXT).trying("telling a node to refuse")
+/// What a node's installer is to find.
+#[derive(Clone, Copy)]
+enum Problem {
+    /// Before it changes anything.
+    Refuse,
+    /// Afterwards.
+    Fail,
 }
 
-fn relent(rig: &Rig<'_>, index: usize) -> Result {
-    fs::remove_file(rig.kubelet(index)?.folder().join("refuse")).trying("telling a node not to refuse")
+impl Problem {
+    fn file(self, rig: &Rig<'_>, index: usize) -> Result<std::path::PathBuf> {
+        let name = match self {
+            Problem::Refuse => "refuse",
+            Problem::Fail => "fail",
+        };
+        Ok(rig.kubelet(index)?.folder().join(name))
+    }
+
+    fn begins(self, rig: &Rig<'_>, index: usize) -> Result {
+        fs::write(self.file(rig, index)?, TEXT).trying("telling a node what to find")
+    }
+
+    fn ends(self, rig: &Rig<'_>, index: usize) -> Result {
+        fs::remove_file(self.file(rig, index)?).trying("telling a node that all is well")
+    }
 }
 
-fn failed(rig: &Rig<'_>) -> Result {
+/// A node that is not fit stops nobody; one on which an installation went wrong stops the others.
+fn failed(rig: &Rig<'_>, problem: Problem) -> Result {
     let condition = ["True", "Failed", &format!("Node worker-1 Degraded: {TEXT}")].map(String::from);
-    let nodes =
-        json!({"failedToInstall": ["worker-1"], "waitingToInstall": ["worker-0"], "nodeCount": 2, "readyNodeCount": 0});
+    let nodes = match problem {
+        Problem::Refuse => {
+            json!({"failedToInstall": ["worker-1"], "installed": ["worker-0"], "nodeCount": 2, "readyNodeCount": 1})
+        }
+        Problem::Fail => {
+            json!({"failedToInstall": ["worker-1"], "waitingToInstall": ["worker-0"], "nodeCount": 2, "readyNodeCount": 0})
+        }
+    };
     let claim = |row: &super::history::Row| row.condition == condition && row.nodes == nodes;
     rig.history
         .until_last(NAME, "the failure's word", SOON, claim)
@@ -43,9 +77,23 @@ fn failed(rig: &Rig<'_>) -> Result {
 
 fn recovers(rig: &mut Rig<'_>) -> Result {
     rig.start(&["worker-0", "worker-1"])?;
-    refuse(rig, 1)?;
+    Problem::Refuse.begins(rig, 1)?;
     rig.create(NAME, &json!({}))?;
-    failed(rig)?;
+    failed(rig, Problem::Refuse)?;
+    // Pods can have kata where it is.
+    rig.must(&["get", "runtimeclass", "kata"], None)?;
+    rig.must(
+        &[
+            "wait",
+            "kataconfig",
+            NAME,
+            "--for",
+            "condition=Available",
+            "--timeout",
+            "1m",
+        ],
+        None,
+    )?;
     for about in [["kataconfig", NAME], ["node", "worker-1"]] {
         let described = rig.must(&["describe", about[0], about[1]], None)?;
         contains("the events", &described, "InstallFailed")?;
@@ -60,11 +108,11 @@ fn recovers(rig: &mut Rig<'_>) -> Result {
     for line in [
         "kata_operator_install_failures_total{reason=\"NoKvm\"}",
         "kata_config_installation_success 0",
-        "kata_operator_nodes{state=\"waitingToInstall\"} 1",
+        "kata_operator_nodes{state=\"installed\"} 1",
     ] {
         contains("the metrics", &metrics, line)?;
     }
-    relent(rig, 1)?;
+    Problem::Refuse.ends(rig, 1)?;
     rig.until_installed(NAME, 2)?;
     let node = rig.json(&["get", "node", "worker-1"])?;
     same(
@@ -82,27 +130,59 @@ fn retry(rig: &mut Rig<'_>) -> Result {
         ..Settings::default()
     };
     rig.start_controller(&patient)?;
-    refuse(rig, 1)?;
+    Problem::Fail.begins(rig, 1)?;
     rig.create(NAME, &json!({}))?;
-    failed(rig)?;
-    relent(rig, 1)?;
+    failed(rig, Problem::Fail)?;
+    Problem::Fail.ends(rig, 1)?;
     rig.must(&["annotate", "kataconfig", NAME, "sandpod.io/retry=now"], None)?;
     rig.until_installed(NAME, 2)
 }
 
+/// The level of pod security in the operator's namespace.
+fn admits(rig: &Rig<'_>, level: &str) -> Result {
+    let label = format!("pod-security.kubernetes.io/enforce={level}");
+    rig.must(&["label", "namespace", NAMESPACE, "--overwrite", &label], None)
+        .map(drop)
+}
+
+/// How many events the node has of refused pods.
+fn refusals(rig: &Rig<'_>) -> Result<usize> {
+    let described = rig.must(&["describe", "node", "worker-0"], None)?;
+    Ok(described.matches("InstallerPodRefused").count())
+}
+
+/// A look at a node that is not let in takes nothing from the node, and is told of once.
+fn not_let_in_later(rig: &mut Rig<'_>) -> Result {
+    rig.start(&["worker-0"])?;
+    rig.create(NAME, &json!({}))?;
+    rig.until_installed(NAME, 1)?;
+    let before = rig.history.rows().len();
+    admits(rig, "restricted")?;
+    rig.node_status("worker-0", &json!({"nodeInfo": {"bootID": "second"}}))?;
+    Bell::default().until("the refusal's event", SOON, || match refusals(rig) {
+        Ok(0) => Err("there is none".to_owned()),
+        Ok(_) => Ok(()),
+        Err(failure) => Err(failure.to_string()),
+    })?;
+    // It was tried again at least once since.
+    rig.controller()?.until_said_times("is refused", 3, SOON)?;
+    same("the events of the refusal", refusals(rig)?, 1)?;
+    same("statuses since then", rig.history.rows().len(), before)?;
+    let node = rig.json(&["get", "node", "worker-0"])?;
+    same(
+        "the label that pods go by",
+        node["metadata"]["labels"]["katacontainers.io/kata-runtime"].as_str(),
+        Some("true"),
+    )?;
+    admits(rig, "privileged")?;
+    let looked = |node: &Value| node["metadata"]["annotations"]["sandpod.io/boot-id"] == "second";
+    rig.until_json(&["get", "node", "worker-0"], "a look after the boot", looked)
+        .map(drop)
+}
+
 /// Somebody has taken the labels from the namespace by which privileged pods are let in.
 fn not_let_in(rig: &mut Rig<'_>) -> Result {
-    let level = "pod-security.kubernetes.io/enforce";
-    rig.must(
-        &[
-            "label",
-            "namespace",
-            NAMESPACE,
-            "--overwrite",
-            &format!("{level}=restricted"),
-        ],
-        None,
-    )?;
+    admits(rig, "restricted")?;
     rig.start(&["worker-0"])?;
     rig.create(NAME, &json!({}))?;
     let row = rig
@@ -118,15 +198,6 @@ fn not_let_in(rig: &mut Rig<'_>) -> Result {
         &row.condition[2],
         "violates PodSecurity \"restricted:latest\"",
     )?;
-    rig.must(
-        &[
-            "label",
-            "namespace",
-            NAMESPACE,
-            "--overwrite",
-            &format!("{level}=privileged"),
-        ],
-        None,
-    )?;
+    admits(rig, "privileged")?;
     rig.until_installed(NAME, 1)
 }

@@ -67,7 +67,7 @@ fn two_hosts(rig: &mut Rig<'_>) -> Result {
     // Somebody breaks a host; the next look finds that, and repairs it.
     std::fs::remove_file(hosts[0].root.join("etc/containerd/conf.d/50-kata.toml"))
         .map_err(|error| Failure::Claim(error.to_string()))?;
-    rig.node_status("worker-0", &json!({"nodeInfo": {"bootID": "second"}}))?;
+    rig.node_status("worker-0", &json!({"nodeInfo": {"kubeletVersion": "v1.36.4"}}))?;
     rig.history
         .until("the word of a repair", SOON, |row| row.condition[1] == "Updating")?;
     rig.until_installed(NAME, 2)?;

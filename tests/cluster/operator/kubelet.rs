@@ -43,8 +43,8 @@ use super::controller::Said;
 pub const VERSION: &str = "0.1.0-1a2b3c4d";
 
 /// A stand-in for the installer, for stories about the controller alone: it changes one file, says its steps as the
-/// real one does, and does what files in the host's folder tell it: `refuse` holds the text of a problem, `gate` is a
-/// FIFO that it waits on, `version` its version, `deaths` the steps at which it kills itself, once.
+/// real one does, and does what files in the host's folder tell it: `refuse` holds the text of a problem that it finds
+/// before it changes anything, `fail` of one that comes afterwards, `gate` is a FIFO that it waits on, `version` its version, `deaths` the steps at which it kills itself, once.
 const STAND_IN: &str = r#"
 verb=$1; shift
 while [ $# -gt 0 ]; do
@@ -66,6 +66,10 @@ if [ -e "$root/refuse" ]; then
   exit 1
 fi
 step 'changes the host'
+if [ -e "$root/fail" ]; then
+  printf '{"verb":"%s","phase":"failed","changed":true,"error":{"code":"NotFit","text":"%s"}}' "$verb" "$(cat "$root/fail")" >"$result"
+  exit 1
+fi
 case $verb in
 install) echo "$version" >"$root/kata"; phase=installed seen=true ;;
 uninstall) rm -f "$root/kata"; phase=uninstalled seen=false ;;

@@ -82,8 +82,10 @@ impl<'g> Rig<'g> {
         }
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": all}});
         self.must(&["create", "-f", "-"], Some(&node.to_string()))?;
+        // The real installer compares it.
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").trying("reading the boot's identifier")?;
         let info = json!({
-            "architecture": "amd64", "operatingSystem": "linux", "bootID": "first", "containerRuntimeVersion": "containerd://2.4.2",
+            "architecture": "amd64", "operatingSystem": "linux", "bootID": boot_id.trim(), "containerRuntimeVersion": "containerd://2.4.2",
             "kubeletVersion": "v1.36.3", "osImage": "Debian GNU/Linux 12", "kernelVersion": "6.12", "kubeProxyVersion": "", "machineID": "", "systemUUID": "",
         });
         self.node_status(name, &json!({"nodeInfo": info, "conditions": [condition(ready)]}))

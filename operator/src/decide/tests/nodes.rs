@@ -361,9 +361,9 @@ fn a_container_runtime_that_does_not_tell_its_handlers_is_no_failure() {
 
 /// Status and reason of a condition, and its message.
 fn condition(cluster: &mut Cluster, kind: &str) -> (String, String) {
-    let status = cluster.config(NAME).unwrap().status.clone().unwrap();
-    let found = status.condition(kind).unwrap();
-    assert_eq!(found.observed_generation, status.observed_generation);
+    let config = cluster.config(NAME).unwrap();
+    let found = config.status.as_ref().unwrap().condition(kind).unwrap();
+    assert_eq!(found.observed_generation, config.metadata.generation);
     (format!("{} {}", found.status, found.reason), found.message.clone())
 }
 
@@ -399,11 +399,6 @@ fn machines_read_whether_kata_is_available_progressing_and_degraded() {
     cluster.respec(NAME, |config| config.spec.enable_peer_pods = true);
     cluster.rest();
     assert_eq!(condition(&mut cluster, "Degraded").0, "True PeerPodsNotSupported");
-    let config = cluster.config(NAME).unwrap();
-    assert_eq!(
-        config.status.as_ref().unwrap().observed_generation,
-        config.metadata.generation
-    );
 }
 
 fn rolling_out(rollout: serde_json::Value, nodes: usize) -> Cluster {
