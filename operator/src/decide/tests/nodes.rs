@@ -401,7 +401,7 @@ fn machines_read_whether_kata_is_available_progressing_and_degraded() {
     assert_eq!(condition(&mut cluster, "Degraded").0, "True PeerPodsNotSupported");
 }
 
-fn rolling_out(rollout: serde_json::Value, nodes: usize) -> Cluster {
+fn rolling_out(rollout: &serde_json::Value, nodes: usize) -> Cluster {
     let names: Vec<String> = (0..nodes).map(|number| format!("worker-{number}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut cluster = Cluster::new(&names);
@@ -419,7 +419,7 @@ fn so_many_nodes_are_changed_at_once_as_the_rollout_says() {
         (json!("1%"), 7, 1),
         (json!(9), 4, 4),
     ] {
-        let mut cluster = rolling_out(json!({"maxUnavailable": most}), nodes);
+        let mut cluster = rolling_out(&json!({"maxUnavailable": most}), nodes);
         assert_eq!(cluster.lists(NAME).installing.len(), at_once, "{most}");
         // One that is down after its installation counts.
         cluster.run_starts();
@@ -435,14 +435,14 @@ fn so_many_nodes_are_changed_at_once_as_the_rollout_says() {
         cluster.run_all();
         assert_eq!(cluster.lists(NAME).installed.len(), nodes);
     }
-    let mut cluster = rolling_out(json!({"maxUnavailable": "half"}), 2);
+    let mut cluster = rolling_out(&json!({"maxUnavailable": "half"}), 2);
     assert_eq!(cluster.condition(NAME).1, "InvalidSpec");
     assert!(cluster.condition(NAME).2.contains("rollout.maxUnavailable: \"half\""));
 }
 
 #[test]
 fn a_paused_rollout_begins_no_node() {
-    let mut cluster = rolling_out(json!({}), 2);
+    let mut cluster = rolling_out(&json!({}), 2);
     cluster.respec(NAME, |config| config.spec.rollout.paused = true);
     cluster.run_all();
     assert_eq!(cluster.lists(NAME).installed, ["worker-1"]);
@@ -460,7 +460,7 @@ fn a_paused_rollout_begins_no_node() {
 
 #[test]
 fn canaries_go_first_and_alone() {
-    let mut cluster = rolling_out(json!({"canary": {"kubernetes.io/hostname": "worker-0"}}), 3);
+    let mut cluster = rolling_out(&json!({"canary": {"kubernetes.io/hostname": "worker-0"}}), 3);
     cluster.run_all();
     assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
     // Pods can be tried there.
