@@ -38,6 +38,7 @@ pub(super) struct Metrics {
     pub(super) leader: Gauge,
     install_seconds: Histogram,
     install_failures: Family<Reason, Counter>,
+    verification_failures: Family<Reason, Counter>,
     /// Passes that ended with an error.
     pub(super) reconcile_errors: Counter<u64, AtomicU64>,
     build: Family<Build, Gauge>,
@@ -58,6 +59,7 @@ impl Metrics {
             leader: Gauge::default(),
             install_seconds: Histogram::new([1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0]),
             install_failures: Family::default(),
+            verification_failures: Family::default(),
             reconcile_errors: Counter::default(),
             build,
         }
@@ -90,8 +92,13 @@ impl Metrics {
         );
         registry.register(
             "kata_operator_install_failures",
-            "Runs of the installer that failed, by the installer's code",
+            "Installations and removals that failed, by the installer's code",
             self.install_failures.clone(),
+        );
+        registry.register(
+            "kata_operator_verification_failures",
+            "Looks at nodes with kata that failed, by the installer's code",
+            self.verification_failures.clone(),
         );
         registry.register(
             "kata_operator_reconcile_errors",
@@ -135,8 +142,12 @@ impl Metrics {
         for end in ends {
             match &end.failure {
                 Some(code) => {
+                    let failures = match end.verb {
+                        Verb::Verify => &self.verification_failures,
+                        Verb::Install | Verb::Uninstall => &self.install_failures,
+                    };
                     let reason = format!("{code:?}");
-                    self.install_failures.get_or_create(&Reason { reason }).inc();
+                    failures.get_or_create(&Reason { reason }).inc();
                 }
                 None if end.verb == Verb::Install => self.install_seconds.observe(end.took.as_secs_f64()),
                 None => {}
@@ -152,5 +163,66 @@ impl Metrics {
         let mut text = String::new();
         encode(&mut text, &self.registry())?;
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use jiff::SignedDuration;
+
+    use super::*;
+    use crate::report::Code;
+
+    /// The names in a text that begin as ours do.
+    fn names(text: &str) -> BTreeSet<&str> {
+        let words = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '_'));
+        words.filter(|word| word.starts_with("kata_")).collect()
+    }
+
+    /// Everything that there is to show.
+    fn shown() -> String {
+        let metrics = Metrics::new("0.1.0");
+        metrics.show(&KataNodes::default(), true);
+        metrics.count(&[Verb::Install, Verb::Verify].map(|verb| End {
+            verb,
+            took: SignedDuration::from_secs(1),
+            failure: Some(Code::Io),
+        }));
+        metrics.text().unwrap()
+    }
+
+    #[test]
+    fn alerts_and_panels_ask_for_metrics_that_there_are() {
+        let text = shown();
+        let there = names(&text);
+        for asked in [
+            include_str!("../../../deploy/monitoring/prometheusrule.yaml"),
+            include_str!("../../../deploy/monitoring/dashboard.json"),
+        ] {
+            let asked = names(asked);
+            assert!(!asked.is_empty());
+            let missing: Vec<_> = asked.difference(&there).collect();
+            assert!(missing.is_empty(), "{missing:?} in none of {there:?}");
+        }
+        for state in [
+            "failedToInstall",
+            "failedToUninstall",
+            "waitingToInstall",
+            "uninstalling",
+        ] {
+            assert!(text.contains(&format!("{{state=\"{state}\"}}")), "{state}");
+        }
+    }
+
+    #[test]
+    fn a_controller_without_a_kataconfig_does_not_tell_of_its_success() {
+        let metrics = Metrics::new("0.1.0");
+        assert!(!metrics.text().unwrap().contains("installation_success"));
+        metrics.show(&KataNodes::default(), true);
+        assert!(metrics.text().unwrap().contains("kata_config_installation_success 0"));
+        metrics.show(&KataNodes::default(), false);
+        assert!(!metrics.text().unwrap().contains("installation_success"));
     }
 }
