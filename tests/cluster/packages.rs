@@ -145,7 +145,8 @@ fn values(server: &ApiServer) -> Result {
         "restartCommand=rc-service containerd restart",
         "settle=1s",
         "retryFirst=10s",
-        "imagePullSecrets={registry,mirror}",
+        "imagePullSecrets[0].name=registry",
+        "imagePullSecrets[1].name=mirror",
         "namespace.create=false",
     ];
     let made = rendered(server, &settings)?;
@@ -172,6 +173,7 @@ fn values(server: &ApiServer) -> Result {
         ("settel=1s", "settel"),
         ("settle=10", "settle"),
         ("replicas=0", "replicas"),
+        ("imagePullSecrets={registry}", "imagePullSecrets"),
     ] {
         let chart = deploy("chart").display().to_string();
         let output = finish(

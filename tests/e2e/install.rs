@@ -498,6 +498,14 @@ const BAD: &[Bad] = &[
         code: Code::NoKvm,
         sentence: "the CPU offers no hardware virtualisation",
     },
+    // As when a node was replaced by another one of its name.
+    Bad {
+        what: "true",
+        right: "true",
+        arguments: &["--boot-id", "another"],
+        code: Code::OtherBoot,
+        sentence: "the node's boot is ",
+    },
 ];
 
 fn bad_nodes(node: &Node) -> Result {
