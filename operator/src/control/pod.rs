@@ -249,6 +249,7 @@ mod tests {
             failures: 0,
             boot_id: "b".into(),
             software: "v1.36.3 containerd://2.4.2 Debian".into(),
+            in_service: true,
             runtime: "containerd".into(),
             prefix: "/opt/sandpod".into(),
         }

@@ -364,15 +364,12 @@ impl Cluster {
             report: Some(fixtures::failure(run.order.verb, Phase::Refused, "", code, text)),
             text: text.to_owned(),
         };
-        let uid = run.order.node_uid.clone();
+        let (uid, in_service) = (run.order.node_uid.clone(), run.order.in_service);
         if code.is_about_the_node() {
             self.verified.remove(&uid);
             self.blamed.insert(uid);
-            return;
-        }
-        // What was there before is there still.
-        let mut nodes = self.world.nodes.iter();
-        if nodes.any(|node| node.uid == uid && node.record.version.is_some()) {
+        } else if in_service {
+            // What was there before is there still.
             self.verified.insert(uid);
         }
     }

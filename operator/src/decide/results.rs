@@ -49,15 +49,16 @@ pub(super) enum Harm {
 }
 
 impl Failure {
-    /// Whether kata works on the node as well as before: then other pods may still come to it.
-    pub(super) fn leaves_as_it_was(&self, verb: Verb, before: &Record) -> bool {
+    /// Whether kata works on the node as well as before: then other pods may still come to it. Of a node that was out of
+    /// service already nobody knows: a run may have been lost.
+    pub(super) fn leaves_as_it_was(&self, order: &Order, before: &Record) -> bool {
         let untouched = match &self.harm {
-            _ if verb == Verb::Verify => true,
+            _ if order.verb == Verb::Verify => true,
             Harm::None => true,
             Harm::Undone(version) => before.version.as_ref() == Some(version),
             Harm::Unknown => false,
         };
-        untouched && before.version.is_some() && !self.code.is_about_the_node()
+        untouched && order.in_service && before.version.is_some() && !self.code.is_about_the_node()
     }
 }
 
@@ -186,7 +187,7 @@ pub(super) fn record(
             last_error: None,
             last_run,
         },
-        (Some(failure), verb) if failure.leaves_as_it_was(verb, before) => Record {
+        (Some(failure), _) if failure.leaves_as_it_was(order, before) => Record {
             claim: true,
             ready: Some(wanted),
             last_error: Some(shortened(&failure.text)),

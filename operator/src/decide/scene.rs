@@ -378,7 +378,7 @@ impl<'a> Scene<'a> {
             (None, Verb::Uninstall) => ("Uninstalled", format!("Node {node} has no kata any more")),
             (Some(failure), Verb::Install) => ("InstallFailed", format!("Node {node} Degraded: {}", failure.text)),
             (Some(failure), Verb::Uninstall) => ("UninstallFailed", format!("Node {node} Degraded: {}", failure.text)),
-            (Some(failure), Verb::Verify) if failure.leaves_as_it_was(Verb::Verify, &standing.node.record) => (
+            (Some(failure), Verb::Verify) if failure.leaves_as_it_was(&run.order, &standing.node.record) => (
                 "VerificationFailed",
                 format!("Node {node} keeps kata and is looked at again later: {}", failure.text),
             ),

@@ -108,6 +108,7 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
         failures: standing.failures_at(verb, measure),
         boot_id: node.host.boot_id.clone(),
         software: node.host.software(),
+        in_service: node.record.ready == Some(true),
         runtime: node.host.runtime().to_owned(),
         prefix: match verb {
             Verb::Install => measure.settings.prefix.clone(),

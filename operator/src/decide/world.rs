@@ -237,6 +237,9 @@ pub struct Order {
     pub boot_id: String,
     /// The node's software when the run was made.
     pub software: String,
+    /// Pods could come to the node until the run was made: what had been verified was there.
+    #[serde(default)]
+    pub in_service: bool,
     /// What runs the node's pods, as its kubelet says: `containerd` or `cri-o`. Empty when it does not say.
     #[serde(default)]
     pub runtime: String,

@@ -145,6 +145,20 @@ fn an_upgrade_that_was_put_back_leaves_the_node_in_service() {
 }
 
 #[test]
+fn a_run_that_was_lost_may_have_done_anything() {
+    let mut cluster = upgrading("worker-0");
+    cluster.run_fails(None, "nobody hears it");
+    // Somebody deletes its pod before the controller has seen its end.
+    cluster.world.runs.clear();
+    cluster.rest();
+    cluster.world.runs[0].progress = Progress::Pending(Some("ErrImagePull: no registry".into()));
+    cluster.tick(SignedDuration::from_mins(2));
+    cluster.rest();
+    let record = cluster.node("worker-0").record.clone();
+    assert_eq!((record.ready, record.version), (Some(false), None));
+}
+
+#[test]
 fn another_installation_of_kata_is_left_alone_and_named() {
     let mut cluster = Cluster::new(&["worker-0", "worker-1", "worker-2"]);
     for node in ["worker-1", "worker-2"] {
