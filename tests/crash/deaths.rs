@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::{
+    errno::Errno,
     sys::signal::{self, Signal},
     unistd::Pid,
 };
@@ -177,7 +178,15 @@ fn process_of(pod: &Pod<'_>, program: &str) -> Result<i32> {
 
 /// Ends a process of the node at once.
 pub fn kill(pid: i32, name: &str) -> Result {
-    signal::kill(Pid::from_raw(pid), Signal::SIGKILL).trying(format!("killing {name}"))
+    claim(kill_if_there(pid, name)?, format!("{name} has ended by itself"))
+}
+
+/// Ends a process of the node at once, unless it has ended since it was found; whether it was there.
+pub fn kill_if_there(pid: i32, name: &str) -> Result<bool> {
+    match signal::kill(Pid::from_raw(pid), Signal::SIGKILL) {
+        Err(Errno::ESRCH) => Ok(false),
+        killed => killed.trying(format!("killing {name}")).map(|()| true),
+    }
 }
 
 /// The process that runs a program.

@@ -18,7 +18,7 @@ use tests::{
     procs::Process,
 };
 
-use crate::deaths::{AGENT, find, kill};
+use crate::deaths::{AGENT, find, kill_if_there};
 
 /// How soon after a death a verb has answered, and how long the removal of the pod may take then.
 const NO_HANG: Duration = Duration::from_secs(10);
@@ -195,7 +195,7 @@ impl Cell {
         let Ok(victim) = find(processes, program) else {
             return Ok(false);
         };
-        kill(victim, program).map(|()| true)
+        kill_if_there(victim, program)
     }
 }
 
