@@ -226,6 +226,11 @@ fn helm_installs(server: &ApiServer) -> Result {
         "These resources were kept due to the resource policy",
     )?;
     server.kubectl(["get", "crd", DEFINITION])?;
+    no_role_left(server)
+}
+
+/// The controller's rights are gone.
+fn no_role_left(server: &ApiServer) -> Result {
     let left = server.kubectl([
         "get",
         "clusterrole",
@@ -277,15 +282,7 @@ fn deleted_too_early(_: &ApiServer) -> Result {
     server.kubectl(["delete", "kataconfig", "early"])?;
     // The policies went with the first try; what they kept goes now.
     server.kubectl(["delete", "--wait=false", "--ignore-not-found", "--filename", &file])?;
-    let left = server.kubectl([
-        "get",
-        "clusterrole",
-        "sandpod-operator",
-        "--ignore-not-found",
-        "--output",
-        "name",
-    ])?;
-    same("what is left", left.text().as_str(), "")
+    no_role_left(server)
 }
 
 /// The only document of a file.

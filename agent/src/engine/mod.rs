@@ -311,6 +311,7 @@ impl Engine {
         // The container was deleted meanwhile. The process may have come into its cgroup before or after that was
         // removed, and in the latter case the cgroup is there again.
         if let Ok((pid, _)) = started {
+            // One that has ended already needs no end.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         if matches!(self.init(&id), Err(EngineError::NotFound(_))) {

@@ -76,7 +76,7 @@ impl Metrics {
         if self.in_force.load(Ordering::Relaxed) {
             registry.register(
                 "kata_config_installation_success",
-                "1 when every wanted node has kata, else 0; absent without a KataConfig and where another controller leads",
+                "1 when every wanted node has kata, else 0; absent without a KataConfig and from who does not lead",
                 self.success.clone(),
             );
         }

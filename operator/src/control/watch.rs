@@ -82,7 +82,8 @@ impl Watches {
         self.bell.notified().await;
     }
 
-    /// Rings for the ends of pods that name a RuntimeClass, too. Only while their end is waited for: every pod of the cluster comes by here.
+    /// Rings for the ends of pods that name a RuntimeClass, too. Only while their end is waited for: every pod of the
+    /// cluster comes by here.
     pub(super) fn watch_pods(&mut self) {
         if self.pods.is_none() {
             let pods = Api::<Pod>::all(self.client.clone());

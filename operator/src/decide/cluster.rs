@@ -337,8 +337,8 @@ impl Cluster {
         }
     }
 
-    /// The installer fails on its way; without a code it leaves no word. Nobody knows what is on the node then, unless it
-    /// only looked.
+    /// The installer fails on its way; without a code it leaves no word. Nobody knows what is on the node then, unless
+    /// it only looked.
     pub fn run_fails(&mut self, code: Option<Code>, text: &str) {
         let now = self.world.now;
         let Some(run) = self.under_way() else { return };
