@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, Pod};
 use kube::ResourceExt;
 use serde_json::{Value, json};
 
-use super::{NAME, Options};
+use super::{NAME, Options, read::has_ended};
 use crate::{
     decide::{Order, Progress, Run, UnreadRun},
     report::{Problem, Report, Verb},
@@ -111,7 +111,6 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
 
 /// A pod of the installer whose order cannot be read: another version of the operator has made it.
 pub(super) fn unread(pod: &Pod) -> UnreadRun {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     UnreadRun {
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
@@ -120,7 +119,7 @@ pub(super) fn unread(pod: &Pod) -> UnreadRun {
             .as_ref()
             .and_then(|spec| spec.node_name.clone())
             .unwrap_or_default(),
-        ended: matches!(phase, Some("Succeeded" | "Failed")),
+        ended: has_ended(pod),
         deleted: pod.metadata.deletion_timestamp.is_some(),
     }
 }

@@ -1,6 +1,6 @@
 //! Reading the cluster. What of the API's types a decision needs is taken out of them here.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt::Debug};
 
 use jiff::Timestamp;
 use k8s_openapi::api::{
@@ -11,6 +11,7 @@ use kube::{
     Api, Client, ResourceExt,
     api::{ApiResource, DynamicObject, ListParams},
 };
+use serde::de::DeserializeOwned;
 
 use super::{
     NAME,
@@ -57,19 +58,21 @@ impl Eyes {
         let (configs, wrong): (Vec<_>, Vec<_>) = configs.unzip();
         let invalid_specs = configs.iter().map(KataConfig::name_any).zip(wrong);
         let invalid_specs = invalid_specs.filter_map(|(name, why)| Some((name, why?))).collect();
-        let runs = self.runs.list(&installers).await?.items;
-        let nodes = self.nodes().await?;
+        let (mut runs, mut unread_runs) = (Vec::new(), Vec::new());
+        for made in self.runs.list(&installers).await? {
+            match pod::run(&made) {
+                Some(run) => runs.push(run),
+                None => unread_runs.push(pod::unread(&made)),
+            }
+        }
+        let nodes = pages(&self.nodes, |found| Some(node(found))).await?;
         let runtime_class = self.runtime_classes.get_opt(KATA).await?;
         Ok(World {
             configs,
             invalid_specs,
             nodes,
-            unread_runs: runs
-                .iter()
-                .filter(|made| pod::run(made).is_none())
-                .map(pod::unread)
-                .collect(),
-            runs: runs.iter().filter_map(pod::run).collect(),
+            runs,
+            unread_runs,
             kata_pods: None,
             runtime_class: runtime_class.map(|class| RuntimeClass {
                 ours: class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME),
@@ -78,20 +81,6 @@ impl Eyes {
             settings: settings.clone(),
             now: Timestamp::now(),
         })
-    }
-
-    /// All nodes, a page at a time: a node's list of images alone is some 20 KiB.
-    async fn nodes(&self) -> Result<Vec<Node>, kube::Error> {
-        let mut found = Vec::new();
-        let mut page = ListParams::default().limit(PAGE);
-        loop {
-            let list = self.nodes.list(&page).await?;
-            found.extend(list.items.iter().map(node));
-            match list.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => page = page.continue_token(&token),
-                None => return Ok(found),
-            }
-        }
     }
 
     /// The pods that use kata now, of all namespaces, by whichever RuntimeClass. They cannot be selected by that field.
@@ -106,19 +95,31 @@ impl Eyes {
             .map(ResourceExt::name_any);
         // A pod may outlive its RuntimeClass.
         let classes: BTreeSet<String> = of_kata.chain([KATA.to_owned()]).collect();
-        let mut found = Vec::new();
-        let mut page = ListParams::default().limit(PAGE);
-        loop {
-            let list = self.pods.list(&page).await?;
-            let uses_kata = |pod: &&Pod| !has_ended(pod) && class(pod).is_some_and(|class| classes.contains(class));
-            found.extend(list.items.iter().filter(uses_kata).map(|pod| KataPod {
+        let uses_kata = |pod: &Pod| !has_ended(pod) && class(pod).is_some_and(|class| classes.contains(class));
+        pages(&self.pods, |pod| {
+            uses_kata(pod).then(|| KataPod {
                 name: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
                 node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-            }));
-            match list.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => page = page.continue_token(&token),
-                None => return Ok(found),
-            }
+            })
+        })
+        .await
+    }
+}
+
+/// What is to be kept of each object of a kind. They are read a page at a time: a node's list of images alone is some
+/// 20 KiB.
+async fn pages<K, T>(api: &Api<K>, keep: impl Fn(&K) -> Option<T>) -> Result<Vec<T>, kube::Error>
+where
+    K: Clone + Debug + DeserializeOwned,
+{
+    let mut kept = Vec::new();
+    let mut page = ListParams::default().limit(PAGE);
+    loop {
+        let list = api.list(&page).await?;
+        kept.extend(list.items.iter().filter_map(&keep));
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => return Ok(kept),
         }
     }
 }
