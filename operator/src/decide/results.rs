@@ -49,8 +49,8 @@ pub(super) enum Harm {
 }
 
 impl Failure {
-    /// Whether kata works on the node as well as before: then other pods may still come to it. Of a node that was out of
-    /// service already nobody knows: a run may have been lost.
+    /// Whether kata works on the node as well as before: then other pods may still come to it. Of a node that was out
+    /// of service already nobody knows: a run may have been lost.
     pub(super) fn leaves_as_it_was(&self, order: &Order, before: &Record) -> bool {
         let untouched = match &self.harm {
             _ if order.verb == Verb::Verify => true,

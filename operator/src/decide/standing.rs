@@ -112,7 +112,8 @@ impl<'a> Standing<'a> {
         noted.map_or(outcome.ended, |last| last.ended.0)
     }
 
-    /// It stopped being Ready soon after kata was put on it, for what is asked for now: the next node may fare the same.
+    /// It stopped being Ready soon after kata was put on it, for what is asked for now: the next node may fare the
+    /// same.
     pub(super) fn hurt(&self, measure: Measure<'_>) -> bool {
         let last = self.node.record.last_run.as_ref();
         let ours =
