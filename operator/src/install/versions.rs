@@ -243,8 +243,8 @@ fn discard(layout: &Layout, name: &str) -> Result<()> {
 }
 
 /// Removes a version: what its manifest names, and what the installer made besides. Whatever else somebody has put
-/// there stays, and is returned as a warning. Where the manifest is damaged nobody can tell the two apart, and all of it
-/// goes with the next sweep, which is a warning too.
+/// there stays, and is returned as a warning. Where the manifest is damaged nobody can tell the two apart, and all of
+/// it goes with the next sweep, which is a warning too.
 ///
 /// # Errors
 /// The kernel's.
