@@ -6,10 +6,11 @@
 //!                         └──────────────────────────────────────┘
 //! ```
 //!
-//! Watches only wake it. What it decides on is read anew each time, so that it never decides on a cluster that does not
-//! show yet what it has done itself.
+//! What it decides on is read anew each time, so that it never decides on a cluster that does not show yet what it has
+//! done itself. Of nodes and pods there are too many for that: see [`cache`].
 
 mod act;
+mod cache;
 mod events;
 mod lease;
 mod metrics;
@@ -22,13 +23,18 @@ mod watch;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
+use http_body_util::BodyExt;
 use jiff::Timestamp;
-use kube::{Client, ResourceExt};
+use kube::{
+    Client, ResourceExt,
+    client::{Body, ClientBuilder, DynBody},
+};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
     time::{sleep, timeout},
 };
+use tower::util::{MapRequestLayer, MapResponseLayer};
 use tracing::{error, info, warn};
 
 pub use self::options::Options;
@@ -40,7 +46,7 @@ use self::{
     serve::Health,
     watch::Watches,
 };
-use crate::decide::{About, Action, Note, Refused, Settings, World, decide};
+use crate::decide::{About, Action, KataPod, Note, Refused, Settings, World, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -48,8 +54,6 @@ const NAME: &str = "sandpod-operator";
 const PATIENCE: Duration = Duration::from_millis(500);
 /// And at most.
 const LONGEST: Duration = Duration::from_secs(30);
-/// How long a pass may take: longer than the lists of a large cluster.
-const PASS: Duration = Duration::from_secs(120);
 /// How long it rests at most: a watch may have missed something.
 const RESYNC: Duration = Duration::from_secs(600);
 /// Passes in a row that found something to do, after which one pauses: many more than any story needs.
@@ -87,8 +91,8 @@ pub enum ControlError {
 /// controller acts from then on.
 pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
     let config = kube::Config::infer().await?;
-    let client = Client::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;
     let metrics = Arc::new(Metrics::new(&options.version));
+    let client = counted(config, &metrics)?;
     let health = Arc::new(Health::default());
     let leadership = Leadership::new(client.clone(), &options, Arc::clone(&health));
     let mut terminate = signal(SignalKind::terminate()).map_err(ControlError::Signal)?;
@@ -113,6 +117,28 @@ pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
     ended
 }
 
+/// A client that counts its requests and what it receives.
+fn counted(config: kube::Config, metrics: &Arc<Metrics>) -> Result<Client, ControlError> {
+    let builder = ClientBuilder::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;
+    let sent = Arc::clone(metrics);
+    let requests = MapRequestLayer::new(move |request: http::Request<Body>| {
+        sent.api_requests.inc();
+        request
+    });
+    let received = Arc::clone(metrics);
+    let answers = MapResponseLayer::new(move |answer: http::Response<Box<DynBody>>| {
+        let metrics = Arc::clone(&received);
+        answer.map(|body| {
+            body.map_frame(move |frame| {
+                let length = frame.data_ref().map_or(0, |data| data.len());
+                metrics.api_received_bytes.inc_by(length as u64);
+                frame
+            })
+        })
+    });
+    Ok(builder.with_layer(&answers).with_layer(&requests).build())
+}
+
 struct Controller {
     eyes: Eyes,
     hands: Hands,
@@ -121,6 +147,7 @@ struct Controller {
     settings: Settings,
     /// Known to this process alone: the next one would hear it again.
     refused: Option<Refused>,
+    api_timeout: Duration,
 }
 
 /// What a pass came to.
@@ -133,9 +160,9 @@ enum Pass {
 
 impl Controller {
     fn new(client: Client, options: Options, metrics: Arc<Metrics>) -> Controller {
+        let watches = Watches::new(client.clone(), &options.namespace, options.api_timeout);
         Controller {
             eyes: Eyes::new(client.clone(), &options.namespace),
-            watches: Watches::new(client.clone(), &options.namespace),
             metrics,
             settings: Settings {
                 version: options.version.clone(),
@@ -144,7 +171,9 @@ impl Controller {
                 prefix: options.prefix.clone(),
             },
             refused: None,
-            hands: Hands::new(client, options),
+            api_timeout: options.api_timeout,
+            hands: Hands::new(client, watches.nodes(), options),
+            watches,
         }
     }
 
@@ -152,8 +181,11 @@ impl Controller {
         let mut errors = 0_u32;
         let mut busy = 0_u32;
         loop {
+            self.metrics.passes.inc();
             // A connection that is silently dead would hold a pass for as long as the kernel sends again, or for ever.
-            let pass = timeout(PASS, self.pass()).await.unwrap_or(Err(ActError::Silent));
+            let pass = timeout(self.api_timeout, self.pass())
+                .await
+                .unwrap_or(Err(ActError::Silent));
             let pause = match pass {
                 Ok(Pass::Busy) if busy < BUSY => {
                     (errors, busy) = (0, busy + 1);
@@ -206,12 +238,18 @@ impl Controller {
         }
     }
 
+    /// The pods that use kata, or why nobody knows.
+    async fn kata_pods(&mut self) -> Result<Vec<KataPod>, String> {
+        let pods = self.watches.pods().all().await?;
+        self.eyes.with_kata(pods).await.map_err(|error| error.to_string())
+    }
+
     async fn pass(&mut self) -> Result<Pass, ActError> {
-        let mut world = self.eyes.read(&self.settings, self.refused.clone()).await?;
+        let nodes = self.watches.nodes().all().await.map_err(ActError::Nodes)?;
+        let mut world = self.eyes.read(nodes, &self.settings, self.refused.clone()).await?;
         let mut decision = decide(&world);
         if decision.awaits_pods {
-            self.watches.watch_pods();
-            world.kata_pods = Some(self.eyes.kata_pods().await.map_err(|error| error.to_string()));
+            world.kata_pods = Some(self.kata_pods().await);
             decision = decide(&world);
         } else {
             self.watches.leave_pods();
@@ -235,7 +273,7 @@ impl Controller {
         }
         self.metrics.count(&decision.ends);
         if decision.statuses.is_empty() && decision.actions.is_empty() {
-            // Pods that could not be listed ring no bell.
+            // A RuntimeClass that could not be listed rings no bell.
             let unlisted = matches!(world.kata_pods, Some(Err(_)));
             let soon = unlisted.then(|| Timestamp::now() + jiff::SignedDuration::from_secs(5));
             return Ok(Pass::Rest(soon.or(decision.wake)));

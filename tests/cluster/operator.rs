@@ -19,6 +19,7 @@ mod pool;
 mod restarts;
 mod rig;
 mod rights;
+mod scale;
 mod singleton;
 mod tables;
 
@@ -35,6 +36,7 @@ const STORIES: &[&[Story]] = &[
     singleton::STORIES,
     objects::STORIES,
     rights::STORIES,
+    scale::STORIES,
 ];
 
 /// All stories of the operator, and the ground that they play on one after another.
@@ -45,5 +47,9 @@ pub fn trials() -> (Vec<Trial>, Stage) {
         let stage = stage.clone();
         Trial::test(format!("operator/{name}"), move || Ok(stage.play(tell)?))
     });
-    (trials.collect(), stage)
+    let long = scale::LONG.iter().map(|(name, tell)| {
+        let trial = Trial::test(format!("operator/{name}"), move || Ok(ground::alone(tell)?));
+        trial.with_ignored_flag(true)
+    });
+    (trials.chain(long).collect(), stage)
 }

@@ -20,8 +20,7 @@ use kube::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use self::door::Door;
-pub use self::part::Part;
+pub use self::{door::Door, part::Part};
 use crate::{
     failure::{Failure, Result, Trying},
     namespaces::Namespaces,
@@ -185,6 +184,16 @@ impl ApiServer {
     #[must_use]
     pub fn certificates(&self) -> PathBuf {
         self.folder.join("certificates/apiserver.crt")
+    }
+
+    /// Another way to the server, for one who is to lose it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn another_door(&self) -> Result<Door> {
+        let namespaces = self.alone.as_ref().map(|(namespaces, _)| namespaces);
+        let namespaces = namespaces.ok_or_else(|| Failure::Claim("the API server is not alone".into()))?;
+        Door::open(namespaces, PORT)
     }
 
     /// The port of this machine's loopback where the server is.

@@ -1,6 +1,6 @@
 //! Doing what was decided. Everything that is there already, or gone already, is done.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
 use k8s_openapi::api::{
@@ -16,14 +16,15 @@ use tracing::{info, warn};
 
 use super::{
     NAME, Options,
+    cache::Cache,
     events::Voice,
     pod,
-    read::MANAGED_BY,
+    read::{self, MANAGED_BY},
     record::{self, MEMBER, READY},
 };
 use crate::{
     api::{GROUP, KIND, KataConfig, KataConfigStatus, VERSION},
-    decide::{Action, Decision, FINALIZER, KATA, Note, Refused, World},
+    decide::{Action, Decision, FINALIZER, KATA, Node, Note, Refused, World},
 };
 
 /// The guide's overhead of a pod: what its virtual machine takes besides its containers.
@@ -38,6 +39,9 @@ pub(super) enum ActError {
     /// A connection is dead, and nobody has said so.
     #[error("the API server does not answer")]
     Silent,
+    /// The nodes could not be listed.
+    #[error("the nodes cannot be listed: {0}")]
+    Nodes(String),
     /// Anything else passes.
     #[error(transparent)]
     Api(#[from] kube::Error),
@@ -46,6 +50,7 @@ pub(super) enum ActError {
 pub(super) struct Hands {
     configs: Api<KataConfig>,
     nodes: Api<ApiNode>,
+    known_nodes: Arc<Cache<Node>>,
     runs: Api<Pod>,
     runtime_classes: Api<ApiRuntimeClass>,
     voice: Voice,
@@ -53,10 +58,12 @@ pub(super) struct Hands {
 }
 
 impl Hands {
-    pub(super) fn new(client: Client, options: Options) -> Hands {
+    /// `known_nodes` hears of what is written on nodes.
+    pub(super) fn new(client: Client, known_nodes: Arc<Cache<Node>>, options: Options) -> Hands {
         Hands {
             configs: Api::all(client.clone()),
             nodes: Api::all(client.clone()),
+            known_nodes,
             runs: Api::namespaced(client.clone(), &options.namespace),
             runtime_classes: Api::all(client.clone()),
             voice: Voice::new(client, options.identity.clone()),
@@ -128,7 +135,10 @@ impl Hands {
                     .nodes
                     .patch(node, &PatchParams::default(), &Patch::Merge(&patch))
                     .await;
-                unless_gone(patched).map(drop)
+                if let Some(patched) = unless_gone(patched)? {
+                    self.known_nodes.wrote(&patched, read::node(&patched));
+                }
+                Ok(())
             }
             Action::StartRun { name, order } => {
                 let pod = pod::pod(name, order, &self.options);

@@ -41,6 +41,12 @@ pub(super) struct Metrics {
     verification_failures: Family<Reason, Counter>,
     /// Passes that ended with an error.
     pub(super) reconcile_errors: Counter<u64, AtomicU64>,
+    /// Looks at the cluster.
+    pub(super) passes: Counter<u64, AtomicU64>,
+    /// Requests to the API server.
+    pub(super) api_requests: Counter<u64, AtomicU64>,
+    /// Bytes of its answers.
+    pub(super) api_received_bytes: Counter<u64, AtomicU64>,
     build: Family<Build, Gauge>,
 }
 
@@ -61,6 +67,9 @@ impl Metrics {
             install_failures: Family::default(),
             verification_failures: Family::default(),
             reconcile_errors: Counter::default(),
+            passes: Counter::default(),
+            api_requests: Counter::default(),
+            api_received_bytes: Counter::default(),
             build,
         }
     }
@@ -104,6 +113,21 @@ impl Metrics {
             "kata_operator_reconcile_errors",
             "Passes that ended with an error",
             self.reconcile_errors.clone(),
+        );
+        registry.register(
+            "kata_operator_passes",
+            "Looks at the cluster, after each of which the controller acts or rests",
+            self.passes.clone(),
+        );
+        registry.register(
+            "kata_operator_api_requests",
+            "Requests to the API server",
+            self.api_requests.clone(),
+        );
+        registry.register(
+            "kata_operator_api_received_bytes",
+            "Bytes of the API server's answers",
+            self.api_received_bytes.clone(),
         );
         registry.register(
             "kata_operator_build_info",

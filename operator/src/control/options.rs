@@ -1,6 +1,6 @@
 //! The controller's command line.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use clap::Parser;
 use jiff::SignedDuration;
@@ -45,4 +45,17 @@ pub struct Options {
     /// How long a node has to be Ready after its container runtime was restarted, before it is the next one's turn
     #[arg(long, env = "SANDPOD_SETTLE", default_value = "45s")]
     pub settle: SignedDuration,
+    /// How long one look at the cluster, with what follows from it, may take, and how long a watch may last: a
+    /// connection that is silently dead holds the controller no longer
+    #[arg(long, env = "SANDPOD_API_TIMEOUT", default_value = "120s", value_parser = at_least_a_second)]
+    pub api_timeout: Duration,
+}
+
+fn at_least_a_second(text: &str) -> Result<Duration, String> {
+    let duration: SignedDuration = text.parse().map_err(|error: jiff::Error| error.to_string())?;
+    let duration = Duration::try_from(duration).map_err(|error| error.to_string())?;
+    match duration.as_secs() {
+        0 => Err("give it a second or more, such as 120s".to_owned()),
+        _ => Ok(duration),
+    }
 }

@@ -1,6 +1,6 @@
 //! Reading the cluster. What of the API's types a decision needs is taken out of them here.
 
-use std::{collections::BTreeSet, fmt::Debug};
+use std::collections::BTreeSet;
 
 use jiff::Timestamp;
 use k8s_openapi::api::{
@@ -11,7 +11,6 @@ use kube::{
     Api, Client, ResourceExt,
     api::{ApiResource, DynamicObject, ListParams},
 };
-use serde::de::DeserializeOwned;
 
 use super::{
     NAME,
@@ -25,14 +24,10 @@ use crate::{
 
 /// The label that says that we made something.
 pub(super) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-/// How many pods or nodes are asked for at a time.
-const PAGE: u32 = 500;
 
 pub(super) struct Eyes {
     configs: Api<DynamicObject>,
-    nodes: Api<ApiNode>,
     runs: Api<Pod>,
-    pods: Api<Pod>,
     runtime_classes: Api<ApiRuntimeClass>,
 }
 
@@ -40,18 +35,21 @@ impl Eyes {
     pub(super) fn new(client: Client, namespace: &str) -> Eyes {
         Eyes {
             configs: Api::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
-            nodes: Api::all(client.clone()),
             runs: Api::namespaced(client.clone(), namespace),
-            pods: Api::all(client.clone()),
             runtime_classes: Api::all(client),
         }
     }
 
-    /// Everything but the pods that use kata.
+    /// Everything but the pods that use kata; of the nodes, what the watch has told.
     ///
     /// # Errors
     /// The API server's.
-    pub(super) async fn read(&self, settings: &Settings, refused: Option<Refused>) -> Result<World, kube::Error> {
+    pub(super) async fn read(
+        &self,
+        nodes: Vec<Node>,
+        settings: &Settings,
+        refused: Option<Refused>,
+    ) -> Result<World, kube::Error> {
         let all = ListParams::default();
         let installers = ListParams::default().labels(&format!("{COMPONENT}={INSTALLER}"));
         let configs = self.configs.list(&all).await?.items.into_iter().map(config);
@@ -65,7 +63,6 @@ impl Eyes {
                 None => unread_runs.push(pod::unread(&made)),
             }
         }
-        let nodes = pages(&self.nodes, |found| Some(node(found))).await?;
         let runtime_class = self.runtime_classes.get_opt(KATA).await?;
         Ok(World {
             configs,
@@ -83,11 +80,11 @@ impl Eyes {
         })
     }
 
-    /// The pods that use kata now, of all namespaces, by whichever RuntimeClass. They cannot be selected by that field.
+    /// Those of these pods that use kata, by whichever RuntimeClass.
     ///
     /// # Errors
     /// The API server's.
-    pub(super) async fn kata_pods(&self) -> Result<Vec<KataPod>, kube::Error> {
+    pub(super) async fn with_kata(&self, pods: Vec<ClassPod>) -> Result<Vec<KataPod>, kube::Error> {
         let classes = self.runtime_classes.list(&ListParams::default()).await?.items;
         let of_kata = classes
             .iter()
@@ -95,38 +92,29 @@ impl Eyes {
             .map(ResourceExt::name_any);
         // A pod may outlive its RuntimeClass.
         let classes: BTreeSet<String> = of_kata.chain([KATA.to_owned()]).collect();
-        let uses_kata = |pod: &Pod| !has_ended(pod) && class(pod).is_some_and(|class| classes.contains(class));
-        pages(&self.pods, |pod| {
-            uses_kata(pod).then(|| KataPod {
-                name: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
-                node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-            })
-        })
-        .await
+        let using = pods.into_iter().filter(|pod| classes.contains(&pod.class));
+        Ok(using.map(|pod| pod.pod).collect())
     }
 }
 
-/// What is to be kept of each object of a kind. They are read a page at a time: a node's list of images alone is some
-/// 20 KiB.
-async fn pages<K, T>(api: &Api<K>, keep: impl Fn(&K) -> Option<T>) -> Result<Vec<T>, kube::Error>
-where
-    K: Clone + Debug + DeserializeOwned,
-{
-    let mut kept = Vec::new();
-    let mut page = ListParams::default().limit(PAGE);
-    loop {
-        let list = api.list(&page).await?;
-        kept.extend(list.items.iter().filter_map(&keep));
-        match list.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => page = page.continue_token(&token),
-            None => return Ok(kept),
-        }
-    }
+/// A pod that names a RuntimeClass and has not ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ClassPod {
+    class: String,
+    pod: KataPod,
 }
 
-/// The RuntimeClass that a pod names.
-pub(super) fn class(pod: &Pod) -> Option<&str> {
-    pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref())
+/// What is kept of a pod; nothing of most. Pods cannot be selected by their RuntimeClass.
+pub(super) fn class_pod(pod: &Pod) -> Option<ClassPod> {
+    let spec = pod.spec.as_ref()?;
+    let class = spec.runtime_class_name.clone().filter(|_| !has_ended(pod))?;
+    Some(ClassPod {
+        class,
+        pod: KataPod {
+            name: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
+            node: spec.node_name.clone(),
+        },
+    })
 }
 
 /// No container of it runs any more.

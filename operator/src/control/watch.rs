@@ -1,6 +1,7 @@
-//! What wakes the controller. Watches carry no state: whatever rings, everything is read anew.
+//! What wakes the controller. Nodes and pods that name a RuntimeClass are kept from what the watches tell; all else is
+//! read anew, whatever rings.
 
-use std::{collections::BTreeMap, fmt::Debug, pin::pin, sync::Arc};
+use std::{fmt::Debug, pin::pin, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use k8s_openapi::api::{
@@ -8,73 +9,89 @@ use k8s_openapi::api::{
     node::v1::RuntimeClass,
 };
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Client, Resource,
     api::{ApiResource, DynamicObject},
     runtime::{
         WatchStreamExt,
-        watcher::{Config, Event, watcher},
+        watcher::{Config, watcher},
     },
 };
 use serde::de::DeserializeOwned;
 use tokio::{
     sync::Notify,
-    task::{JoinHandle, JoinSet},
+    task::{AbortHandle, JoinSet},
 };
-use tracing::debug;
+use tracing::warn;
 
 use super::{
+    cache::{self, Cache},
     pod::{COMPONENT, INSTALLER},
-    read,
+    read::{self, ClassPod},
 };
 use crate::{
     api::KataConfig,
     decide::{KATA, Node},
 };
 
+/// The longest watch that the client allows, in seconds.
+const LONGEST: u32 = 290;
+
 pub(super) struct Watches {
     client: Client,
+    every: Config,
     bell: Arc<Notify>,
+    nodes: Arc<Cache<Node>>,
+    /// Only while their end is waited for: every pod of the cluster comes by here.
+    pods: Option<(Arc<Cache<ClassPod>>, AbortHandle)>,
     /// They end with this.
-    _always: JoinSet<()>,
-    pods: Option<JoinHandle<()>>,
+    tasks: JoinSet<()>,
 }
 
 impl Watches {
-    pub(super) fn new(client: Client, namespace: &str) -> Watches {
+    /// No watch lasts longer than `longest`: one whose connection is silently dead is begun again then.
+    pub(super) fn new(client: Client, namespace: &str, longest: Duration) -> Watches {
         let bell = Arc::new(Notify::new());
-        let mut always = JoinSet::new();
-        let all = Config::default;
-        always.spawn(follow(
+        let nodes = Arc::<Cache<Node>>::default();
+        let mut tasks = JoinSet::new();
+        let every = Config::default().timeout(u32::try_from(longest.as_secs()).unwrap_or(u32::MAX).min(LONGEST));
+        let all = || every.clone();
+        tasks.spawn(follow(
             // One whose spec cannot be understood rings, too.
             Api::<DynamicObject>::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             all(),
             Arc::clone(&bell),
-            |_| true,
         ));
-        always.spawn(follow(
+        tasks.spawn(follow(
             Api::<RuntimeClass>::all(client.clone()),
             all().fields(&format!("metadata.name={KATA}")),
             Arc::clone(&bell),
-            |_| true,
         ));
-        always.spawn(follow(
+        tasks.spawn(follow(
             Api::<Pod>::namespaced(client.clone(), namespace),
             all().labels(&format!("{COMPONENT}={INSTALLER}")),
             Arc::clone(&bell),
-            |_| true,
         ));
-        always.spawn(follow(
+        // Most changes of nodes are heartbeats, of which nothing is kept.
+        tasks.spawn(cache::follow(
             Api::<ApiNode>::all(client.clone()),
             all(),
+            Arc::clone(&nodes),
             Arc::clone(&bell),
-            news_of_nodes(),
+            |node| Some(read::node(node)),
         ));
         Watches {
             client,
+            every,
             bell,
-            _always: always,
+            nodes,
             pods: None,
+            tasks,
         }
+    }
+
+    /// The nodes.
+    pub(super) fn nodes(&self) -> Arc<Cache<Node>> {
+        Arc::clone(&self.nodes)
     }
 
     /// Waits until something rings, or has rung since the last time.
@@ -82,71 +99,43 @@ impl Watches {
         self.bell.notified().await;
     }
 
-    /// Rings for the ends of pods that name a RuntimeClass, too. Only while their end is waited for: every pod of the
-    /// cluster comes by here.
-    pub(super) fn watch_pods(&mut self) {
-        if self.pods.is_none() {
-            let pods = Api::<Pod>::all(self.client.clone());
-            let task = follow(pods, Config::default(), Arc::clone(&self.bell), |event| match event {
-                // Those that ended before the watch began are missing from the list.
-                Event::InitDone => true,
-                Event::Delete(pod) => read::class(pod).is_some(),
-                Event::Apply(pod) => read::class(pod).is_some() && read::has_ended(pod),
-                Event::Init | Event::InitApply(_) => false,
-            });
-            self.pods = Some(tokio::spawn(task));
-        }
+    /// The pods that name a RuntimeClass and have not ended; it rings for their ends from now on.
+    pub(super) fn pods(&mut self) -> Arc<Cache<ClassPod>> {
+        let (client, every, bell, tasks) = (&self.client, &self.every, &self.bell, &mut self.tasks);
+        let (cache, _) = self.pods.get_or_insert_with(|| {
+            let cache = Arc::<Cache<ClassPod>>::default();
+            let pods = Api::<Pod>::all(client.clone());
+            let task = cache::follow(
+                pods,
+                every.clone(),
+                Arc::clone(&cache),
+                Arc::clone(bell),
+                read::class_pod,
+            );
+            (cache, tasks.spawn(task))
+        });
+        Arc::clone(cache)
     }
 
     /// Stops that.
     pub(super) fn leave_pods(&mut self) {
-        if let Some(task) = self.pods.take() {
+        if let Some((_, task)) = self.pods.take() {
             task.abort();
         }
     }
 }
 
-impl Drop for Watches {
-    fn drop(&mut self) {
-        self.leave_pods();
-    }
-}
-
-/// Rings for nodes that come, go, or change in what decisions are made from. Most changes are heartbeats.
-fn news_of_nodes() -> impl FnMut(&Event<ApiNode>) -> bool {
-    let mut known: BTreeMap<String, Node> = BTreeMap::new();
-    move |event| match event {
-        Event::Init => {
-            known.clear();
-            false
-        }
-        Event::InitApply(node) => {
-            known.insert(node.name_any(), read::node(node));
-            false
-        }
-        Event::InitDone => true,
-        Event::Apply(node) => {
-            let now = read::node(node);
-            known.insert(now.name.clone(), now.clone()) != Some(now)
-        }
-        Event::Delete(node) => {
-            known.remove(&node.name_any());
-            true
-        }
-    }
-}
-
-async fn follow<K>(api: Api<K>, config: Config, bell: Arc<Notify>, mut rings: impl FnMut(&Event<K>) -> bool)
+/// Rings for whatever happens.
+async fn follow<K>(api: Api<K>, config: Config, bell: Arc<Notify>)
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let mut events = pin!(watcher(api, config).default_backoff());
     while let Some(event) = events.next().await {
         match event {
-            Ok(event) if rings(&event) => bell.notify_one(),
-            Ok(_) => {}
+            Ok(_) => bell.notify_one(),
             // The watcher starts again by itself, and lists everything then.
-            Err(error) => debug!(%error, "a watch was interrupted"),
+            Err(error) => warn!(%error, "a watch was interrupted"),
         }
     }
 }

@@ -47,6 +47,7 @@ pub struct Settings {
     pub retry_first: &'static str,
     pub settle: &'static str,
     pub restart_command: Option<&'static str>,
+    pub api_timeout: &'static str,
 }
 
 impl Default for Settings {
@@ -57,6 +58,7 @@ impl Default for Settings {
             retry_first: "1s",
             settle: "0s",
             restart_command: None,
+            api_timeout: "120s",
         }
     }
 }
@@ -76,6 +78,7 @@ impl Controller {
             retry_first,
             settle,
             restart_command,
+            api_timeout,
         } = settings;
         let mut child = Command::new(places::binaries()?.join("sandpod-operator"))
             .args([
@@ -86,6 +89,7 @@ impl Controller {
             ])
             .args(["--identity", identity, "--version", version])
             .args(["--retry-first", retry_first, "--settle", settle])
+            .args(["--api-timeout", api_timeout])
             .args(
                 restart_command
                     .iter()
@@ -128,6 +132,25 @@ impl Controller {
                 let found = lines.iter().filter(|line| line.contains(what)).nth(times - 1).cloned();
                 found.ok_or_else(|| lines.last().cloned().unwrap_or_default())
             })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// One of its metrics, without labels.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let text = self.metrics()?;
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix(name));
+        let value = lines.find_map(|rest| rest.strip_prefix(' ')?.trim().parse().ok());
+        value.ok_or_else(|| Failure::Claim(format!("there is no {name} in {text}")))
+    }
+
+    /// All of its metrics.
+    pub fn metrics(&self) -> Result<String> {
+        let url = format!("http://{}/metrics", self.address()?);
+        Ok(run::succeed(Command::new("curl").args(["-sS", &url]), run::ORDINARY)?.text())
     }
 
     /// Where it serves metrics and health.

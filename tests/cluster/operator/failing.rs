@@ -5,7 +5,6 @@ use std::fs;
 use serde_json::{Value, json};
 use tests::{
     failure::{Result, Trying, contains, same},
-    run,
     wait::Bell,
 };
 
@@ -27,6 +26,7 @@ pub const STORIES: &[Story] = &[
         "a_look_that_is_not_let_in_takes_nothing_from_the_node",
         not_let_in_later,
     ),
+    ("connections_that_fall_silent_are_given_up", silence),
 ];
 
 const TEXT: &str = "/dev/kvm is absent; enable virtualization in the firmware";
@@ -99,12 +99,7 @@ fn recovers(rig: &mut Rig<'_>) -> Result {
         contains("the events", &described, "InstallFailed")?;
         contains("the events", &described, TEXT)?;
     }
-    let address = rig.controller()?.address()?;
-    let metrics = run::succeed(
-        std::process::Command::new("curl").args(["-sS", &format!("http://{address}/metrics")]),
-        run::ORDINARY,
-    )?
-    .text();
+    let metrics = rig.controller()?.metrics()?;
     for line in [
         "kata_operator_install_failures_total{reason=\"NoKvm\"}",
         "kata_config_installation_success 0",
@@ -200,4 +195,21 @@ fn not_let_in(rig: &mut Rig<'_>) -> Result {
     )?;
     admits(rig, "privileged")?;
     rig.until_installed(NAME, 1)
+}
+
+/// No end of a connection is ever told, and nothing comes by it any more.
+fn silence(rig: &mut Rig<'_>) -> Result {
+    rig.node("worker-0", &json!({}))?;
+    let door = rig.ground.server.another_door()?;
+    let path = rig.ground.kubeconfig_by(&door)?;
+    let impatient = Settings {
+        api_timeout: "2s",
+        ..Settings::default()
+    };
+    rig.start_controller_by(&path, &impatient)?;
+    rig.create(NAME, &json!({}))?;
+    rig.until_installed(NAME, 1)?;
+    door.fall_silent();
+    rig.node("worker-1", &json!({}))?;
+    rig.until_installed(NAME, 2)
 }

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::{
     failure::{Failure, Result, Trying},
-    kubernetes::ApiServer,
+    kubernetes::{ApiServer, Door},
     places,
 };
 use tokio::runtime::Runtime;
@@ -46,13 +46,7 @@ impl Stage {
             Some(ground) => ground,
             None => Ground::prepare()?,
         };
-        let mut rig = Rig::new(&ground)?;
-        let told = tell(&mut rig);
-        if told.is_err() {
-            eprintln!("{}", rig.what_was_said());
-        }
-        drop(rig);
-        told?;
+        play(&ground, tell)?;
         ground.clean()?;
         *self.ground() = Some(ground);
         Ok(())
@@ -66,6 +60,20 @@ impl Stage {
     fn ground(&self) -> MutexGuard<'_, Option<Ground>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Plays a story on a ground of its own, which ends with it.
+pub fn alone(tell: &fn(&mut Rig<'_>) -> Result) -> Result {
+    play(&Ground::prepare()?, tell)
+}
+
+fn play(ground: &Ground, tell: &fn(&mut Rig<'_>) -> Result) -> Result {
+    let mut rig = Rig::new(ground)?;
+    let told = tell(&mut rig);
+    if told.is_err() {
+        eprintln!("{}", rig.what_was_said());
+    }
+    told
 }
 
 /// A running API server that knows everything of `deploy/install.yaml`.
@@ -114,11 +122,7 @@ impl Ground {
             "--duration",
             "24h",
         ])?;
-        let path = self.server.kubeconfig();
-        let text = fs::read_to_string(&path).trying("reading the administrator's configuration")?;
-        let what = || "the administrator's configuration".to_owned();
-        let mut configuration: Value =
-            serde_json::from_str(&text).map_err(|source| Failure::Json { what: what(), source })?;
+        let mut configuration = configuration(&self.server.kubeconfig())?;
         configuration["users"][0]["user"] = json!({"token": token.text()});
         fs::write(self.kubeconfig(), configuration.to_string()).trying("writing the controller's configuration")
     }
@@ -126,6 +130,15 @@ impl Ground {
     /// The controller's configuration.
     pub fn kubeconfig(&self) -> PathBuf {
         self.path("controller.kubeconfig")
+    }
+
+    /// Makes a configuration of the controller that goes by another door.
+    pub fn kubeconfig_by(&self, door: &Door) -> Result<PathBuf> {
+        let mut configuration = configuration(&self.kubeconfig())?;
+        configuration["clusters"][0]["cluster"]["server"] = json!(format!("https://127.0.0.1:{}", door.port()));
+        let path = self.path("door.kubeconfig");
+        fs::write(&path, configuration.to_string()).trying("writing a configuration")?;
+        Ok(path)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -174,6 +187,13 @@ impl Ground {
             .await?;
         Ok(())
     }
+}
+
+/// A kubeconfig.
+fn configuration(path: &Path) -> Result<Value> {
+    let what = || format!("the configuration {}", path.display());
+    let text = fs::read_to_string(path).trying(format!("reading {}", what()))?;
+    serde_json::from_str(&text).map_err(|source| Failure::Json { what: what(), source })
 }
 
 fn ignore_absent<T>(result: std::result::Result<T, kube::Error>) -> std::result::Result<(), kube::Error> {

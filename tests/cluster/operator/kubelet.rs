@@ -248,7 +248,7 @@ async fn run(shared: Arc<Shared>, pod: Pod, end: Arc<Notify>) {
 }
 
 /// The time, as a kubelet writes it: to the second.
-fn now() -> String {
+pub fn now() -> String {
     let now = Timestamp::now();
     Timestamp::from_second(now.as_second())
         .map(|time| time.to_string())

@@ -1,6 +1,11 @@
 //! What a story plays with: nodes, a controller, and the history of what was said.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use tests::{
@@ -50,8 +55,13 @@ impl<'g> Rig<'g> {
 
     /// The controller. Whichever ran before has to have ended.
     pub fn start_controller(&mut self, settings: &Settings) -> Result {
+        self.start_controller_by(&self.ground.kubeconfig(), settings)
+    }
+
+    /// The controller, which finds the API server by this configuration.
+    pub fn start_controller_by(&mut self, kubeconfig: &Path, settings: &Settings) -> Result {
         self.keep_words();
-        self.controller = Some(Controller::start(&self.ground.kubeconfig(), settings)?);
+        self.controller = Some(Controller::start(kubeconfig, settings)?);
         Ok(())
     }
 
@@ -82,13 +92,10 @@ impl<'g> Rig<'g> {
         }
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": all}});
         self.must(&["create", "-f", "-"], Some(&node.to_string()))?;
-        // The real installer compares it.
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").trying("reading the boot's identifier")?;
-        let info = json!({
-            "architecture": "amd64", "operatingSystem": "linux", "bootID": boot_id.trim(), "containerRuntimeVersion": "containerd://2.4.2",
-            "kubeletVersion": "v1.36.3", "osImage": "Debian GNU/Linux 12", "kernelVersion": "6.12", "kubeProxyVersion": "", "machineID": "", "systemUUID": "",
-        });
-        self.node_status(name, &json!({"nodeInfo": info, "conditions": [condition(ready)]}))
+        self.node_status(
+            name,
+            &json!({"nodeInfo": node_info()?, "conditions": [condition(ready)]}),
+        )
     }
 
     /// Starts a kubelet for a node whose host is a folder.
@@ -254,7 +261,18 @@ pub fn config(name: &str, spec: &Value) -> String {
     json!({"apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": {"name": name}, "spec": spec}).to_string()
 }
 
-fn condition(ready: bool) -> Value {
+/// What a kubelet says of its host.
+pub fn node_info() -> Result<Value> {
+    // The real installer compares it.
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").trying("reading the boot's identifier")?;
+    Ok(json!({
+        "architecture": "amd64", "operatingSystem": "linux", "osImage": "Debian GNU/Linux 12", "kernelVersion": "6.12",
+        "bootID": boot_id.trim(), "containerRuntimeVersion": "containerd://2.4.2", "kubeletVersion": "v1.36.3",
+        "kubeProxyVersion": "", "machineID": "", "systemUUID": "",
+    }))
+}
+
+pub fn condition(ready: bool) -> Value {
     let now = k8s_openapi::jiff::Timestamp::now().to_string();
     json!({"type": "Ready", "status": if ready { "True" } else { "False" }, "reason": "Story", "message": "", "lastHeartbeatTime": now, "lastTransitionTime": now})
 }

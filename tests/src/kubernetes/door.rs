@@ -1,11 +1,11 @@
 //! A door into another network: a port of the machine's loopback behind which a port of the other's loopback is.
 
 use std::{
-    io,
+    io::{Read, Write},
     net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -21,6 +21,8 @@ use crate::{
 pub struct Door {
     port: u16,
     closing: Arc<AtomicBool>,
+    /// How often it has fallen silent.
+    silences: Arc<AtomicU64>,
     keeper: Option<JoinHandle<()>>,
 }
 
@@ -36,6 +38,8 @@ impl Door {
         let network = namespaces.inside("/proc/1/ns/net");
         let (told, entered) = mpsc::channel();
         let closed = Arc::clone(&closing);
+        let silences = Arc::<AtomicU64>::default();
+        let fallen = Arc::clone(&silences);
         let keeper = thread::spawn(move || {
             // A socket stays in the network that it was made in, so guests come in here and go on there.
             let inside = Namespaces::enter(&network);
@@ -47,7 +51,7 @@ impl Door {
                     break;
                 }
                 if let Ok(host) = TcpStream::connect((Ipv4Addr::LOCALHOST, inner)) {
-                    join(guest, host);
+                    join(guest, host, &Silence::of(&fallen));
                 }
             }
         });
@@ -56,8 +60,15 @@ impl Door {
         Ok(Door {
             port,
             closing,
+            silences,
             keeper: Some(keeper),
         })
+    }
+
+    /// From now on nobody hears anything by the connections that there are, and none of them ends: as when a firewall has
+    /// forgotten them. New ones are as before.
+    pub fn fall_silent(&self) {
+        self.silences.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The port on the machine's loopback.
@@ -76,8 +87,28 @@ impl Drop for Door {
     }
 }
 
+/// Whether the door has fallen silent since a connection was made.
+#[derive(Clone)]
+struct Silence {
+    before: u64,
+    now: Arc<AtomicU64>,
+}
+
+impl Silence {
+    fn of(now: &Arc<AtomicU64>) -> Silence {
+        Silence {
+            before: now.load(Ordering::Acquire),
+            now: Arc::clone(now),
+        }
+    }
+
+    fn fallen(&self) -> bool {
+        self.now.load(Ordering::Acquire) != self.before
+    }
+}
+
 /// Copies both ways until both sides have ended.
-fn join(guest: TcpStream, host: TcpStream) {
+fn join(guest: TcpStream, host: TcpStream, silence: &Silence) {
     for stream in [&guest, &host] {
         // Small answers are not held back for larger ones; without it they are only slower.
         drop(stream.set_nodelay(true));
@@ -85,12 +116,19 @@ fn join(guest: TcpStream, host: TcpStream) {
     let (Ok(guest_too), Ok(host_too)) = (guest.try_clone(), host.try_clone()) else {
         return;
     };
-    thread::spawn(move || pour(guest_too, host_too));
-    thread::spawn(move || pour(host, guest));
+    let (out, back) = (silence.clone(), silence.clone());
+    thread::spawn(move || pour(guest_too, host_too, &out));
+    thread::spawn(move || pour(host, guest, &back));
 }
 
-fn pour(mut from: TcpStream, mut to: TcpStream) {
-    // An error ends this direction as an end does; the sides see it by what they miss.
-    drop(io::copy(&mut from, &mut to));
+/// An error ends this direction as an end does; the sides see it by what they miss.
+fn pour(mut from: TcpStream, mut to: TcpStream, silence: &Silence) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        let heard = buffer.get(..length).unwrap_or_default();
+        if !silence.fallen() && to.write_all(heard).is_err() {
+            break;
+        }
+    }
     drop(to.shutdown(Shutdown::Write));
 }
