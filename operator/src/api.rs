@@ -71,6 +71,65 @@ pub struct KataConfigSpec {
     /// How changes go from node to node.
     #[serde(deserialize_with = "or_default", skip_serializing_if = "is_default")]
     pub rollout: Rollout,
+    /// What a pod takes on its node besides its containers, as the RuntimeClass `kata` tells the scheduler.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_default")]
+    pub overhead: Overhead,
+    /// Its memory in MiB, as later versions of OpenShift sandboxed containers name it.
+    #[serde(rename = "memoryOverheadMB", skip_serializing_if = "Option::is_none")]
+    pub memory_overhead_mb: Option<i64>,
+    /// TOML that is laid over the installed configuration of the nodes' pods, before the files of a node's own
+    /// administrator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub configuration: Option<String>,
+}
+
+impl KataConfigSpec {
+    /// What a pod takes on its node besides its containers: what is asked for, or else the guide's figures.
+    ///
+    /// # Errors
+    /// Two fields contradict each other.
+    pub fn pod_overhead(&self) -> Result<PodOverhead, String> {
+        let megabytes = self.memory_overhead_mb.map(|number| format!("{number}Mi"));
+        let memory = match (&self.overhead.memory, megabytes) {
+            (Some(_), Some(_)) => {
+                return Err("overhead.memory and memoryOverheadMB are the same; leave one of them out".to_owned());
+            }
+            (memory, megabytes) => memory.clone().or(megabytes),
+        };
+        let cpu = self.overhead.cpu.clone();
+        Ok(PodOverhead {
+            asked_for: cpu.is_some() || memory.is_some(),
+            cpu: cpu.unwrap_or_else(|| "500m".to_owned()),
+            memory: memory.unwrap_or_else(|| "500Mi".to_owned()),
+        })
+    }
+}
+
+/// `spec.overhead` of a KataConfig.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Overhead {
+    /// Processors; half of one when absent.
+    pub cpu: Option<String>,
+    /// Bytes; 500 MiB when absent.
+    pub memory: Option<String>,
+}
+
+/// `overhead.podFixed` of the RuntimeClass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodOverhead {
+    /// A KataConfig says so; else it is only what a new RuntimeClass gets.
+    pub asked_for: bool,
+    /// Processors.
+    pub cpu: String,
+    /// Bytes.
+    pub memory: String,
+}
+
+impl std::fmt::Display for PodOverhead {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "cpu {}, memory {}", self.cpu, self.memory)
+    }
 }
 
 /// `spec.rollout` of a KataConfig.
@@ -85,6 +144,9 @@ pub struct Rollout {
     pub paused: bool,
     /// Only nodes with all of these labels are installed or upgraded.
     pub canary: Option<BTreeMap<String, String>>,
+    /// No new pods come to a node while it is changed.
+    #[serde(deserialize_with = "or_default")]
+    pub cordon: bool,
 }
 
 impl Rollout {

@@ -21,7 +21,7 @@ mod record;
 mod serve;
 mod watch;
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, process::ExitCode, sync::Arc, time::Duration};
 
 use http_body_util::BodyExt;
 use jiff::Timestamp;
@@ -46,7 +46,7 @@ use self::{
     serve::Health,
     watch::Watches,
 };
-use crate::decide::{About, Action, KataPod, Note, Refused, Settings, World, decide};
+use crate::decide::{About, Action, KataPod, Note, ONCE, Refused, Settings, World, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -147,6 +147,10 @@ struct Controller {
     settings: Settings,
     /// Known to this process alone: the next one would hear it again.
     refused: Option<Refused>,
+    /// What the API server has not let through, likewise.
+    denied: Option<String>,
+    /// Known to this process alone, likewise.
+    told: BTreeSet<String>,
     api_timeout: Duration,
 }
 
@@ -171,6 +175,8 @@ impl Controller {
                 prefix: options.prefix.clone(),
             },
             refused: None,
+            denied: None,
+            told: BTreeSet::new(),
             api_timeout: options.api_timeout,
             hands: Hands::new(client, watches.nodes(), options),
             watches,
@@ -226,13 +232,28 @@ impl Controller {
             "The API server does not take the installer's pod to {verb} on node {}: {}",
             refused.node, refused.text
         );
+        let node = About::Node(refused.node.clone());
+        self.warn_all(world, Some(node), "InstallerPodRefused", &text).await;
+    }
+
+    /// Once for each thing that the API server says, until something goes through.
+    async fn tell_of_denial(&mut self, action: &str, text: &str, world: &World) {
+        let text = format!("The API server does not let the operator go on: {action}: {text}");
+        if self.denied.as_ref() != Some(&text) {
+            self.warn_all(world, None, "ActionRefused", &text).await;
+            self.denied = Some(text);
+        }
+    }
+
+    /// Tells the KataConfigs, and somebody else.
+    async fn warn_all(&self, world: &World, and: Option<About>, reason: &'static str, text: &str) {
         let configs = world.configs.iter().map(|config| About::Config(config.name_any()));
-        for about in configs.chain([About::Node(refused.node.clone())]) {
+        for about in configs.chain(and) {
             let note = Note {
                 about,
                 warning: true,
-                reason: "InstallerPodRefused",
-                text: text.clone(),
+                reason,
+                text: text.to_owned(),
             };
             self.hands.tell(&note, world).await;
         }
@@ -247,6 +268,8 @@ impl Controller {
     async fn pass(&mut self) -> Result<Pass, ActError> {
         let nodes = self.watches.nodes().all().await.map_err(ActError::Nodes)?;
         let mut world = self.eyes.read(nodes, &self.settings, self.refused.clone()).await?;
+        world.told.clone_from(&self.told);
+        world.feature_gates = self.watches.feature_gates().await;
         let mut decision = decide(&world);
         if decision.awaits_pods {
             world.kata_pods = Some(self.kata_pods().await);
@@ -262,8 +285,13 @@ impl Controller {
                 self.refused = Some(refused);
                 return Ok(Pass::Busy);
             }
+            Err(ActError::Denied { action, text }) => {
+                self.tell_of_denial(&action, &text, &world).await;
+                return Err(ActError::Denied { action, text });
+            }
             done => done?,
         }
+        self.denied = None;
         if decision
             .actions
             .iter()
@@ -271,6 +299,8 @@ impl Controller {
         {
             self.refused = None;
         }
+        let once = decision.notes.iter().filter(|note| ONCE.contains(&note.reason));
+        self.told.extend(once.map(|note| note.text.clone()));
         self.metrics.count(&decision.ends);
         if decision.statuses.is_empty() && decision.actions.is_empty() {
             // A RuntimeClass that could not be listed rings no bell.

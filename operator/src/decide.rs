@@ -7,7 +7,7 @@
 //!     │                        │  ▲                                            │   ▲
 //!     │                    Failed ┘ retried after 1, 2, 4, 8, 15, 15.. min     ▼   │ pool, version or log level changed, or a node is not as it was
 //!     │                                                                      Updating (or Failed)
-//!     ├── refused: PeerPodsNotSupported, InvalidSelector, NoEligibleNodes, Duplicate
+//!     ├── refused: PeerPodsNotSupported, ConfidentialNotSupported, InvalidSpec, InvalidSelector, NoEligibleNodes, Duplicate
 //!     └── deleted ──▶ BlockedByExistingKataPods ── no pod uses kata ──▶ Uninstalling ── no node has kata ──▶ finalizer removed, gone
 //! ```
 //!
@@ -59,8 +59,8 @@ pub use self::{
     pool::ELIGIBLE,
     selector::{Selector, SelectorError},
     world::{
-        FINALIZER, Host, KATA, KataPod, LastRun, Node, Order, Progress, RETRY, Record, Refused, Run, RuntimeClass,
-        SKIP_NODES, Settings, UnreadRun, World,
+        FEATURE_GATES, FINALIZER, Host, KATA, KataPod, LastRun, Node, ONCE, Order, Progress, RETRY, Record, Refused,
+        Run, RuntimeClass, SKIP_NODES, Settings, UnreadRun, World,
     },
 };
 use crate::api::{KataConfig, KataNodes};

@@ -32,7 +32,14 @@ fn full() -> KataConfig {
                 max_unavailable: Some(IntOrString::String("5%".into())),
                 paused: true,
                 canary: Some(BTreeMap::from([("a".to_owned(), "b".to_owned())])),
+                cordon: true,
             },
+            overhead: Overhead {
+                cpu: Some("100m".into()),
+                memory: Some("350Mi".into()),
+            },
+            memory_overhead_mb: Some(350),
+            configuration: Some("[runtime]".into()),
         },
         status: Some(KataConfigStatus {
             runtime_classes: names("kata"),
@@ -123,6 +130,23 @@ fn a_rollout_is_so_many_nodes_or_a_part_of_them() {
         let why = most(wrong, 10).unwrap_err();
         assert!(why.starts_with("rollout.maxUnavailable: "), "{why}");
     }
+}
+
+#[test]
+fn the_overhead_is_what_is_asked_for_or_the_guides() {
+    let overhead = |spec: serde_json::Value| {
+        let spec: KataConfigSpec = serde_json::from_value(spec).unwrap();
+        spec.pod_overhead()
+            .map(|overhead| (overhead.asked_for, overhead.to_string()))
+    };
+    let said = |asked_for, text: &str| Ok((asked_for, text.to_owned()));
+    assert_eq!(overhead(serde_json::json!({})), said(false, "cpu 500m, memory 500Mi"));
+    let both = serde_json::json!({"overhead": {"cpu": "100m", "memory": "350Mi"}});
+    assert_eq!(overhead(both), said(true, "cpu 100m, memory 350Mi"));
+    let theirs = serde_json::json!({"memoryOverheadMB": 350});
+    assert_eq!(overhead(theirs), said(true, "cpu 500m, memory 350Mi"));
+    let twice = serde_json::json!({"memoryOverheadMB": 350, "overhead": {"memory": "1Gi"}});
+    assert!(overhead(twice).unwrap_err().contains("memoryOverheadMB"));
 }
 
 #[test]

@@ -27,6 +27,9 @@ struct Cli {
     /// How much is logged: fatal, panic, error, warn, info, debug or trace.
     #[arg(long, default_value = "info")]
     log_level: LogLevel,
+    /// TOML that is laid over the installed configuration of pods, before the files in /etc/sandpod/config.d.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    configuration: String,
     /// Where on the node it is installed.
     #[arg(long, default_value = DEFAULT_PREFIX)]
     prefix: PathBuf,
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         host_root: cli.host_root,
         prefix: cli.prefix,
         log_level: cli.log_level,
+        configuration: cli.configuration,
         cri: match cli.cri {
             Runtime::Crio => Some(Kind::Crio),
             Runtime::Containerd => Some(Kind::Containerd),

@@ -9,7 +9,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions},
 };
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -19,16 +19,13 @@ use super::{
     cache::Cache,
     events::Voice,
     pod,
-    read::{self, MANAGED_BY},
-    record::{self, MEMBER, READY},
+    read::{self, MANAGED_BY, OVERHEAD},
+    record::{self, CORDONED, MEMBER, READY},
 };
 use crate::{
-    api::{GROUP, KIND, KataConfig, KataConfigStatus, VERSION},
+    api::{GROUP, KIND, KataConfig, KataConfigStatus, PodOverhead, VERSION},
     decide::{Action, Decision, FINALIZER, KATA, Node, Note, Refused, World},
 };
-
-/// The guide's overhead of a pod: what its virtual machine takes besides its containers.
-const OVERHEAD: (&str, &str) = ("500m", "500Mi");
 
 /// Why not everything was done.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +33,14 @@ pub(super) enum ActError {
     /// The installer's pod is not let in: that is for an administrator to see.
     #[error("the installer's pod for node {} is refused: {}", .0.node, .0.text)]
     Refused(Refused),
+    /// Something else is not let in: likewise.
+    #[error("{action} is refused: {text}")]
+    Denied {
+        /// What was to be done.
+        action: String,
+        /// What the API server said.
+        text: String,
+    },
     /// A connection is dead, and nobody has said so.
     #[error("the API server does not answer")]
     Silent,
@@ -48,7 +53,8 @@ pub(super) enum ActError {
 }
 
 pub(super) struct Hands {
-    configs: Api<KataConfig>,
+    /// Not by their type: another operator may have stored what ours does not know.
+    configs: Api<DynamicObject>,
     nodes: Api<ApiNode>,
     known_nodes: Arc<Cache<Node>>,
     runs: Api<Pod>,
@@ -61,7 +67,7 @@ impl Hands {
     /// `known_nodes` hears of what is written on nodes.
     pub(super) fn new(client: Client, known_nodes: Arc<Cache<Node>>, options: Options) -> Hands {
         Hands {
-            configs: Api::all(client.clone()),
+            configs: Api::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             nodes: Api::all(client.clone()),
             known_nodes,
             runs: Api::namespaced(client.clone(), &options.namespace),
@@ -116,7 +122,9 @@ impl Hands {
             "status": status,
         });
         let manager = PatchParams::apply(NAME).force();
-        unless_gone(self.configs.patch_status(name, &manager, &Patch::Apply(&apply)).await)
+        let written = self.configs.patch_status(name, &manager, &Patch::Apply(&apply)).await;
+        let written = unless_gone(written)?;
+        Ok(written.map(|object| read::config(object).0))
     }
 
     async fn act(&self, action: &Action, configs: &BTreeMap<String, KataConfig>) -> Result<(), kube::Error> {
@@ -129,16 +137,11 @@ impl Hands {
                 let without = |finalizers: &mut Vec<String>| finalizers.retain(|finalizer| finalizer != FINALIZER);
                 self.finalizers(configs.get(name), without).await
             }
-            Action::Mark { node, record } => {
-                let patch = record::patch(record);
-                let patched = self
-                    .nodes
-                    .patch(node, &PatchParams::default(), &Patch::Merge(&patch))
-                    .await;
-                if let Some(patched) = unless_gone(patched)? {
-                    self.known_nodes.wrote(&patched, read::node(&patched));
-                }
-                Ok(())
+            Action::Mark { node, record } => self.patch_node(node, &record::patch(record)).await,
+            Action::Cordon { node, on } => {
+                let note = on.then_some("true");
+                let patch = json!({"metadata": {"annotations": {CORDONED: note}}, "spec": {"unschedulable": on.then_some(true)}});
+                self.patch_node(node, &patch).await
             }
             Action::StartRun { name, order } => {
                 let pod = pod::pod(name, order, &self.options);
@@ -155,15 +158,35 @@ impl Hands {
                     .await;
                 unless_gone(deleted).map(drop)
             }
-            Action::CreateRuntimeClass(owner) => match configs.get(owner) {
-                Some(owner) => self.create(&self.runtime_classes, runtime_class(owner)).await,
+            Action::CreateRuntimeClass { owner, overhead } => match configs.get(owner) {
+                Some(owner) => self.create(&self.runtime_classes, runtime_class(owner, overhead)).await,
                 None => Ok(()),
             },
+            Action::SetOverhead(overhead) => {
+                let patch = json!({
+                    "metadata": {"annotations": {OVERHEAD: overhead.to_string()}},
+                    "overhead": {"podFixed": {"cpu": overhead.cpu, "memory": overhead.memory}},
+                });
+                let patch = Patch::Merge(&patch);
+                let patched = self.runtime_classes.patch(KATA, &PatchParams::default(), &patch).await;
+                unless_gone(patched).map(drop)
+            }
             Action::DeleteRuntimeClass => {
                 let deleted = self.runtime_classes.delete(KATA, &DeleteParams::default()).await;
                 unless_gone(deleted).map(drop)
             }
         }
+    }
+
+    async fn patch_node(&self, node: &str, patch: &Value) -> Result<(), kube::Error> {
+        let patched = self
+            .nodes
+            .patch(node, &PatchParams::default(), &Patch::Merge(patch))
+            .await;
+        if let Some(patched) = unless_gone(patched)? {
+            self.known_nodes.wrote(&patched, read::node(&patched));
+        }
+        Ok(())
     }
 
     /// Changes the finalizers of the KataConfig as it was read: an error, if somebody has changed it since.
@@ -203,16 +226,16 @@ impl Hands {
     }
 }
 
-/// The RuntimeClass `kata`: the guide's overhead, which is the administrator's to change from here on, and only nodes
-/// that have kata and are seen to run it.
-fn runtime_class(owner: &KataConfig) -> Value {
-    let (cpu, memory) = OVERHEAD;
+/// The RuntimeClass `kata`: an overhead, which is the administrator's to change from here on, and only nodes that have
+/// kata and are seen to run it.
+fn runtime_class(owner: &KataConfig, overhead: &PodOverhead) -> Value {
     json!({
         "apiVersion": "node.k8s.io/v1",
         "kind": "RuntimeClass",
         "metadata": {
             "name": KATA,
             "labels": {MANAGED_BY: NAME},
+            "annotations": {OVERHEAD: overhead.to_string()},
             "ownerReferences": [{
                 "apiVersion": format!("{GROUP}/{VERSION}"),
                 "kind": KIND,
@@ -221,7 +244,7 @@ fn runtime_class(owner: &KataConfig) -> Value {
             }],
         },
         "handler": KATA,
-        "overhead": {"podFixed": {"cpu": cpu, "memory": memory}},
+        "overhead": {"podFixed": {"cpu": overhead.cpu, "memory": overhead.memory}},
         "scheduling": {"nodeSelector": {MEMBER: "", READY: "true"}},
     })
 }
@@ -238,6 +261,10 @@ fn failed(action: &Action, error: kube::Error) -> ActError {
                 text: status.message.clone(),
             })
         }
+        (_, kube::Error::Api(status)) if matches!(status.code, 400 | 403 | 422) => ActError::Denied {
+            action: action.to_string(),
+            text: status.message.clone(),
+        },
         (_, error) => ActError::Api(error),
     }
 }
@@ -258,13 +285,14 @@ mod tests {
     fn the_runtime_class_is_the_guides() {
         let owner: KataConfig =
             serde_json::from_value(json!({"metadata": {"name": "cluster-kataconfig", "uid": "u"}})).unwrap();
-        let made = runtime_class(&owner);
+        let made = runtime_class(&owner, &owner.spec.pod_overhead().unwrap());
         let expected = json!({
             "apiVersion": "node.k8s.io/v1",
             "kind": "RuntimeClass",
             "metadata": {
                 "name": "kata",
                 "labels": {"app.kubernetes.io/managed-by": "sandpod-operator"},
+                "annotations": {"sandpod.io/overhead": "cpu 500m, memory 500Mi"},
                 "ownerReferences": [{"apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "name": "cluster-kataconfig", "uid": "u"}],
             },
             "handler": "kata",

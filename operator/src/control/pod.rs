@@ -95,6 +95,7 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
         words.extend(["--payload", "/payload"]);
     }
     for (flag, value) in [
+        ("--configuration", &order.configuration),
         ("--prefix", &order.prefix),
         ("--cri", &cri),
         ("--boot-id", &order.boot_id),
@@ -234,6 +235,7 @@ mod tests {
             identity: "me".into(),
             retry_first: SignedDuration::from_mins(1),
             settle: SignedDuration::from_secs(45),
+            api_timeout: std::time::Duration::from_secs(120),
         }
     }
 
@@ -244,6 +246,7 @@ mod tests {
             node_uid: "5d1c".into(),
             version: "0.1.0-1a2b3c4d".into(),
             log_level: "info".into(),
+            configuration: String::new(),
             purpose: "01234567".into(),
             failures: 0,
             boot_id: "b".into(),
@@ -305,14 +308,15 @@ mod tests {
         let order = Order {
             verb: Verb::Uninstall,
             log_level: "debug".into(),
+            configuration: "[runtime]".into(),
             runtime: "cri-o".into(),
             prefix: "/var/lib/sandpod".into(),
             boot_id: String::new(),
             ..order()
         };
         let line = arguments(&order, &options).join(" ");
-        let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --prefix /var/lib/sandpod \
-                        --cri crio --restart-command rc-service containerd restart";
+        let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --configuration [runtime] \
+                        --prefix /var/lib/sandpod --cri crio --restart-command rc-service containerd restart";
         assert_eq!(line, expected);
     }
 

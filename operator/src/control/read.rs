@@ -1,6 +1,6 @@
 //! Reading the cluster. What of the API's types a decision needs is taken out of them here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use k8s_openapi::api::{
@@ -22,6 +22,8 @@ use crate::{
     decide::{Host, KATA, KataPod, Node, Refused, RuntimeClass, Settings, World},
 };
 
+/// The annotation of the RuntimeClass with the overhead that we gave it.
+pub(super) const OVERHEAD: &str = "sandpod.io/overhead";
 /// The label that says that we made something.
 pub(super) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
@@ -73,7 +75,11 @@ impl Eyes {
             kata_pods: None,
             runtime_class: runtime_class.map(|class| RuntimeClass {
                 ours: class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME),
+                overhead: class.annotations().get(OVERHEAD).cloned(),
+                handler: class.handler,
             }),
+            feature_gates: BTreeMap::new(),
+            told: BTreeSet::new(),
             refused,
             settings: settings.clone(),
             now: Timestamp::now(),
@@ -125,7 +131,7 @@ pub(super) fn has_ended(pod: &Pod) -> bool {
 
 /// A KataConfig, with the default `spec` and what is wrong with its own where that cannot be understood. A status that
 /// cannot be understood is another operator's: it is written anew.
-fn config(object: DynamicObject) -> (KataConfig, Option<String>) {
+pub(super) fn config(object: DynamicObject) -> (KataConfig, Option<String>) {
     let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
     let spec: Result<Option<KataConfigSpec>, _> = serde_json::from_value(part("spec"));
     let (spec, why) = match spec {
@@ -152,6 +158,8 @@ pub(super) fn node(node: &ApiNode) -> Node {
         .flatten()
         .filter_map(|handler| handler.name.clone().filter(|name| !name.is_empty()))
         .collect();
+    let unschedulable = node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false);
+    let cordoned = node.annotations().contains_key(record::CORDONED);
     let host = status.and_then(|status| status.node_info.as_ref()).map(|info| Host {
         operating_system: info.operating_system.clone(),
         architecture: info.architecture.clone(),
@@ -167,7 +175,8 @@ pub(super) fn node(node: &ApiNode) -> Node {
         record: record::read(&node.metadata),
         ready: ready.is_some_and(|condition| condition.status == "True"),
         since: ready.and_then(|condition| condition.last_transition_time.as_ref().map(|time| time.0)),
-        unschedulable: node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false),
+        unschedulable: unschedulable && !cordoned,
+        cordoned,
         host: host.unwrap_or_default(),
         handlers,
     }

@@ -12,10 +12,14 @@ pub(super) const MEMBER: &str = "node-role.kubernetes.io/kata-oc";
 /// Whether pods may come: `false` from before the host is touched, `true` once kata was seen to work.
 pub(super) const READY: &str = "katacontainers.io/kata-runtime";
 
+/// We have cordoned the node.
+pub(super) const CORDONED: &str = "sandpod.io/cordoned";
+
 const CLAIMED: &str = "sandpod.io/claimed";
 const PREFIX: &str = "sandpod.io/prefix";
 const VERSION: &str = "sandpod.io/installed-version";
 const LOG_LEVEL: &str = "sandpod.io/log-level";
+const CONFIGURATION: &str = "sandpod.io/configuration";
 const BOOT_ID: &str = "sandpod.io/boot-id";
 const SOFTWARE: &str = "sandpod.io/verified-on";
 const LAST_ERROR: &str = "sandpod.io/last-error";
@@ -35,6 +39,7 @@ pub(super) fn read(metadata: &ObjectMeta) -> Record {
         ready: label(READY).map(|value| value == "true"),
         version: annotation(VERSION),
         log_level: annotation(LOG_LEVEL),
+        configuration: annotation(CONFIGURATION),
         boot_id: annotation(BOOT_ID),
         software: annotation(SOFTWARE),
         last_error: annotation(LAST_ERROR),
@@ -54,6 +59,7 @@ pub(super) fn patch(record: &Record) -> Value {
         (PREFIX, record.prefix.clone()),
         (VERSION, record.version.clone()),
         (LOG_LEVEL, record.log_level.clone()),
+        (CONFIGURATION, record.configuration.clone()),
         (BOOT_ID, record.boot_id.clone()),
         (SOFTWARE, record.software.clone()),
         (LAST_ERROR, record.last_error.clone()),
@@ -78,6 +84,7 @@ mod tests {
             ready: Some(false),
             version: Some("0.1.0-1a2b3c4d".into()),
             log_level: Some("info".into()),
+            configuration: Some("1a2b3c4d".into()),
             boot_id: Some("b".into()),
             software: Some("v1.36.3 containerd://2.4.2 Debian".into()),
             last_error: Some("no".into()),
@@ -124,6 +131,6 @@ mod tests {
                 .chain(keys("annotations").values())
                 .all(Value::is_null)
         );
-        assert_eq!((keys("labels").len(), keys("annotations").len()), (2, 8));
+        assert_eq!((keys("labels").len(), keys("annotations").len()), (2, 9));
     }
 }

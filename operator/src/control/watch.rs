@@ -1,11 +1,11 @@
 //! What wakes the controller. Nodes and pods that name a RuntimeClass are kept from what the watches tell; all else is
 //! read anew, whatever rings.
 
-use std::{fmt::Debug, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt::Debug, pin::pin, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use k8s_openapi::api::{
-    core::v1::{Node as ApiNode, Pod},
+    core::v1::{ConfigMap, Node as ApiNode, Pod},
     node::v1::RuntimeClass,
 };
 use kube::{
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     api::KataConfig,
-    decide::{KATA, Node},
+    decide::{FEATURE_GATES, KATA, Node},
 };
 
 /// The longest watch that the client allows, in seconds.
@@ -41,6 +41,7 @@ pub(super) struct Watches {
     every: Config,
     bell: Arc<Notify>,
     nodes: Arc<Cache<Node>>,
+    feature_gates: Arc<Cache<BTreeMap<String, String>>>,
     /// Only while their end is waited for: every pod of the cluster comes by here.
     pods: Option<(Arc<Cache<ClassPod>>, AbortHandle)>,
     /// They end with this.
@@ -79,11 +80,20 @@ impl Watches {
             Arc::clone(&bell),
             |node| Some(read::node(node)),
         ));
+        let feature_gates = Arc::<Cache<BTreeMap<String, String>>>::default();
+        tasks.spawn(cache::follow(
+            Api::<ConfigMap>::namespaced(client.clone(), namespace),
+            all().fields(&format!("metadata.name={FEATURE_GATES}")),
+            Arc::clone(&feature_gates),
+            Arc::clone(&bell),
+            |map| map.data.clone(),
+        ));
         Watches {
             client,
             every,
             bell,
             nodes,
+            feature_gates,
             pods: None,
             tasks,
         }
@@ -92,6 +102,12 @@ impl Watches {
     /// The nodes.
     pub(super) fn nodes(&self) -> Arc<Cache<Node>> {
         Arc::clone(&self.nodes)
+    }
+
+    /// What the ConfigMap with feature gates says: nothing where it is not there or cannot be read.
+    pub(super) async fn feature_gates(&self) -> BTreeMap<String, String> {
+        let maps = self.feature_gates.all().await.unwrap_or_default();
+        maps.into_iter().next().unwrap_or_default()
     }
 
     /// Waits until something rings, or has rung since the last time.

@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision, FINALIZER, KataPod, Node, Order, Progress, Refused, Run, RuntimeClass, World, decide,
+    Action, Decision, FINALIZER, KataPod, Node, ONCE, Order, Progress, Refused, Run, World, decide,
     fixtures::{self, success},
     turn::LOOKS,
 };
@@ -130,6 +130,8 @@ impl Cluster {
         for (name, status) in written {
             self.write(name, status);
         }
+        let once = decision.notes.iter().filter(|note| ONCE.contains(&note.reason));
+        self.world.told.extend(once.map(|note| note.text.clone()));
         for action in taken {
             if let (true, Action::StartRun { order, .. }) = (self.refusing, action) {
                 self.refuse(order);
@@ -179,6 +181,11 @@ impl Cluster {
                 self.collect();
             }
             Action::Mark { node, record } => self.mark(node, record),
+            Action::Cordon { node, on } => {
+                let node = self.node(node);
+                assert!(node.cordoned != *on && !node.unschedulable, "cordoned without need");
+                node.cordoned = *on;
+            }
             Action::StartRun { name, order } => {
                 assert!(
                     self.world.runs.iter().all(|run| run.name != *name),
@@ -208,7 +215,14 @@ impl Cluster {
                     .unread_runs
                     .retain(|run| (&run.name, &run.uid) != (name, uid));
             }
-            Action::CreateRuntimeClass(_) => self.world.runtime_class = Some(RuntimeClass { ours: true }),
+            Action::CreateRuntimeClass { overhead, .. } => {
+                self.world.runtime_class = Some(fixtures::our_class(&overhead.to_string()));
+            }
+            Action::SetOverhead(overhead) => {
+                let class = self.world.runtime_class.as_mut().unwrap();
+                assert!(class.ours);
+                class.overhead = Some(overhead.to_string());
+            }
             Action::DeleteRuntimeClass => {
                 let skipped = |pod: &KataPod| pod.node.as_ref().is_some_and(|node| self.skipped.contains(node));
                 assert!(self.pods.iter().all(skipped), "pods use the RuntimeClass");

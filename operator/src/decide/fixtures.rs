@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
-use super::world::{Host, Node, Record, Settings, World};
+use super::world::{Host, KATA, Node, Record, RuntimeClass, Settings, World};
 use crate::{
     api::{KataConfig, KataConfigSpec},
     report::{Code, Phase, Problem, Report, Verb},
@@ -32,6 +32,7 @@ pub fn node(name: &str) -> Node {
         ready: true,
         since: Some(start() - SignedDuration::from_hours(1)),
         unschedulable: false,
+        cordoned: false,
         host: Host {
             operating_system: "linux".into(),
             architecture: "amd64".into(),
@@ -69,6 +70,8 @@ pub fn world(nodes: &[&str]) -> World {
         unread_runs: Vec::new(),
         kata_pods: None,
         runtime_class: None,
+        feature_gates: BTreeMap::new(),
+        told: BTreeSet::new(),
         refused: None,
         settings: Settings {
             version: VERSION.into(),
@@ -106,5 +109,14 @@ pub fn success(verb: Verb, version: &str) -> Report {
         restarted: verb != Verb::Verify,
         handler_seen: Some(verb != Verb::Uninstall),
         ..Report::new(verb)
+    }
+}
+
+/// The RuntimeClass as we make it.
+pub fn our_class(overhead: &str) -> RuntimeClass {
+    RuntimeClass {
+        ours: true,
+        handler: KATA.into(),
+        overhead: Some(overhead.into()),
     }
 }

@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::world::{Order, Record};
 use crate::{
-    api::{KataConfigStatus, KataNodes},
+    api::{KataConfigStatus, KataNodes, PodOverhead},
     report::{Code, Verb},
 };
 
@@ -44,6 +44,13 @@ pub enum Action {
         /// All of them.
         record: Record,
     },
+    /// Cordons a node for a change, or ends that.
+    Cordon {
+        /// The node.
+        node: String,
+        /// No new pods come to it.
+        on: bool,
+    },
     /// Makes a pod of the installer.
     StartRun {
         /// The pod's name.
@@ -58,8 +65,15 @@ pub enum Action {
         /// And uid.
         uid: String,
     },
-    /// Makes the RuntimeClass `kata`, owned by the KataConfig.
-    CreateRuntimeClass(String),
+    /// Makes the RuntimeClass `kata`.
+    CreateRuntimeClass {
+        /// The KataConfig that owns it.
+        owner: String,
+        /// What it tells the scheduler.
+        overhead: PodOverhead,
+    },
+    /// Gives it another overhead.
+    SetOverhead(PodOverhead),
     /// Deletes it.
     DeleteRuntimeClass,
 }
@@ -76,9 +90,12 @@ impl fmt::Display for Action {
                 let version = record.version.as_deref().unwrap_or("no version");
                 write!(out, "marking {node}: {ready}, {version}")
             }
+            Action::Cordon { node, on: true } => write!(out, "cordoning {node}"),
+            Action::Cordon { node, on: false } => write!(out, "uncordoning {node}"),
             Action::StartRun { name, order } => write!(out, "making pod {name} on {}", order.node),
             Action::DeleteRun { name, .. } => write!(out, "deleting pod {name}"),
-            Action::CreateRuntimeClass(_) => write!(out, "making the RuntimeClass"),
+            Action::CreateRuntimeClass { .. } => write!(out, "making the RuntimeClass"),
+            Action::SetOverhead(overhead) => write!(out, "giving the RuntimeClass the overhead {overhead}"),
             Action::DeleteRuntimeClass => write!(out, "deleting the RuntimeClass"),
         }
     }

@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{
     clock::{Clock, after},
+    scene::short_hash,
     world::{LastRun, Node, Order, Progress, Record, Run, Settings},
 };
 use crate::report::{Code, Phase, Report, Verb};
@@ -181,6 +182,12 @@ pub(super) fn record(
             log_level: match order.verb {
                 Verb::Verify => before.log_level.clone(),
                 _ => Some(order.log_level.clone()),
+            },
+            configuration: match order.verb {
+                Verb::Verify => before.configuration.clone(),
+                _ => Some(&order.configuration)
+                    .filter(|text| !text.is_empty())
+                    .map(|text| short_hash(text)),
             },
             boot_id: Some(order.boot_id.clone()),
             software: Some(order.software.clone()),

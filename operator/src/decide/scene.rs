@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use sha2::{Digest, Sha256};
+use shim::config::Config;
 
 use super::{
     clock::Clock,
@@ -16,18 +17,22 @@ use super::{
     standing::{Measure, Place, Standing},
     status::{self, Facts, Reason},
     tell_status, turn,
-    world::{KataPod, Node, Progress, RETRY, Record, Run, SKIP_NODES, World},
+    world::{FEATURE_GATES, KataPod, Node, ONCE, Progress, RETRY, Record, Run, RuntimeClass, SKIP_NODES, World},
 };
 use crate::{
-    api::{KataConfig, KataNodes},
+    api::{KataConfig, KataNodes, PodOverhead},
     report::Verb,
 };
+
+/// The feature gate that asks for confidential machines.
+const CONFIDENTIAL: &str = "confidential";
 
 /// What stands in the way of any change.
 #[derive(Debug, PartialEq, Eq)]
 enum Hold {
     Spec(String),
     PeerPods,
+    Confidential,
     Selector(SelectorError),
     /// It is being deleted, and pods use kata.
     Pods,
@@ -42,6 +47,8 @@ pub(super) struct Scene<'a> {
     /// Nodes that are to be left alone.
     skipped: BTreeSet<&'a str>,
     purpose: String,
+    /// Stands for the configuration.
+    configuration: Option<String>,
 }
 
 /// The nodes, each in its place, for a KataConfig that has its finalizer.
@@ -68,6 +75,7 @@ impl<'a> Scene<'a> {
                 .filter(|name| !name.is_empty())
                 .collect(),
             purpose: purpose(config, &world.settings.version),
+            configuration: configuration(config).map(short_hash),
         }
     }
 
@@ -93,14 +101,24 @@ impl<'a> Scene<'a> {
         self.config.metadata.deletion_timestamp.is_some()
     }
 
+    /// What is wrong with `spec`.
     fn invalid(&self) -> Option<String> {
-        self.world.invalid_specs.get(&self.config.name_any()).cloned()
+        let unread = self.world.invalid_specs.get(&self.config.name_any()).cloned();
+        // Checked here: the nodes would go out of service over it, one after another.
+        let configuration = configuration(self.config)
+            .and_then(|text| Config::parse("", &[text]).err())
+            .map(|error| format!("configuration: {error}"));
+        unread
+            .or_else(|| self.config.spec.pod_overhead().err())
+            .or(configuration)
     }
 
     fn measure(&self) -> Measure<'_> {
         Measure {
             settings: &self.world.settings,
             log_level: self.config.spec.log_level.name(),
+            configuration: configuration(self.config).unwrap_or_default(),
+            configuration_hash: self.configuration.as_deref(),
             purpose: &self.purpose,
             clock: self.clock,
             refused: self.world.refused.as_ref(),
@@ -116,6 +134,9 @@ impl<'a> Scene<'a> {
         }
         if self.config.spec.enable_peer_pods {
             return self.tell(&Reason::PeerPods, KataNodes::default(), Vec::new(), decision);
+        }
+        if self.confidential() {
+            return self.tell(&Reason::Confidential, KataNodes::default(), Vec::new(), decision);
         }
         self.tell(&Reason::Installing, KataNodes::default(), Vec::new(), decision);
         decision.actions.push(Action::AddFinalizer(self.config.name_any()));
@@ -172,9 +193,9 @@ impl<'a> Scene<'a> {
                 .any(|standing| !standing.wanted && standing.node.record.claimed());
         decision.awaits_pods = removal;
         let lists = status::lists(&cast.standings);
-        self.tell_of_left_out(&cast, &lists, decision);
+        self.tell_of_left_out(&cast, decision);
         self.tell(&self.reason(&cast), lists, self.waiting(&cast), decision);
-        let noted = self.take_note(&cast, decision);
+        let noted = self.take_note(&cast, decision) | self.uncordon(&cast, decision);
         if cast.hold.is_some() || noted {
             return;
         }
@@ -182,7 +203,7 @@ impl<'a> Scene<'a> {
             return;
         }
         if self.deleting() && !cast.standings.iter().any(|standing| standing.node.record.claimed()) {
-            return self.finish(decision);
+            return self.finish(&cast, decision);
         }
         turn::take(
             &self.config.name_any(),
@@ -205,10 +226,11 @@ impl<'a> Scene<'a> {
         let peer_pods = self.config.spec.enable_peer_pods.then_some(Hold::PeerPods);
         let most = self.config.spec.rollout.most(pool.wanted.len());
         let wrong = self.invalid().or_else(|| most.as_ref().err().cloned());
-        let refusal = wrong.map(Hold::Spec).or(peer_pods).or(refusal);
+        let confidential = self.confidential().then_some(Hold::Confidential);
+        let refusal = wrong.map(Hold::Spec).or(peer_pods).or(confidential).or(refusal);
         let free_of_pods = matches!(&self.world.kata_pods, Some(Ok(pods)) if self.in_the_way(pods).next().is_none());
         let claimed = |node: &Node| node.record.claimed() && !self.skipped.contains(node.name.as_str());
-        let begun = !self.world.runtime_class.is_some_and(|class| class.ours);
+        let begun = !self.has_our_class();
         let hold = match self.deleting() {
             true => (!free_of_pods && !begun).then_some(Hold::Pods),
             false => refusal.or_else(|| {
@@ -218,7 +240,9 @@ impl<'a> Scene<'a> {
         };
         let wanted = |node: &Node| match &hold {
             // As it is.
-            Some(Hold::Spec(_) | Hold::PeerPods | Hold::Selector(_) | Hold::NobodyWanted) => node.record.claimed(),
+            Some(Hold::Spec(_) | Hold::PeerPods | Hold::Confidential | Hold::Selector(_) | Hold::NobodyWanted) => {
+                node.record.claimed()
+            }
             Some(Hold::Pods) => pool.wanted.contains(&node.name),
             None => !self.deleting() && pool.wanted.contains(&node.name),
         };
@@ -257,6 +281,7 @@ impl<'a> Scene<'a> {
         match &cast.hold {
             Some(Hold::Spec(why)) => return Reason::InvalidSpec(why.clone()),
             Some(Hold::PeerPods) => return Reason::PeerPods,
+            Some(Hold::Confidential) => return Reason::Confidential,
             Some(Hold::Selector(error)) => return Reason::InvalidSelector(error.to_string()),
             Some(Hold::NobodyWanted) => {
                 let kept = cast.standings.iter().filter(|standing| standing.wanted).count();
@@ -277,7 +302,7 @@ impl<'a> Scene<'a> {
                 text: text.clone(),
             };
         }
-        let class = self.world.runtime_class;
+        let class = &self.world.runtime_class;
         let at_work = |standing: &Standing<'_>| !matches!(standing.place, Place::Nowhere | Place::Installed);
         match (self.deleting(), cast.standings.iter().any(at_work)) {
             (true, _) => Reason::Uninstalling,
@@ -291,34 +316,70 @@ impl<'a> Scene<'a> {
     /// The first installation is over once the RuntimeClass is there. One that somebody else made was there from the
     /// start.
     fn installed_before(&self) -> bool {
-        let ours = self.world.runtime_class.is_some_and(|class| class.ours);
+        let ours = self.has_our_class();
         let status = self.config.status.as_ref();
         let steady = status.and_then(|status| status.in_progress());
         ours || steady.is_some_and(|condition| condition.reason == "Updating" || condition.reason.is_empty())
     }
 
-    /// Nodes of a kind that cannot have kata: told of when the pool changes, not each time it is looked at.
-    fn tell_of_left_out(&self, cast: &Cast<'_>, lists: &KataNodes, decision: &mut Decision) {
-        let before = self
-            .config
-            .status
-            .as_ref()
-            .map_or(0, |status| status.kata_nodes.node_count);
-        let first = before == 0 && self.reason_is_installing();
-        if self.deleting() || !(first || before != lists.node_count) {
+    /// What is not as one might think, and stays so.
+    fn tell_of_left_out(&self, cast: &Cast<'_>, decision: &mut Decision) {
+        if self.deleting() {
             return;
         }
+        let [not_supported, not_ours, ignored] = ONCE;
+        let config = About::Config(self.config.name_any());
+        let mut once = |abouts: &[&About], reason, text: String| {
+            if !self.world.told.contains(&text) {
+                let notes = abouts
+                    .iter()
+                    .map(|about| warning((*about).clone(), reason, text.clone()));
+                decision.notes.extend(notes);
+            }
+        };
         for (node, what) in &cast.pool.unsupported {
             let text = format!("Node {node} does not get kata: {what}");
-            for about in [About::Node(node.clone()), About::Config(self.config.name_any())] {
-                decision.notes.push(warning(about, "NodeNotSupported", text.clone()));
-            }
+            once(&[&About::Node(node.clone()), &config], not_supported, text);
+        }
+        if let Some(class) = self.world.runtime_class.as_ref().filter(|class| !class.ours) {
+            let text = format!(
+                "The RuntimeClass kata, with the handler {}, is not this operator's: it is neither changed nor deleted",
+                class.handler
+            );
+            once(&[&config], not_ours, text);
+        }
+        for (gate, value) in self
+            .world
+            .feature_gates
+            .iter()
+            .filter(|(gate, _)| *gate != CONFIDENTIAL)
+        {
+            let text = match gate.as_str() {
+                "deploymentMode" => "nodes are changed by an installer's pods, without a reboot, in any mode",
+                "caaUpdateStrategy" => "it is about peer pods, which are not supported",
+                _ => "this operator does not know it",
+            };
+            let text = format!("{gate}: {value:?} in the ConfigMap {FEATURE_GATES} changes nothing: {text}");
+            once(&[&config], ignored, text);
         }
     }
 
-    fn reason_is_installing(&self) -> bool {
-        let condition = self.config.status.as_ref().and_then(|status| status.in_progress());
-        condition.is_some_and(|condition| condition.reason == "Installing")
+    /// Confidential machines are asked for where OpenShift sandboxed containers is asked for them.
+    fn confidential(&self) -> bool {
+        let gate = self.world.feature_gates.get(CONFIDENTIAL);
+        gate.is_some_and(|value| value.trim().eq_ignore_ascii_case("true"))
+    }
+
+    fn has_our_class(&self) -> bool {
+        self.world.runtime_class.as_ref().is_some_and(|class| class.ours)
+    }
+
+    /// Ends the cordon of nodes whose change is over. Tells whether there are any.
+    fn uncordon(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+        let before = decision.actions.len();
+        let over = cast.standings.iter().filter(|standing| standing.idle(self.measure()));
+        decision.actions.extend(over.filter_map(uncordoned));
+        decision.actions.len() > before
     }
 
     /// Notes on the nodes how runs ended, and deletes their pods. Tells whether there was something new.
@@ -433,11 +494,19 @@ impl<'a> Scene<'a> {
         let installed = |standing: &Standing<'_>| standing.place == Place::Installed;
         let complete =
             wanted().any(installed) && wanted().all(|standing| installed(standing) || standing.unable(self.measure()));
-        match (self.deleting(), self.world.runtime_class) {
-            (true, Some(class)) if class.ours => decision.actions.push(Action::DeleteRuntimeClass),
-            (false, None) if complete => {
+        // One that contradicts itself holds everything up before this.
+        let overhead = self.config.spec.pod_overhead().ok();
+        match (self.deleting(), &self.world.runtime_class, overhead) {
+            (true, Some(class), _) if class.ours => decision.actions.push(Action::DeleteRuntimeClass),
+            (false, Some(class), Some(overhead)) if class.ours && differs(class, &overhead) => {
+                decision.actions.push(Action::SetOverhead(overhead));
+            }
+            (false, None, Some(overhead)) if complete => {
                 let name = self.config.name_any();
-                decision.actions.push(Action::CreateRuntimeClass(name.clone()));
+                decision.actions.push(Action::CreateRuntimeClass {
+                    owner: name.clone(),
+                    overhead,
+                });
                 decision.notes.push(Note {
                     about: About::Config(name),
                     warning: false,
@@ -460,11 +529,30 @@ impl<'a> Scene<'a> {
     }
 
     /// No node has anything of ours any more.
-    fn finish(&self, decision: &mut Decision) {
+    fn finish(&self, cast: &Cast<'_>, decision: &mut Decision) {
+        decision.actions.extend(cast.standings.iter().filter_map(uncordoned));
         let left = self.world.runs.iter().filter(|run| !run.deleted);
         decision.actions.extend(left.map(delete));
         decision.actions.push(Action::RemoveFinalizer(self.config.name_any()));
     }
+}
+
+/// Whether the RuntimeClass is to tell the scheduler something else than what we wrote last. One of before there was
+/// an annotation for it may have been changed by hand.
+fn differs(class: &RuntimeClass, overhead: &PodOverhead) -> bool {
+    match &class.overhead {
+        Some(written) => *written != overhead.to_string(),
+        None => overhead.asked_for,
+    }
+}
+
+/// The KataConfig's own configuration of pods.
+fn configuration(config: &KataConfig) -> Option<&str> {
+    config
+        .spec
+        .configuration
+        .as_deref()
+        .filter(|text| !text.trim().is_empty())
 }
 
 /// What is told of an installation: what the installer warned of, too.
@@ -479,6 +567,14 @@ fn installed(run: &Run) -> String {
         .cloned()
         .collect::<Vec<_>>()
         .join("; ")
+}
+
+fn uncordoned(standing: &Standing<'_>) -> Option<Action> {
+    let node = standing.node;
+    node.cordoned.then(|| Action::Cordon {
+        node: node.name.clone(),
+        on: false,
+    })
 }
 
 fn delete(run: &Run) -> Action {

@@ -44,6 +44,7 @@ enum Happening {
     PeerPods(bool),
     MaxUnavailable(i32),
     Pause(bool),
+    CordonChanging(bool),
     Canary(Option<usize>),
     Retry(u8),
     Skip(usize),
@@ -84,6 +85,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => any::<bool>().prop_map(Happening::PeerPods),
         1 => (1..4_i32).prop_map(Happening::MaxUnavailable),
         1 => any::<bool>().prop_map(Happening::Pause),
+        1 => any::<bool>().prop_map(Happening::CordonChanging),
         1 => proptest::option::of(node.clone()).prop_map(Happening::Canary),
         1 => any::<u8>().prop_map(Happening::Retry),
         1 => node.prop_map(Happening::Skip),
@@ -160,7 +162,8 @@ fn happens_to_node(cluster: &mut Cluster, happening: &Happening) {
             }
         }
         Happening::Cordon(index, cordoned) if there(cluster, index) => {
-            cluster.node(NODES[index]).unschedulable = cordoned
+            let node = cluster.node(NODES[index]);
+            node.unschedulable = cordoned && !node.cordoned;
         }
         Happening::Reboot(index) if there(cluster, index) => {
             cluster.node(NODES[index]).host.boot_id = format!("boot at {now}");
@@ -192,6 +195,7 @@ fn happens_to_configs(cluster: &mut Cluster, happening: &Happening) {
                 cluster.most = cluster.most.max(usize::try_from(most).unwrap());
                 cluster.respec(name, |config| config.spec.rollout.max_unavailable = Some(IntOrString::Int(most)));
             }
+            Happening::CordonChanging(cordon) => cluster.respec(name, |config| config.spec.rollout.cordon = cordon),
             Happening::Pause(paused) => cluster.respec(name, |config| config.spec.rollout.paused = paused),
             Happening::Canary(index) => {
                 let label = |index: usize| ("kubernetes.io/hostname".to_owned(), NODES[index].to_owned());
@@ -304,6 +308,8 @@ fn all_is_well(cluster: &mut Cluster) {
     }
     assert_eq!(reason, "");
     assert_eq!(lists.node_count, lists.ready_node_count);
+    let cordoned = |node: &Node| node.cordoned && !cluster.skipped.contains(&node.name);
+    assert!(!cluster.world.nodes.iter().any(cordoned), "a node stays cordoned");
     assert!(cluster.world.runtime_class.is_some());
     let status = cluster.config(&name).unwrap().status.clone().unwrap();
     assert_eq!(status.runtime_classes, [KATA]);

@@ -39,6 +39,8 @@ pub(super) enum Place {
 pub(super) struct Measure<'a> {
     pub(super) settings: &'a Settings,
     pub(super) log_level: &'a str,
+    pub(super) configuration: &'a str,
+    pub(super) configuration_hash: Option<&'a str>,
     pub(super) purpose: &'a str,
     pub(super) clock: &'a Clock,
     pub(super) refused: Option<&'a Refused>,
@@ -232,6 +234,7 @@ impl<'a> Standing<'a> {
         record.ready == Some(true)
             && record.version.as_deref() == Some(&measure.settings.version)
             && record.log_level.as_deref() == Some(measure.log_level)
+            && record.configuration.as_deref() == measure.configuration_hash
     }
 
     /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no

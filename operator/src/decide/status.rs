@@ -34,6 +34,8 @@ pub(super) enum Reason {
     InvalidSelector(String),
     /// Peer pods are asked for.
     PeerPods,
+    /// Confidential machines are asked for.
+    Confidential,
     /// Another KataConfig is in force.
     Duplicate(String),
 }
@@ -66,6 +68,10 @@ impl Reason {
             Reason::PeerPods => {
                 let text = "enablePeerPods: true asks for pods in virtual machines of a cloud, which are not supported; set it to false";
                 (false, "PeerPodsNotSupported", text.into())
+            }
+            Reason::Confidential => {
+                let text = "the ConfigMap osc-feature-gates has confidential: \"true\", which asks for confidential machines; they are not supported: set it to \"false\"";
+                (false, "ConfidentialNotSupported", text.into())
             }
             Reason::Duplicate(name) => {
                 let text = format!(

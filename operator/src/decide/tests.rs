@@ -272,7 +272,7 @@ fn nodes_that_are_not_ready_or_cordoned_wait_and_stop_nobody() {
     let expected = json!({"installed": ["worker-0"], "nodeCount": 3, "readyNodeCount": 1, "waitingToInstall": ["worker-1", "worker-2"]});
     assert_eq!(cluster.lists(NAME), lists(expected));
     // All that can have kata have it.
-    assert_eq!(cluster.world.runtime_class, Some(RuntimeClass { ours: true }));
+    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
     cluster.node("worker-2").ready = true;
     cluster.node("worker-1").unschedulable = false;
     cluster.run_all();
@@ -323,6 +323,58 @@ fn a_new_version_and_another_log_level_go_from_node_to_node() {
     assert_eq!(cluster.world.runs[0].order.log_level, "debug");
     cluster.run_all();
     assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+}
+
+#[test]
+fn a_configuration_goes_from_node_to_node_and_away_again() {
+    let mut cluster = installed(&["worker-0", "worker-1"]);
+    let text = "[hypervisor.qemu]\naccelerator = \"tcg\"\n";
+    cluster.respec(NAME, |config| config.spec.configuration = Some(text.into()));
+    cluster.rest();
+    assert_eq!(cluster.world.runs[0].order.configuration, text);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).ready_node_count, 2);
+    assert!(cluster.node("worker-0").record.configuration.is_some());
+    cluster.respec(NAME, |config| config.spec.configuration = None);
+    cluster.rest();
+    assert_eq!(cluster.world.runs[0].order.configuration, "");
+    cluster.run_all();
+    assert_eq!(cluster.node("worker-0").record.configuration, None);
+}
+
+#[test]
+fn a_node_is_cordoned_while_it_is_changed_and_not_if_it_was_before() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({"rollout": {"cordon": true}}));
+    cluster.rest();
+    assert!(cluster.node("worker-1").cordoned && !cluster.node("worker-0").cordoned);
+    cluster.run_all();
+    assert!(cluster.world.nodes.iter().all(|node| !node.cordoned));
+    cluster.node("worker-1").unschedulable = true;
+    cluster.delete(NAME);
+    cluster.rest();
+    assert_eq!(cluster.world.runs[0].order.node, "worker-1");
+    assert!(!cluster.node("worker-1").cordoned);
+    cluster.run_all();
+    assert!(cluster.world.configs.is_empty());
+    assert!(cluster.world.nodes.iter().all(|node| !node.cordoned));
+}
+
+#[test]
+fn the_overhead_is_the_kataconfigs_or_whoevers_changed_it_since() {
+    let mut cluster = installed(&["worker-0"]);
+    let overhead = |cluster: &Cluster| cluster.world.runtime_class.clone().unwrap().overhead;
+    assert_eq!(overhead(&cluster).as_deref(), Some("cpu 500m, memory 500Mi"));
+    cluster.respec(NAME, |config| config.spec.memory_overhead_mb = Some(350));
+    cluster.run_all();
+    assert_eq!(overhead(&cluster).as_deref(), Some("cpu 500m, memory 350Mi"));
+    cluster.respec(NAME, |config| config.spec.memory_overhead_mb = None);
+    cluster.run_all();
+    assert_eq!(overhead(&cluster).as_deref(), Some("cpu 500m, memory 500Mi"));
+    // One that an earlier version has made may have been changed by hand.
+    cluster.world.runtime_class.as_mut().unwrap().overhead = None;
+    assert!(cluster.rest().actions.is_empty());
+    assert_eq!(overhead(&cluster), None);
 }
 
 #[test]
@@ -384,7 +436,7 @@ fn deletion_waits_for_pods_and_says_so() {
     assert_eq!(cluster.condition(NAME), blocked);
     assert_eq!(cluster.lists(NAME).ready_node_count, 2);
     assert!(cluster.rest().awaits_pods);
-    assert_eq!(cluster.world.runtime_class, Some(RuntimeClass { ours: true }));
+    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
     cluster.pods.clear();
     cluster.run_all();
     assert!(cluster.world.configs.is_empty());

@@ -98,12 +98,19 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
             });
         }
     }
+    if measure.rollout.cordon && verb != Verb::Verify && !node.unschedulable && !node.cordoned {
+        decision.actions.push(Action::Cordon {
+            node: node.name.clone(),
+            on: true,
+        });
+    }
     let order = Order {
         verb,
         node: node.name.clone(),
         node_uid: node.uid.clone(),
         version: measure.settings.version.clone(),
         log_level: measure.log_level.to_owned(),
+        configuration: measure.configuration.to_owned(),
         purpose: measure.purpose.to_owned(),
         failures: standing.failures_at(verb, measure),
         boot_id: node.host.boot_id.clone(),

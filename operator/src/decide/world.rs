@@ -43,11 +43,20 @@ pub struct World {
     pub runtime_class: Option<RuntimeClass>,
     /// The installer's pod that the API server did not take, when it was tried last.
     pub refused: Option<Refused>,
+    /// What the ConfigMap `osc-feature-gates` says, which OpenShift sandboxed containers reads since 1.6.
+    pub feature_gates: BTreeMap<String, String>,
     /// How the controller was started.
     pub settings: Settings,
+    /// The texts of the events that are told only once, and have been: see [`ONCE`].
+    pub told: BTreeSet<String>,
     /// The time.
     pub now: Timestamp,
 }
+
+/// The reasons of the events about what stays as it is: the controller tells each text once in its life.
+pub const ONCE: [&str; 3] = ["NodeNotSupported", "RuntimeClassNotOurs", "FeatureGateIgnored"];
+/// The name of the ConfigMap with feature gates, in the operator's namespace.
+pub const FEATURE_GATES: &str = "osc-feature-gates";
 
 /// How the controller was started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +87,10 @@ pub struct Node {
     pub ready: bool,
     /// Since when that is so.
     pub since: Option<Timestamp>,
-    /// Cordoned.
+    /// Cordoned by somebody else.
     pub unschedulable: bool,
+    /// The annotation `sandpod.io/cordoned`: we have cordoned it for as long as it is changed.
+    pub cordoned: bool,
     /// What it is.
     pub host: Host,
     /// The handlers in its status; empty when its kubelet does not say (before 1.30).
@@ -134,6 +145,8 @@ pub struct Record {
     pub prefix: Option<String>,
     /// The annotation `sandpod.io/log-level`.
     pub log_level: Option<String>,
+    /// The annotation `sandpod.io/configuration`: eight digits that stand for the KataConfig's; none where it has none.
+    pub configuration: Option<String>,
     /// The annotation `sandpod.io/boot-id`: the boot in which it was verified last.
     pub boot_id: Option<String>,
     /// The annotation `sandpod.io/verified-on`: the software with which it was verified last.
@@ -228,6 +241,9 @@ pub struct Order {
     pub version: String,
     /// The CRI's log level.
     pub log_level: String,
+    /// The KataConfig's own configuration of pods; empty where it has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub configuration: String,
     /// Changes with the KataConfig's spec, its retry annotation and our version: a failure counts only for its own
     /// purpose.
     pub purpose: String,
@@ -298,8 +314,13 @@ pub struct KataPod {
 }
 
 /// The RuntimeClass `kata`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeClass {
     /// We made it. Another one is left as it is, also at the end.
     pub ours: bool,
+    /// Its handler.
+    pub handler: String,
+    /// The overhead that we wrote last, in its annotation `sandpod.io/overhead`; what somebody else has changed since
+    /// stays.
+    pub overhead: Option<String>,
 }

@@ -77,6 +77,16 @@ const SHIM_LOG_LEVEL: Place = Place {
     of_cri: false,
 };
 
+const SHIM_CONFIGURATION: Place = Place {
+    // Before what a node's own administrator has there, who has the last word.
+    path: "/etc/sandpod/config.d/01-kataconfig.toml",
+    scratch: CONFIG_FOLDER,
+    of_cri: false,
+};
+
+/// The name of the file with the KataConfig's own configuration of pods, in [`CONFIG_FOLDER`].
+pub const CONFIGURATION_NAME: &str = "01-kataconfig.toml";
+
 /// Where the drop-in that defines the handler belongs.
 #[must_use]
 pub fn handlers_place(kind: Kind) -> Place {
@@ -99,7 +109,7 @@ pub fn places(kind: Kind) -> Vec<Place> {
     if kind == Kind::Crio {
         places.push(CRIO_LOG_LEVEL);
     }
-    places.push(SHIM_LOG_LEVEL);
+    places.extend([SHIM_LOG_LEVEL, SHIM_CONFIGURATION]);
     places
 }
 
@@ -122,9 +132,9 @@ pub fn handler(format: Format, prefix: &Path) -> DropIn {
     }
 }
 
-/// Every file of ours outside the prefix.
+/// Every file of ours outside the prefix. `configuration` is TOML of the KataConfig's, or empty.
 #[must_use]
-pub fn all(format: Format, prefix: &Path, level: LogLevel) -> Vec<DropIn> {
+pub fn all(format: Format, prefix: &Path, level: LogLevel, configuration: &str) -> Vec<DropIn> {
     let texts = places(format.kind()).into_iter().map(|place| match place {
         CRIO_LOG_LEVEL => DropIn {
             place,
@@ -135,6 +145,12 @@ pub fn all(format: Format, prefix: &Path, level: LogLevel) -> Vec<DropIn> {
         SHIM_LOG_LEVEL => DropIn {
             place,
             text: matches!(level, LogLevel::Debug | LogLevel::Trace).then(|| VERBOSE.to_owned()),
+        },
+        SHIM_CONFIGURATION => DropIn {
+            place,
+            text: (!configuration.is_empty()).then(|| {
+                format!("{MARK}the configuration of the cluster's KataConfig; a later file may say otherwise.\n{configuration}\n")
+            }),
         },
         _ => handler(format, prefix),
     });
@@ -273,17 +289,35 @@ mod tests {
     #[test]
     fn a_log_level_is_for_crio_and_a_verbose_one_for_the_shim() {
         let texts = |format, level| -> Vec<_> {
-            let files = all(format, Path::new("/opt/sandpod"), level).into_iter().skip(1);
+            let files = all(format, Path::new("/opt/sandpod"), level, "").into_iter().skip(1);
             files
                 .map(|file| file.text.map(|text| text.lines().skip(1).collect::<Vec<_>>().join(";")))
                 .collect()
         };
         let crio = |level: &str| Some(format!("[crio.runtime];log_level = \"{level}\""));
         let shim = || Some("[runtime];enable_debug = true".to_owned());
-        assert_eq!(texts(Format::Crio, LogLevel::Info), [None, None]);
-        assert_eq!(texts(Format::Crio, LogLevel::Warn), [crio("warn"), None]);
-        assert_eq!(texts(Format::Crio, LogLevel::Debug), [crio("debug"), shim()]);
-        assert_eq!(texts(Format::ContainerdV2, LogLevel::Trace), [shim()]);
+        assert_eq!(texts(Format::Crio, LogLevel::Info), [None, None, None]);
+        assert_eq!(texts(Format::Crio, LogLevel::Warn), [crio("warn"), None, None]);
+        assert_eq!(texts(Format::Crio, LogLevel::Debug), [crio("debug"), shim(), None]);
+        assert_eq!(texts(Format::ContainerdV2, LogLevel::Trace), [shim(), None]);
+    }
+
+    #[test]
+    fn the_configuration_of_a_kataconfig_comes_before_a_nodes_own() {
+        let file = |configuration: &str| {
+            let all = all(Format::Crio, Path::new("/opt/sandpod"), LogLevel::Info, configuration);
+            let mut files = all.into_iter().filter(|file| file.place == SHIM_CONFIGURATION);
+            files.next().unwrap().text
+        };
+        assert_eq!(file(""), None);
+        let text = file("[runtime]\nenable_debug = true").unwrap();
+        assert!(
+            text.starts_with(MARK) && text.ends_with("\n[runtime]\nenable_debug = true\n"),
+            "{text}"
+        );
+        let place = Path::new(SHIM_CONFIGURATION.path);
+        assert_eq!(place, Path::new(CONFIG_FOLDER).join(CONFIGURATION_NAME));
+        assert!(place > Path::new(SHIM_LOG_LEVEL.path) && CONFIGURATION_NAME < "10-emulated.toml");
     }
 
     #[test]

@@ -59,7 +59,7 @@ impl Node {
 }
 
 fn ours(format: Format) -> Vec<DropIn> {
-    dropin::all(format, Path::new("/opt/sandpod"), LogLevel::Debug)
+    dropin::all(format, Path::new("/opt/sandpod"), LogLevel::Debug, "")
 }
 
 const CRIO_HANDLER: &str = "[crio.runtime.runtimes.kata]\nruntime_path = \"/usr/bin/containerd-shim-kata-v2\"\n";

@@ -61,6 +61,8 @@ pub struct Options {
     pub prefix: PathBuf,
     /// How much is logged.
     pub log_level: LogLevel,
+    /// TOML that is laid over the installed configuration of pods, before the node's own files; or empty.
+    pub configuration: String,
     /// The CRI, if it is not to be found out.
     pub cri: Option<Kind>,
     /// The command that restarts the CRI, if it is not systemd.
@@ -173,9 +175,10 @@ impl<'r> Run<'r> {
         Ok(cri)
     }
 
-    /// Whether pods can run with the node's configuration, which is `base` where the administrator has none of his own.
-    fn judge(&mut self, kind: Kind, base: Option<&str>) -> Result<()> {
-        let config = preflight::configuration(&self.layout, kind, base)?;
+    /// Whether pods can run with the node's configuration, which is `base` where the administrator has none of his own;
+    /// with `new` in the place of the KataConfig's, if there is one to be put there.
+    fn judge(&mut self, kind: Kind, base: Option<&str>, new: Option<&str>) -> Result<()> {
+        let config = preflight::configuration(&self.layout, kind, base, new)?;
         self.report.facts.accelerator = match config.hypervisor.accelerator {
             config::Accelerator::Kvm => Accelerator::Kvm,
             config::Accelerator::Tcg => Accelerator::Tcg,

@@ -1,6 +1,6 @@
 //! What a node has to be before anything on it is changed.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use nix::{
     errno::Errno,
@@ -14,7 +14,7 @@ use shim::{
 
 use super::{
     cri::{Cri, Kind},
-    dropin::{CONFIG_FOLDER, DEFAULT_PREFIX},
+    dropin::{CONFIG_FOLDER, CONFIGURATION_NAME, DEFAULT_PREFIX},
     error::{InstallError, Result},
     files::{self, Host},
     payload::Payload,
@@ -52,11 +52,11 @@ fn old(kind: Kind, version: (u32, u32)) -> Option<&'static str> {
 }
 
 /// The configuration that pods will start with: the payload's with the administrator's drop-ins, or the administrator's
-/// own where the shim prefers it ([`config::SEARCH_PATHS`]).
+/// own where the shim prefers it ([`config::SEARCH_PATHS`]). `new` stands for what is to be written for the KataConfig.
 ///
 /// # Errors
 /// It is not valid.
-pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Result<Config> {
+pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>, new: Option<&str>) -> Result<Config> {
     let invalid = |what: &Path, error: &config::ConfigError| InstallError::ConfigInvalid {
         what: format!("the configuration of the node's pods in {}", what.display()),
         why: error.to_string(),
@@ -70,11 +70,18 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>) -> Resu
         }
     }
     let folder = layout.host.at(CONFIG_FOLDER);
-    let mut drop_ins = Vec::new();
-    for name in files::names(&folder)?.iter().filter(|name| name.ends_with(".toml")) {
-        drop_ins.extend(files::read_text(&folder.join(name))?);
+    let mut drop_ins = BTreeMap::new();
+    for name in files::names(&folder)?
+        .into_iter()
+        .filter(|name| name.ends_with(".toml"))
+    {
+        let text = files::read_text(&folder.join(&name))?;
+        drop_ins.extend(text.map(|text| (name, text)));
     }
-    let drop_ins: Vec<_> = drop_ins.iter().map(String::as_str).collect();
+    if let Some(new) = new {
+        drop_ins.insert(CONFIGURATION_NAME.to_owned(), new.to_owned());
+    }
+    let drop_ins: Vec<_> = drop_ins.values().map(String::as_str).collect();
     Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(|error| invalid(Path::new(CONFIG_FOLDER), &error))
 }
 
@@ -165,12 +172,31 @@ mod tests {
     fn an_administrator_asks_for_emulation_where_pods_read_it() {
         let root = tempfile::tempdir().unwrap();
         let layout = layout(root.path(), "/opt/sandpod");
-        let wanted = |kind| configuration(&layout, kind, Some("")).unwrap().hypervisor.accelerator;
+        let wanted = |kind| {
+            configuration(&layout, kind, Some(""), None)
+                .unwrap()
+                .hypervisor
+                .accelerator
+        };
         assert_eq!(wanted(Kind::Crio), Wanted::Kvm);
         put(&layout, "/etc/kata-containers/configuration.toml", TCG);
         assert_eq!(wanted(Kind::Containerd), Wanted::Tcg);
         // CRI-O's handler names the payload's file.
         assert_eq!(wanted(Kind::Crio), Wanted::Kvm);
+        // A KataConfig may ask for it, and the node's own administrator has the last word.
+        let asked = |new| {
+            configuration(&layout, Kind::Crio, None, Some(new))
+                .unwrap()
+                .hypervisor
+                .accelerator
+        };
+        assert_eq!(asked(TCG), Wanted::Tcg);
+        put(
+            &layout,
+            "/etc/sandpod/config.d/10-mine.toml",
+            &TCG.replace("tcg", "kvm"),
+        );
+        assert_eq!(asked(TCG), Wanted::Kvm);
         put(&layout, "/etc/sandpod/config.d/10-mine.toml", TCG);
         assert_eq!(wanted(Kind::Crio), Wanted::Tcg);
         put(
@@ -178,7 +204,7 @@ mod tests {
             "/etc/sandpod/config.d/20-typo.toml",
             "[hypervisor.qemu]\nacelerator = 1\n",
         );
-        let error = configuration(&layout, Kind::Crio, None).unwrap_err().to_string();
+        let error = configuration(&layout, Kind::Crio, None, None).unwrap_err().to_string();
         assert!(error.contains("`hypervisor.qemu.acelerator`"), "{error}");
     }
 

@@ -80,11 +80,17 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
         .ok_or(InstallError::Usage("an install needs --payload"))?;
     let version = payload.name.clone();
     let base = payload.text("configuration.toml")?;
-    run.judge(cri.kind, base.as_deref())?;
+    let configuration = run.options.configuration.clone();
+    run.judge(cri.kind, base.as_deref(), Some(&configuration))?;
     run.refuse_other_prefix()?;
     merged::refuse_foreign(&run.layout.host, cri.kind)?;
     let format = merged::format(&run.layout.host, cri.kind)?;
-    let wanted = dropin::all(format, &run.layout.prefix, run.options.log_level);
+    let wanted = dropin::all(
+        format,
+        &run.layout.prefix,
+        run.options.log_level,
+        &run.options.configuration,
+    );
     let intact = versions::inspect(&run.layout, &version).is_ok();
     if let Some(payload) = run.payload.as_ref().filter(|_| !intact) {
         preflight::refuse_full(&run.layout, payload)?;
@@ -371,7 +377,7 @@ mod tests {
     use crate::{install::dropin::Format, log_level::LogLevel};
 
     fn files_of(level: LogLevel) -> [DropIn; 2] {
-        let mut files = dropin::all(Format::ContainerdV3, Path::new("/opt/sandpod"), level).into_iter();
+        let mut files = dropin::all(Format::ContainerdV3, Path::new("/opt/sandpod"), level, "").into_iter();
         [files.next().unwrap(), files.next().unwrap()]
     }
 

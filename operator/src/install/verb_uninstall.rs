@@ -82,7 +82,7 @@ fn guess(run: &mut Run) -> Result<State> {
         made: vec![prefix.clone()],
         ..State::default()
     };
-    for DropIn { place, text } in dropin::all(Format::Crio, &prefix, LogLevel::Debug) {
+    for DropIn { place, text } in dropin::all(Format::Crio, &prefix, LogLevel::Debug, "") {
         let found = files::read_text(&run.layout.host.at(place.path))?;
         if let Some(text) = text.filter(|text| !place.of_cri && found.as_ref() == Some(text)) {
             state.written.insert(place.path.into(), files::sha256(text.as_bytes()));

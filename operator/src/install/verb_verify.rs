@@ -43,7 +43,7 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
         });
     }
     let base = files::read_text(&run.layout.current().join("configuration.toml"))?;
-    run.judge(cri.kind, base.as_deref())?;
+    run.judge(cri.kind, base.as_deref(), None)?;
     step(format_args!(
         "asking {} for the handler {}",
         cri.kind.name(),

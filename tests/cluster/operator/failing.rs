@@ -27,6 +27,12 @@ pub const STORIES: &[Story] = &[
         not_let_in_later,
     ),
     ("connections_that_fall_silent_are_given_up", silence),
+    ("a_label_that_is_not_let_in_is_told_of", denied),
+    ("a_quota_of_critical_pods_is_in_nobodys_way", quota),
+    (
+        "a_kataconfig_that_another_operator_has_stored_is_told_what_is_wrong",
+        stored_before,
+    ),
 ];
 
 const TEXT: &str = "/dev/kvm is absent; enable virtualization in the firmware";
@@ -212,4 +218,101 @@ fn silence(rig: &mut Rig<'_>) -> Result {
     door.fall_silent();
     rig.node("worker-1", &json!({}))?;
     rig.until_installed(NAME, 2)
+}
+
+/// Somebody's policy that keeps our label from nodes.
+fn policy() -> String {
+    let metadata = json!({"name": "no-kata-label"});
+    let rule = json!({"apiGroups": [""], "apiVersions": ["v1"], "operations": ["UPDATE"], "resources": ["nodes"]});
+    let policy = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy", "metadata": metadata,
+        "spec": {
+            "matchConstraints": {"resourceRules": [rule]},
+            "validations": [{
+                "expression": "!('katacontainers.io/kata-runtime' in object.metadata.labels)",
+                "message": "no kata in this company",
+            }],
+        },
+    });
+    let binding = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": metadata, "spec": {"policyName": "no-kata-label", "validationActions": ["Deny"]},
+    });
+    json!({"apiVersion": "v1", "kind": "List", "items": [policy, binding]}).to_string()
+}
+
+fn denied(rig: &mut Rig<'_>) -> Result {
+    rig.start(&["worker-0"])?;
+    rig.must(&["apply", "-f", "-"], Some(&policy()))?;
+    let label = [
+        "label",
+        "node",
+        "worker-0",
+        "--dry-run=server",
+        "katacontainers.io/kata-runtime=true",
+    ];
+    Bell::default().until("the policy's force", SOON, || match rig.kubectl(&label, None) {
+        Ok(output) if output.errors().contains("no kata in this company") => Ok(()),
+        Ok(output) => Err(output.errors()),
+        Err(failure) => Err(failure.to_string()),
+    })?;
+    rig.create(NAME, &json!({}))?;
+    let told = Bell::default().until("the refusal's event", SOON, || {
+        let described = rig
+            .must(&["describe", "kataconfig", NAME], None)
+            .map_err(|failure| failure.to_string())?;
+        described
+            .contains("ActionRefused")
+            .then(|| described.clone())
+            .ok_or(described)
+    })?;
+    contains("the event", &told, "marking worker-0")?;
+    contains("the event", &told, "no kata in this company")?;
+    rig.must(&["delete", "-f", "-"], Some(&policy()))?;
+    rig.until_installed(NAME, 1)?;
+    let described = rig.must(&["describe", "kataconfig", NAME], None)?;
+    same(
+        "the events of the refusal",
+        described.matches("ActionRefused").count(),
+        1,
+    )
+}
+
+/// As clouds have one in every namespace but kube-system.
+fn quota(rig: &mut Rig<'_>) -> Result {
+    let classes = json!({"scopeName": "PriorityClass", "operator": "In", "values": ["system-node-critical", "system-cluster-critical"]});
+    let quota = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "critical-pods", "namespace": NAMESPACE},
+        "spec": {"hard": {"pods": "0"}, "scopeSelector": {"matchExpressions": [classes]}},
+    });
+    rig.must(&["apply", "-f", "-"], Some(&quota.to_string()))?;
+    rig.start(&["worker-0"])?;
+    rig.create(NAME, &json!({}))?;
+    let installed = rig.until_installed(NAME, 1);
+    rig.must(&["delete", "-f", "-"], Some(&quota.to_string()))?;
+    installed
+}
+
+/// Another operator's definition takes any word for a log level, and what is stored outlives the definition.
+fn stored_before(rig: &mut Rig<'_>) -> Result {
+    const DEFINITION: &str = "crd/kataconfigs.kataconfiguration.openshift.io";
+    let level = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/logLevel/enum";
+    let theirs = json!([{"op": "remove", "path": level}]).to_string();
+    rig.must(&["patch", DEFINITION, "--type", "json", "--patch", &theirs], None)?;
+    let config = super::rig::config(NAME, &json!({"logLevel": "Info"}));
+    Bell::default().until("a stored KataConfig", SOON, || {
+        match rig.kubectl(&["create", "-f", "-"], Some(&config)) {
+            Ok(output) if output.code == 0 => Ok(()),
+            Ok(output) => Err(output.errors()),
+            Err(failure) => Err(failure.to_string()),
+        }
+    })?;
+    rig.must(&["apply", "-f", "-"], Some(&super::ground::install()?))?;
+    rig.start(&["worker-0"])?;
+    let wrong = |config: &Value| config["status"]["conditions"][0]["reason"] == "InvalidSpec";
+    let told = rig.until_json(&["get", "kataconfig", NAME], "what is wrong", wrong)?;
+    let message = &told["status"]["conditions"][0]["message"];
+    contains("the message", message.as_str().unwrap_or_default(), "Info")?;
+    rig.respec(NAME, &json!({"logLevel": "info"}))?;
+    rig.until_installed(NAME, 1)
 }

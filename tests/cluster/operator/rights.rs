@@ -28,10 +28,11 @@ const CLUSTER: &[&str] = &[
     "nodes [] [] [list watch patch]",
     "pods [] [] [list watch]",
     "runtimeclasses.node.k8s.io [] [] [list watch create]",
-    "runtimeclasses.node.k8s.io [] [kata] [get delete]",
+    "runtimeclasses.node.k8s.io [] [kata] [get patch delete]",
 ];
 
 const OWN: &[&str] = &[
+    "configmaps [] [osc-feature-gates] [list watch]",
     "leases.coordination.k8s.io [] [] [create]",
     "leases.coordination.k8s.io [] [sandpod-operator] [get update]",
     "pods [] [] [list watch create delete]",

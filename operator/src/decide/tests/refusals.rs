@@ -153,10 +153,15 @@ fn an_earlier_name_does_not_take_over() {
 #[test]
 fn a_runtime_class_of_somebody_else_is_neither_changed_nor_deleted() {
     let mut cluster = Cluster::new(&["worker-0"]);
-    let theirs = Some(RuntimeClass { ours: false });
-    cluster.world.runtime_class = theirs;
-    cluster.create(NAME, json!({}));
+    let theirs = Some(RuntimeClass {
+        handler: "kata-qemu".into(),
+        ..RuntimeClass::default()
+    });
+    cluster.world.runtime_class.clone_from(&theirs);
+    cluster.create(NAME, json!({"overhead": {"memory": "1Gi"}}));
     cluster.run_all();
+    let told = cluster.world.told.first().unwrap();
+    assert!(told.contains("RuntimeClass kata, with the handler kata-qemu"), "{told}");
     assert_eq!(cluster.condition(NAME).0, "False");
     assert!(cluster.history(NAME).iter().all(|(reason, _)| reason != "Updating"));
     cluster.delete(NAME);
@@ -197,4 +202,46 @@ fn two_controllers_cannot_make_two_pods_for_the_same_run() {
         name.starts_with("kata-install-worker-0-") && name.len() == "kata-install-worker-0-12345678".len(),
         "{name}"
     );
+}
+
+#[test]
+fn confidential_machines_are_refused_and_other_feature_gates_are_told_of() {
+    let mut cluster = installed(&["worker-0"]);
+    let gates = [
+        ("confidential", "true"),
+        ("deploymentMode", "DaemonSet"),
+        ("unknown", "x"),
+    ];
+    let gates = gates.map(|(gate, value)| (gate.to_owned(), value.to_owned()));
+    cluster.world.feature_gates = gates.into();
+    cluster.rest();
+    assert_eq!(cluster.condition(NAME).1, "ConfidentialNotSupported");
+    // What is there stays.
+    assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
+    let told: Vec<&String> = cluster.world.told.iter().collect();
+    assert_eq!(told.len(), 2);
+    assert!(told[0].starts_with("deploymentMode: \"DaemonSet\""), "{told:?}");
+    assert!(told[1].contains("does not know it"), "{told:?}");
+    cluster
+        .world
+        .feature_gates
+        .insert("confidential".into(), "false".into());
+    cluster.run_all();
+    assert_eq!(cluster.condition(NAME).1, "");
+}
+
+#[test]
+fn a_configuration_that_no_pod_could_start_with_reaches_no_node() {
+    let mut cluster = installed(&["worker-0"]);
+    cluster.respec(NAME, |config| {
+        config.spec.configuration = Some("[hypervisor.qemu]\nacelerator = 1\n".into())
+    });
+    cluster.run_all();
+    let (_, reason, message) = cluster.condition(NAME);
+    assert_eq!(reason, "InvalidSpec");
+    assert!(
+        message.contains("configuration: ") && message.contains("acelerator"),
+        "{message}"
+    );
+    assert_eq!(cluster.node("worker-0").record.ready, Some(true));
 }
