@@ -33,13 +33,13 @@ fn play_with_own_configuration(node: &Node, tell: impl FnOnce(&Installer) -> Res
 
 /// What containerd makes of its configuration, without the handler: as the CRI tells it, and as its program prints it.
 #[derive(Debug, PartialEq)]
-struct Effective {
+pub struct Effective {
     told: Value,
     printed: Vec<String>,
 }
 
 impl Effective {
-    fn of(node: &Node) -> Result<Effective> {
+    pub fn of(node: &Node) -> Result<Effective> {
         let info = node.crictl(["info", "--output", "json"])?.text();
         let info: Value = serde_json::from_str(&info).trying("reading what the CRI tells of itself")?;
         let mut told = info["config"].clone();
@@ -48,11 +48,18 @@ impl Effective {
         }
         let mut command = node.command("containerd");
         let dump = run::succeed(command.args(["--config", MAIN, "config", "dump"]), run::ORDINARY)?.text();
-        let sections = dump.split("\n\n").map(|section| section.trim().to_owned());
-        let printed = sections.filter(|section| !section.starts_with(&format!("[{OURS}]")));
+        let mut ours = false;
+        let printed = dump.lines().filter(|line| {
+            let line = line.trim();
+            if line.starts_with('[') {
+                ours = line.starts_with(&format!("[{OURS}"));
+            }
+            // Which files are read is no part of what they say.
+            !ours && !line.is_empty() && !line.starts_with("imports = ")
+        });
         Ok(Effective {
             told,
-            printed: printed.collect(),
+            printed: printed.map(str::to_owned).collect(),
         })
     }
 
@@ -66,7 +73,7 @@ impl Effective {
         )?;
         let cgroup = runtimes["runc"]["options"]["SystemdCgroup"].as_bool();
         same("the cgroup driver", cgroup, Some(true))?;
-        let pause = |section: &String| section.contains(&format!("sandbox = '{}'", images::PAUSE));
+        let pause = |line: &String| line.contains(&format!("sandbox = '{}'", images::PAUSE));
         claim(
             self.printed.iter().any(pause),
             "the pause image should be the administrator's",
@@ -122,7 +129,7 @@ pub fn edit_is_told(node: &Node) -> Result {
 }
 
 /// Whether the installer has compared what containerd made of its configuration before and after its restart.
-fn compared(report: &Report) -> bool {
+pub fn compared(report: &Report) -> bool {
     !report
         .warnings
         .iter()
@@ -131,7 +138,7 @@ fn compared(report: &Report) -> bool {
 
 /// A Sandpod that wrote the same drop-in for all nodes has made containerd ignore what the node's own file says.
 pub fn drop_in_put_right(node: &Node) -> Result {
-    const OF_VERSION_3: &str = include_str!("../../deploy/cri/50-kata.containerd-2.toml");
+    const OF_VERSION_3: &str = include_str!("../../../deploy/cri/50-kata.containerd-2.toml");
     play_with_own_configuration(node, |installer| {
         let before = Effective::of(node)?;
         let payload = installer.payload("1.0.0", small)?;

@@ -2,9 +2,12 @@
 
 mod bad;
 mod containerd;
+mod distribution;
+mod imports;
 mod life;
 mod security;
 mod undo;
+mod version;
 
 use std::{fs, process::Command};
 
@@ -35,8 +38,36 @@ pub const ON_A_BARE_NODE: &[Story] = &[
         containerd::own_configuration_stays,
     ),
     ("an_edit_that_waits_for_a_restart_is_told", containerd::edit_is_told),
+    (
+        "each_version_of_the_main_file_stays_as_it_is",
+        imports::versions_3_and_4,
+    ),
+    (
+        "a_line_is_added_for_who_asks_and_taken_out_again",
+        imports::added_and_taken_out,
+    ),
+    (
+        "what_an_earlier_release_has_installed_is_taken_over",
+        version::taken_over,
+    ),
     ("what_is_damaged_goes_too", undo::damaged_goes_too),
     ("the_locks_are_roots_alone", security::locks_are_roots),
+];
+
+/// Stories of a node whose containerd is inside k3s.
+pub const ON_A_NODE_OF_K3S: &[Story] = &[("the_kubelets_containerd_and_no_other", distribution::k3s)];
+
+/// Stories of a node whose containerd does not start with a drop-in of a later version than its main file's.
+pub const ON_A_STRICT_NODE: &[Story] = &[
+    ("one_command_brings_pods_and_another_takes_them_away", life::one_command),
+    (
+        "the_nodes_own_configuration_stays_as_it_is",
+        containerd::own_configuration_stays,
+    ),
+    (
+        "each_version_of_the_main_file_stays_as_it_is",
+        imports::versions_3_and_4,
+    ),
 ];
 
 /// Stories of a node whose containerd takes one version for all files of its configuration.
@@ -50,6 +81,7 @@ pub const ON_AN_EARLIER_NODE: &[Story] = &[
         "a_drop_in_of_another_version_is_put_right",
         containerd::drop_in_put_right,
     ),
+    ("each_version_of_the_main_file_stays_as_it_is", imports::version_3),
 ];
 
 /// Stories of a node whose containerd is of Debian.

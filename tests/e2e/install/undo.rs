@@ -5,44 +5,52 @@ use std::{fs, path::Path, time::Duration};
 use operator::report::{Code, Phase};
 use tests::{
     failure::{Failure, Result, Trying, contains, same},
-    installer::Installer,
     node::Node,
 };
 
-use super::{DROP_IN, done, play, sentence, shell, small};
+use super::{DROP_IN, done, imports::without_the_line, play, sentence, shell, small};
 
-/// At each line that it says, both on the way in and on the way out.
+/// At each line that it says, both on the way in and on the way out, where containerd's main file is edited, too.
 pub fn killed_and_run_again(node: &Node) -> Result {
     play(node, |installer| {
-        let payload = installer.payload("1.0.0", small)?;
-        let install = ["install", "--payload", &payload, "--log-level", "debug"];
-        let absent = installer.tree()?;
-        installer.succeed(&install)?;
-        let present = installer.tree()?;
-        installer.succeed(&["uninstall"])?;
-        for at in 0.. {
-            let Some(line) = installer.kill_at(at, &install)? else {
-                break;
-            };
-            let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
-            if at % 2 == 0 {
-                installer.succeed(&install).map_err(at_line)?;
-                installer.tree()?.same_as(&present).map_err(at_line)?;
-            }
-            installer.succeed(&["uninstall"]).map_err(at_line)?;
-            installer.tree()?.same_as(&absent).map_err(at_line)?;
-        }
-        for at in 0.. {
+        without_the_line(node, || {
+            let payload = installer.payload("1.0.0", small)?;
+            let install = [
+                "install",
+                "--payload",
+                &payload,
+                "--log-level",
+                "debug",
+                "--add-imports",
+            ];
+            let absent = installer.tree()?;
             installer.succeed(&install)?;
-            let line = installer.kill_at(at, &["uninstall"])?;
-            let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
-            installer.succeed(&["uninstall"]).map_err(at_line)?;
-            installer.tree()?.same_as(&absent).map_err(at_line)?;
-            if line.is_none() {
-                break;
+            let present = installer.tree()?;
+            installer.succeed(&["uninstall"])?;
+            for at in 0.. {
+                let Some(line) = installer.kill_at(at, &install)? else {
+                    break;
+                };
+                let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
+                if at % 2 == 0 {
+                    installer.succeed(&install).map_err(at_line)?;
+                    installer.tree()?.same_as(&present).map_err(at_line)?;
+                }
+                installer.succeed(&["uninstall"]).map_err(at_line)?;
+                installer.tree()?.same_as(&absent).map_err(at_line)?;
             }
-        }
-        Ok(())
+            for at in 0.. {
+                installer.succeed(&install)?;
+                let line = installer.kill_at(at, &["uninstall"])?;
+                let at_line = |failure| Failure::Claim(format!("after a death at {line:?}: {failure}"));
+                installer.succeed(&["uninstall"]).map_err(at_line)?;
+                installer.tree()?.same_as(&absent).map_err(at_line)?;
+                if line.is_none() {
+                    break;
+                }
+            }
+            Ok(())
+        })
     })
 }
 
