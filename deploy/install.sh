@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs Sandpod on this node, without Kubernetes: afterwards `crictl runp --runtime kata` runs pods in virtual machines. Needs containerd 2 or CRI-O 1.24, running.
 #   install.sh [--prefix DIR] [--cri crio|containerd] [--log-level LEVEL] [--restart-command "COMMAND WORD ..."]
+#              [--add-imports]      adds the line to containerd's config.toml that imports its drop-ins, if it is missing
 #   install.sh --uninstall [...]      takes everything away again
 # In a release it lies beside `sandpod-installer` and `payload`; in a checkout it uses what `make payload` has made.
 set -eu
@@ -14,7 +15,7 @@ fi
 verb=install
 case ${1:-} in
   --uninstall) verb=uninstall; shift ;;
-  -h | --help) sed -n '2,5s/^# *//p' "$0"; exit ;;
+  -h | --help) sed -n '2,6s/^# *//p' "$0"; exit ;;
 esac
 if [ $verb = install ]; then set -- --payload "$payload" "$@"; fi
 "$installer" $verb "$@" >/dev/null

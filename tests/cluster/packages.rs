@@ -143,6 +143,7 @@ fn values(server: &ApiServer) -> Result {
         "replicas=2",
         "prefix=/var/lib/sandpod",
         "restartCommand=rc-service containerd restart",
+        "addImports=true",
         "settle=1s",
         "retryFirst=10s",
         "imagePullSecrets[0].name=registry",
@@ -189,6 +190,7 @@ fn values(server: &ApiServer) -> Result {
         .filter_map(|variable| Some((variable["name"].as_str()?, variable["value"].as_str()?)))
         .collect();
     let expected = [
+        ("SANDPOD_ADD_IMPORTS", "true"),
         ("SANDPOD_IMAGE_PULL_SECRETS", "registry,mirror"),
         ("SANDPOD_INSTALLER_IMAGE", "registry.example.com/installer@sha256:01"),
         ("SANDPOD_PREFIX", "/var/lib/sandpod"),

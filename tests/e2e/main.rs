@@ -5,7 +5,7 @@
 //! proves the stories themselves, run with `--include-ignored`.
 
 use tests::{
-    config::{Guest, Runtime},
+    config::{Guest, Runtime, Site},
     failure::Result,
     node::{Containerd, Node, NodeSpec},
     stage::{self, Stage},
@@ -115,23 +115,45 @@ fn main() {
             }
         }
     }
-    let bare = [Containerd::Newest, Containerd::Debian, Containerd::Earlier].map(|containerd| {
-        Stage::new(NodeSpec {
-            bare: true,
-            ..NodeSpec::new(containerd)
-        })
-    });
+    let bare = |containerd| NodeSpec {
+        bare: true,
+        ..NodeSpec::new(containerd)
+    };
+    let of_k3s = NodeSpec {
+        site: Site::K3s,
+        version: 3,
+        ..bare(Containerd::Newest)
+    };
+    let [newest, strict, earlier, first, old] = [
+        Containerd::Newest,
+        Containerd::Strict,
+        Containerd::Earlier,
+        Containerd::First,
+        Containerd::Debian,
+    ]
+    .map(|containerd| Stage::new(bare(containerd)));
+    let k3s = Stage::new(of_k3s);
     let on_bare_nodes = [
-        (Containerd::Newest, &bare[0], install::ON_A_BARE_NODE, false),
-        (Containerd::Newest, &bare[0], install::AT_LENGTH, true),
-        (Containerd::Debian, &bare[1], install::ON_AN_OLD_NODE, false),
-        (Containerd::Earlier, &bare[2], install::ON_AN_EARLIER_NODE, false),
+        (Containerd::Newest, "bare", &newest, install::ON_A_BARE_NODE, false),
+        (Containerd::Newest, "bare", &newest, install::AT_LENGTH, true),
+        (Containerd::Newest, "k3s", &k3s, install::ON_A_NODE_OF_K3S, false),
+        (Containerd::Strict, "bare", &strict, install::ON_A_STRICT_NODE, false),
+        (
+            Containerd::Earlier,
+            "bare",
+            &earlier,
+            install::ON_AN_EARLIER_NODE,
+            false,
+        ),
+        (Containerd::First, "bare", &first, install::ON_AN_EARLIER_NODE, false),
+        (Containerd::Debian, "bare", &old, install::ON_AN_OLD_NODE, false),
     ];
-    for (containerd, stage, stories, at_length) in on_bare_nodes {
+    for (containerd, kind, stage, stories, at_length) in on_bare_nodes {
         for (story, tell) in stories.iter().copied() {
-            let name = format!("{}/bare/{story}", containerd.name());
+            let name = format!("{}/{kind}/{story}", containerd.name());
             trials.push(stage::trial(name, stage, tell).with_ignored_flag(at_length));
         }
     }
-    stage::perform(trials, &[&stages[..], &bare].concat())
+    let all = stages.into_iter().chain([newest, strict, earlier, first, old, k3s]);
+    stage::perform(trials, &all.collect::<Vec<_>>())
 }

@@ -17,6 +17,7 @@ use tests::{
 mod cgroups;
 mod clock;
 mod devices;
+mod distribution;
 mod inside;
 mod install;
 mod kubelet;
@@ -115,6 +116,7 @@ fn main() {
         trials_of("kvm", inside::STORIES),
         trials_of_power(power::STORIES),
         trials_of("install", install::LAST),
+        trials_of("install", distribution::STORIES),
         trials_on(selinux, "selinux", selinux::STORIES),
     ];
     let at_length = [

@@ -13,8 +13,53 @@ pub const REGISTRIES: &str = "registries";
 /// Where Debian has CNI's plugins.
 pub const CNI_PLUGINS: &str = "/usr/lib/cni";
 
-/// Where a bare node's containerd looks for further configuration.
-pub const DROP_INS: &str = "/etc/containerd/conf.d";
+/// Where a node's containerd has its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Site {
+    /// Where packages have them.
+    Packages,
+    /// Where k3s has them, which writes the main file at each start.
+    K3s,
+}
+
+impl Site {
+    /// The socket of containerd.
+    #[must_use]
+    pub fn socket(self) -> &'static str {
+        match self {
+            Site::Packages => "/run/containerd/containerd.sock",
+            Site::K3s => "/run/k3s/containerd/containerd.sock",
+        }
+    }
+
+    /// The folder of containerd's state.
+    #[must_use]
+    pub fn state(self) -> &'static str {
+        match self {
+            Site::Packages => "/run/containerd",
+            Site::K3s => "/run/k3s/containerd",
+        }
+    }
+
+    /// The main file of containerd's configuration on a bare node.
+    #[must_use]
+    pub fn main(self) -> &'static str {
+        match self {
+            Site::Packages => "/etc/containerd/config.toml",
+            Site::K3s => "/var/lib/rancher/k3s/agent/etc/containerd/config.toml",
+        }
+    }
+
+    /// Where a bare node's containerd looks for further configuration, if its main file has this version.
+    #[must_use]
+    pub fn drop_ins(self, version: u32) -> &'static str {
+        match (self, version) {
+            (Site::Packages, _) => "/etc/containerd/conf.d",
+            (Site::K3s, 2) => "/var/lib/rancher/k3s/agent/etc/containerd/config.toml.d",
+            (Site::K3s, _) => "/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d",
+        }
+    }
+}
 
 /// The guest images that Sandpod builds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,15 +185,15 @@ pub fn cni() -> String {
 /// containerd's configuration, understood by 1.6 and (by its migration) by 2.x. `handlers` have names and paths of
 /// their configuration.toml, unless the shim is to find one.
 #[must_use]
-pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String {
+pub fn containerd(node: &Path, site: Site, handlers: &[(String, Option<String>)]) -> String {
     let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
     let node = node.display();
     let mut text = format!(
         "version = 2\n\
          root = \"{node}/root\"\n\
-         state = \"/run/containerd\"\n\
+         state = \"{state}\"\n\
          disabled_plugins = [\"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\", \"io.containerd.internal.v1.tracing\"]\n\
-         [grpc]\naddress = \"/run/containerd/containerd.sock\"\n\
+         [grpc]\naddress = \"{socket}\"\n\
          [{cri}]\n\
          sandbox_image = \"{pause}\"\n\
          restrict_oom_score_adj = true\n\
@@ -166,6 +211,8 @@ pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String 
          [{cri}.containerd.runtimes.runc.options]\n\
          SystemdCgroup = false\n",
         pause = images::PAUSE,
+        state = site.state(),
+        socket = site.socket(),
     );
     for (name, path) in handlers {
         text += &format!(
@@ -181,4 +228,50 @@ pub fn containerd(node: &Path, handlers: &[(String, Option<String>)]) -> String 
         }
     }
     text
+}
+
+/// The same without handlers in version 3, or in version 4, which containerd 2.3 and later take.
+#[must_use]
+pub fn containerd_of_version(version: u32, node: &Path, site: Site) -> String {
+    let (runtime, images) = (
+        "plugins.'io.containerd.cri.v1.runtime'",
+        "plugins.'io.containerd.cri.v1.images'",
+    );
+    let socket = site.socket();
+    let sockets = match version {
+        3 => format!("[grpc]\naddress = \"{socket}\"\n"),
+        _ => format!(
+            "[plugins.'io.containerd.server.v1.grpc']\naddress = \"{socket}\"\n\
+             [plugins.'io.containerd.server.v1.ttrpc']\naddress = \"{socket}.ttrpc\"\n"
+        ),
+    };
+    format!(
+        "version = {version}\n\
+         root = \"{node}/root\"\n\
+         state = \"{state}\"\n\
+         disabled_plugins = [\"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\", \"io.containerd.internal.v1.tracing\"]\n\
+         {sockets}\
+         [plugins.'io.containerd.grpc.v1.cri']\n\
+         disable_tcp_service = true\n\
+         [{images}]\n\
+         snapshotter = \"overlayfs\"\n\
+         [{images}.pinned_images]\n\
+         sandbox = \"{pause}\"\n\
+         [{images}.registry]\n\
+         config_path = \"{node}/{REGISTRIES}\"\n\
+         [{runtime}]\n\
+         restrict_oom_score_adj = true\n\
+         [{runtime}.cni]\n\
+         bin_dirs = [\"{CNI_PLUGINS}\"]\n\
+         conf_dir = \"{node}/cni\"\n\
+         [{runtime}.containerd]\n\
+         default_runtime_name = \"runc\"\n\
+         [{runtime}.containerd.runtimes.runc]\n\
+         runtime_type = \"io.containerd.runc.v2\"\n\
+         [{runtime}.containerd.runtimes.runc.options]\n\
+         SystemdCgroup = false\n",
+        pause = images::PAUSE,
+        state = site.state(),
+        node = node.display(),
+    )
 }

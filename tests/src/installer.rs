@@ -79,7 +79,7 @@ impl Node {
     /// # Errors
     /// The kernel's.
     pub fn tree(&self) -> Result<Tree> {
-        let folders = ["/etc", "/opt", "/run/sandpod", "/var/lib/sandpod"];
+        let folders = ["/etc", "/opt", "/run/sandpod", "/var/lib/sandpod", "/var/lib/rancher"];
         Tree::of(&folders.map(|folder| self.inside(folder)))
     }
 }

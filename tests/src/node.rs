@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use self::daemon::Daemon;
 use crate::{
     census::{self, Census, Scope},
-    config::{self, Guest, Runtime},
+    config::{self, Guest, Runtime, Site},
     events::Events,
     failure::{Failure, Result, Trying, same},
     images,
@@ -64,9 +64,13 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 pub enum Containerd {
     /// Debian's 1.6.
     Debian,
-    /// 2.2, built from its Go module. As in 2.0 and 2.1, the files of its configuration have one version for all.
+    /// 2.0, built from its Go module. The files of its configuration have one version for all.
+    First,
+    /// 2.2, built likewise, and of the same kind.
     Earlier,
-    /// 2.4, built likewise.
+    /// The first 2.3, built likewise. It starts with no drop-in of a later version than its main file's.
+    Strict,
+    /// 2.4, built likewise. Each file is migrated for itself.
     Newest,
 }
 
@@ -76,7 +80,9 @@ impl Containerd {
     pub fn name(self) -> &'static str {
         match self {
             Containerd::Debian => "containerd-1.6",
+            Containerd::First => "containerd-2.0",
             Containerd::Earlier => "containerd-2.2",
+            Containerd::Strict => "containerd-2.3",
             Containerd::Newest => "containerd-2.4",
         }
     }
@@ -85,7 +91,9 @@ impl Containerd {
     fn folder(self) -> Result<PathBuf> {
         match self {
             Containerd::Debian => Ok(PathBuf::from("/usr/bin")),
-            Containerd::Earlier => places::containerd_2_2(),
+            Containerd::First => places::containerd("2.0"),
+            Containerd::Earlier => places::containerd("2.2"),
+            Containerd::Strict => places::containerd("2.3"),
             Containerd::Newest => places::peers(),
         }
     }
@@ -103,6 +111,10 @@ pub struct NodeSpec {
     /// Nothing of Sandpod is there: a node to install it on. Its /etc, /usr/local and /var/lib are its own, as far as
     /// they differ from the machine's, and containerd's configuration is where packages have it.
     pub bare: bool,
+    /// Where its containerd has its files.
+    pub site: Site,
+    /// The `version` of containerd's main file.
+    pub version: u32,
 }
 
 impl NodeSpec {
@@ -114,6 +126,8 @@ impl NodeSpec {
             handlers: Vec::new(),
             without_kvm: false,
             bare: false,
+            site: Site::Packages,
+            version: 2,
         }
     }
 }
@@ -125,6 +139,9 @@ pub struct Node {
     search_path: String,
     programs: PathBuf,
     configuration: PathBuf,
+    site: Site,
+    /// The main file, where the distribution writes it at each start.
+    generated: Option<String>,
     cgroup: String,
     namespaces: Namespaces,
     daemon: Mutex<Option<Daemon>>,
@@ -159,11 +176,13 @@ impl Node {
         ];
         let namespaces = Namespaces::make(FIRST, &variables)?;
         let programs = spec.containerd.folder()?;
-        let node = Node {
+        let mut node = Node {
             search_path: search_path(&programs, spec.bare),
             programs,
+            site: spec.site,
+            generated: None,
             configuration: match spec.bare {
-                true => PathBuf::from("/etc/containerd/config.toml"),
+                true => PathBuf::from(spec.site.main()),
                 false => folder.path().join("containerd.toml"),
             },
             cgroup: format!(
@@ -178,7 +197,8 @@ impl Node {
             events: Arc::default(),
             folder,
         };
-        node.configure(spec)?;
+        let text = node.configure(spec)?;
+        node.generated = (spec.site == Site::K3s).then_some(text);
         node.start_containerd()?;
         let archive = images::archive()?.display().to_string();
         for namespace in ["k8s.io", "default"] {
@@ -198,14 +218,33 @@ impl Node {
         same("the first task's exit code", task.code, 0)
     }
 
-    fn configure(&self, spec: &NodeSpec) -> Result {
+    /// Writes the node's configuration, and returns containerd's.
+    fn configure(&self, spec: &NodeSpec) -> Result<String> {
         self.write(&self.path("cni/pods.conflist"), &config::cni())?;
         let handlers = if spec.bare { Vec::new() } else { self.handlers(spec)? };
-        let mut text = config::containerd(self.folder.path(), &handlers);
-        if spec.bare {
-            text.insert_str(0, &format!("imports = [\"{}/*.toml\"]\n", config::DROP_INS));
-        }
-        self.write(&self.inside(&self.configuration.display().to_string()), &text)
+        let text = match spec.bare {
+            true => self.bare_configuration(spec.version),
+            false => config::containerd(self.folder.path(), spec.site, &handlers),
+        };
+        self.write(&self.inside(&self.configuration.display().to_string()), &text)?;
+        Ok(text)
+    }
+
+    /// containerd's main file of a version on a bare node, with the import of its drop-ins in the first line.
+    #[must_use]
+    pub fn bare_configuration(&self, version: u32) -> String {
+        let folder = self.folder.path();
+        let text = match version {
+            2 => config::containerd(folder, self.site, &[]),
+            version => config::containerd_of_version(version, folder, self.site),
+        };
+        format!("imports = [\"{}/*.toml\"]\n{text}", self.site.drop_ins(version))
+    }
+
+    /// Where this node's containerd has its files.
+    #[must_use]
+    pub fn site(&self) -> Site {
+        self.site
     }
 
     /// Writes the configurations of the runtime handlers, and returns their names and paths.
@@ -282,7 +321,7 @@ impl Node {
     /// A command of containerd's own client.
     pub fn ctr_command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = self.command(&self.programs.join("ctr").display().to_string());
-        command.args(arguments);
+        command.args(["--address", self.site.socket()]).args(arguments);
         command
     }
 
@@ -299,7 +338,7 @@ impl Node {
     /// # Errors
     /// When crictl has not been built.
     pub fn crictl_command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Command> {
-        let endpoint = "unix:///run/containerd/containerd.sock";
+        let endpoint = &format!("unix://{}", self.site.socket());
         let mut command = self.command(&places::peers()?.join("crictl").display().to_string());
         command.args([
             "--config",

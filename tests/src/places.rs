@@ -91,13 +91,14 @@ pub fn peers() -> Result<PathBuf> {
     }
 }
 
-/// The folder with containerd 2.2, its runc shim and ctr, which lies beside the one of the other peers.
+/// The folder with another version of containerd, such as `2.2`, its runc shim and ctr, which lies beside the one of the
+/// other peers.
 ///
 /// # Errors
 /// When they have not been built.
-pub fn containerd_2_2() -> Result<PathBuf> {
+pub fn containerd(version: &str) -> Result<PathBuf> {
     holding(
-        peers()?.with_file_name("containerd-2.2").join("bin"),
+        peers()?.with_file_name(format!("containerd-{version}")).join("bin"),
         "containerd",
         "make peers",
     )

@@ -4,7 +4,7 @@ use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use operator::{
-    install::{Options, cri::Kind, dropin::DEFAULT_PREFIX, run},
+    install::{Options, daemon::Kind, dropin::DEFAULT_PREFIX, run},
     log_level::LogLevel,
     report::Verb,
 };
@@ -36,6 +36,9 @@ struct Cli {
     /// What runs the node's pods.
     #[arg(long, default_value = "auto")]
     cri: Runtime,
+    /// Where containerd's main file does not import the folder of drop-ins, add the line to it.
+    #[arg(long)]
+    add_imports: bool,
     /// The command that restarts it, words separated by spaces; by default systemctl.
     #[arg(long)]
     restart_command: Option<String>,
@@ -58,7 +61,7 @@ enum Word {
 enum Runtime {
     Crio,
     Containerd,
-    /// The one that answers.
+    /// The one that the node's kubelet uses, or else the first that answers.
     Auto,
 }
 
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
             Runtime::Containerd => Some(Kind::Containerd),
             Runtime::Auto => None,
         },
+        add_imports: cli.add_imports,
         restart: cli.restart_command.map(words),
         boot_id: cli.boot_id,
     });

@@ -30,6 +30,9 @@ pub struct Options {
     /// What restarts a node's container runtime [default: the installer's own, by systemctl]
     #[arg(long, env = "SANDPOD_RESTART_COMMAND")]
     pub restart_command: Option<String>,
+    /// Add the line that imports the drop-ins to a node's containerd configuration where it is missing
+    #[arg(long, env = "SANDPOD_ADD_IMPORTS")]
+    pub add_imports: bool,
     /// The names of Secrets in the namespace with which the installer's image is pulled, separated by commas
     #[arg(long, env = "SANDPOD_IMAGE_PULL_SECRETS", value_delimiter = ',')]
     pub image_pull_secrets: Vec<String>,

@@ -93,6 +93,9 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
     ];
     if order.verb == Verb::Install {
         words.extend(["--payload", "/payload"]);
+        if options.add_imports {
+            words.push("--add-imports");
+        }
     }
     for (flag, value) in [
         ("--configuration", &order.configuration),
@@ -230,6 +233,7 @@ mod tests {
             version: "0.1.0-1a2b3c4d".into(),
             prefix: "/opt/sandpod".into(),
             restart_command: None,
+            add_imports: false,
             image_pull_secrets: Vec::new(),
             listen: ([127, 0, 0, 1], 0).into(),
             identity: "me".into(),
@@ -318,6 +322,21 @@ mod tests {
         let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --configuration [runtime] \
                         --prefix /var/lib/sandpod --cri crio --restart-command rc-service containerd restart";
         assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn only_an_install_may_edit_and_only_where_it_is_asked_for() {
+        let asked = Options {
+            add_imports: true,
+            ..options()
+        };
+        let has = |order: &Order, options: &Options| arguments(order, options).contains(&"--add-imports".to_owned());
+        assert!(has(&order(), &asked) && !has(&order(), &options()));
+        let verify = Order {
+            verb: Verb::Verify,
+            ..order()
+        };
+        assert!(!has(&verify, &asked));
     }
 
     #[test]

@@ -111,12 +111,6 @@ fn unsupported(host: &Host) -> Option<String> {
     if !known(&host.architecture, &["amd64"]) {
         return Some(format!("its architecture is {}, not amd64", host.architecture));
     }
-    let distributions = [("+k3s", "k3s"), ("+rke2", "RKE2"), ("+k0s", "k0s")];
-    if let Some((_, name)) = distributions.iter().find(|(mark, _)| host.kubelet.contains(mark)) {
-        return Some(format!(
-            "it is a node of {name}, whose container runtime has its configuration elsewhere"
-        ));
-    }
     let runtime = host.runtime();
     (!known(runtime, &["containerd", "cri-o"]))
         .then(|| format!("its container runtime is {runtime}, neither CRI-O nor containerd"))
@@ -202,20 +196,19 @@ mod tests {
         let mut docker = node("docker");
         docker.host.container_runtime = "docker://20.10".into();
         let mut k3s = node("k3s");
-        // Another containerd may be at the usual place there; the kubelet does not use it.
+        // The installer finds the containerd inside it.
         (k3s.host.kubelet, k3s.host.container_runtime) = ("v1.33.4+k3s1".into(), "containerd://2.1.4-k3s1".into());
         let mut fresh = node("fresh");
         fresh.host = Host::default();
         let pool = chosen(serde_json::json!({}), &[windows, arm, docker, k3s, fresh]);
-        assert_eq!(names(&pool), ["fresh"]);
+        assert_eq!(names(&pool), ["fresh", "k3s"]);
         let said: Vec<&str> = pool.unsupported.iter().map(|(_, what)| what.as_str()).collect();
         assert_eq!(
             said,
             [
                 "its operating system is windows, not linux",
                 "its architecture is arm64, not amd64",
-                "its container runtime is docker, neither CRI-O nor containerd",
-                "it is a node of k3s, whose container runtime has its configuration elsewhere"
+                "its container runtime is docker, neither CRI-O nor containerd"
             ]
         );
     }

@@ -10,7 +10,6 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixStream,
     runtime::Runtime,
@@ -25,9 +24,11 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{
+    daemon::{Daemon, Kind},
     effective::{self, Baseline},
     error::{Context, InstallError, Result},
     files::Host,
+    kubelet,
 };
 
 /// Our handler's name.
@@ -42,45 +43,6 @@ const PACE: Duration = Duration::from_millis(100);
 
 /// The conditions without which no pod starts (`RuntimeReady` and `NetworkReady` of cri-api's `constants.go`).
 const CONDITIONS: &[&str] = &["RuntimeReady", "NetworkReady"];
-
-/// A container runtime that serves the CRI.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// CRI-O.
-    Crio,
-    /// containerd.
-    Containerd,
-}
-
-impl Kind {
-    /// What people call it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Crio => "CRI-O",
-            Self::Containerd => "containerd",
-        }
-    }
-
-    /// The name of its systemd unit and of its program.
-    #[must_use]
-    pub fn unit(self) -> &'static str {
-        match self {
-            Self::Crio => "crio",
-            Self::Containerd => "containerd",
-        }
-    }
-
-    /// Its socket on the node.
-    #[must_use]
-    pub fn socket(self) -> &'static Path {
-        Path::new(match self {
-            Self::Crio => "/run/crio/crio.sock",
-            Self::Containerd => "/run/containerd/containerd.sock",
-        })
-    }
-}
 
 /// A version of a container runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +71,7 @@ impl Version {
 #[derive(Debug)]
 pub struct Cri {
     /// Which one it is.
-    pub kind: Kind,
+    pub daemon: Daemon,
     /// Its version when it was found.
     pub version: Version,
     socket: PathBuf,
@@ -124,39 +86,56 @@ pub struct ReadySandbox {
 }
 
 impl Cri {
-    /// Finds the one that was asked for, or else the one that answers; CRI-O before containerd, which may be there for
-    /// other purposes.
+    /// Finds the one that the node's kubelet uses. Where nothing tells, it is the one that an earlier run has found, or
+    /// else the first that answers. Of `kind` in any case, if there is one.
     ///
     /// # Errors
-    /// None is there, or none that is answers.
-    pub fn find(host: &Host, wanted: Option<Kind>) -> Result<Self> {
-        let kinds = wanted.map_or(vec![Kind::Crio, Kind::Containerd], |kind| vec![kind]);
+    /// None is there, or none that is answers; the kubelet uses one whose layout is not known.
+    pub fn find(host: &Host, kind: Option<Kind>, last: Option<Daemon>) -> Result<Self> {
+        let fits = |daemon: &Daemon| kind.is_none_or(|kind| daemon.kind() == kind);
+        if let Some(socket) = kubelet::socket(host)? {
+            let known: Vec<_> = Daemon::all()
+                .into_iter()
+                .filter(|daemon| same_socket(host, daemon.site().socket, &socket))
+                .collect();
+            match one_of(host, &known)? {
+                Some(daemon) if fits(&daemon) => return Self::connect(host, daemon),
+                // Whoever names another kind knows better than what runs here.
+                Some(_) => {}
+                None => return Err(InstallError::UnknownLayout { socket }),
+            }
+        }
+        let rest = Daemon::all().into_iter().filter(|daemon| Some(*daemon) != last);
         let mut first = None;
-        for kind in kinds {
-            let socket = host.at(kind.socket());
-            if !socket.exists() {
+        for daemon in last.into_iter().chain(rest).filter(fits) {
+            let site = daemon.site();
+            if !host.at(site.socket).exists() || !is_configured(host, daemon) {
                 continue;
             }
-            match Self::connect(kind, socket) {
+            match Self::connect(host, daemon) {
                 Ok(cri) => return Ok(cri),
                 Err(error) => first = first.or(Some(error)),
             }
         }
         Err(first.unwrap_or_else(|| InstallError::NoCri {
-            crio: Kind::Crio.socket().into(),
-            containerd: Kind::Containerd.socket().into(),
+            crio: Daemon::Crio.site().socket.into(),
+            containerd: Daemon::Containerd.site().socket.into(),
         }))
     }
 
-    fn connect(kind: Kind, socket: PathBuf) -> Result<Self> {
+    /// The one that is known to have our handler.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn connect(host: &Host, daemon: Daemon) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .action("start the runtime")?;
         let mut cri = Self {
-            kind,
+            daemon,
             version: Version::parse(""),
-            socket,
+            socket: host.at(daemon.site().socket),
             runtime,
         };
         let answer: wire::VersionResponse = cri.ask("Version", wire::VersionRequest {})?;
@@ -167,7 +146,7 @@ impl Cri {
     /// Name and version, for people.
     #[must_use]
     pub fn describe(&self) -> String {
-        format!("{} {}", self.kind.name(), self.version.text)
+        format!("{} {}", self.daemon.name(), self.version.text)
     }
 
     /// Waits until it answers after its restart.
@@ -226,7 +205,7 @@ impl Cri {
                 None => return Ok(()),
                 Some(unmet) if Instant::now() >= end => {
                     return Err(InstallError::NotReady {
-                        cri: self.kind.name(),
+                        cri: self.daemon.name(),
                         condition: unmet.condition,
                         why: unmet.why,
                     });
@@ -263,8 +242,8 @@ impl Cri {
         A: prost::Message + Default + Send + Sync + 'static,
     {
         let silent = |why: String| InstallError::Silent {
-            cri: self.kind.name(),
-            socket: self.kind.socket().into(),
+            cri: self.daemon.name(),
+            socket: self.daemon.site().socket.into(),
             why,
         };
         let call = async {
@@ -285,6 +264,31 @@ impl Cri {
             .block_on(async { timeout(ANSWER, call).await })
             .unwrap_or_else(|_| Err(silent(format!("no answer to {method} within {ANSWER:?}"))))
     }
+}
+
+/// Whether two names of a socket lead to the same one.
+fn same_socket(host: &Host, ours: &str, theirs: &Path) -> bool {
+    let real = |path: &Path| host.at(path).canonicalize().ok();
+    Path::new(ours) == theirs || real(Path::new(ours)).is_some_and(|ours| Some(ours) == real(theirs))
+}
+
+/// Of layouts that share a socket, the one whose configuration is there; of several, such as one that was removed and
+/// has left its files, the one whose configuration a process was started with.
+fn one_of(host: &Host, daemons: &[Daemon]) -> Result<Option<Daemon>> {
+    let there: Vec<_> = daemons.iter().filter(|daemon| is_configured(host, **daemon)).collect();
+    if let [_, _, ..] = there[..] {
+        for daemon in &there {
+            if kubelet::is_named(host, daemon.site().main)? {
+                return Ok(Some(**daemon));
+            }
+        }
+    }
+    Ok(there.first().map(|daemon| **daemon))
+}
+
+/// Whether the configuration of a layout is there. Those of packages need none.
+fn is_configured(host: &Host, daemon: Daemon) -> bool {
+    matches!(daemon, Daemon::Crio | Daemon::Containerd) || host.at(daemon.site().main).exists()
 }
 
 /// Of the conditions that matter here, those that hold, and why the others do not.
@@ -421,6 +425,70 @@ mod tests {
         assert_eq!(Version::parse("unknown").numbers, (0, 0));
     }
 
+    fn node(files: &[&str]) -> (tempfile::TempDir, Host) {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::new(root.path());
+        for path in files {
+            let path = host.at(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        }
+        (root, host)
+    }
+
+    #[test]
+    fn of_two_layouts_with_one_socket_the_one_that_runs_is_taken() {
+        let both = [Daemon::K3s, Daemon::Rke2];
+        let [k3s, rke2] = both.map(|daemon| daemon.site().main);
+        let (_root, host) = node(&[]);
+        assert_eq!(one_of(&host, &both).unwrap(), None);
+        let (_root, host) = node(&[rke2]);
+        assert_eq!(one_of(&host, &both).unwrap(), Some(Daemon::Rke2));
+        let (_root, host) = node(&[k3s, rke2, "/proc/100/cmdline"]);
+        std::fs::write(host.at("/proc/100/cmdline"), format!("containerd\0-c\0{rke2}\0")).unwrap();
+        assert_eq!(one_of(&host, &both).unwrap(), Some(Daemon::Rke2));
+    }
+
+    #[test]
+    fn a_kubelet_whose_container_runtime_is_nowhere_known_is_told_of() {
+        let (_root, host) = node(&["/proc/100/cmdline", "/run/containerd/containerd.sock", "/run/mine.sock"]);
+        let line = "kubelet\0--container-runtime-endpoint=unix:///run/mine.sock\0";
+        std::fs::write(host.at("/proc/100/cmdline"), line).unwrap();
+        for kind in [None, Some(Kind::Containerd)] {
+            assert_eq!(
+                Cri::find(&host, kind, None).unwrap_err().to_string(),
+                "the node's kubelet uses the container runtime at /run/mine.sock, and where that one has its \
+                 configuration is not known: Sandpod knows CRI-O and containerd of packages, k3s, RKE2, k0s and \
+                 MicroK8s, with their usual folders"
+            );
+        }
+    }
+
+    #[test]
+    fn the_kubelets_container_runtime_is_asked_and_no_other() {
+        // Nothing answers; which one was asked is told.
+        let (k3s, docker) = (Daemon::K3s.site(), Daemon::Containerd.site());
+        let (_root, host) = node(&["/proc/100/cmdline", k3s.socket, k3s.main, docker.socket]);
+        let asked = |kind, last| Cri::find(&host, kind, last).unwrap_err().to_string();
+        std::fs::write(host.at("/proc/100/cmdline"), "/usr/local/bin/k3s\0agent\0").unwrap();
+        let of_k3s = "k3s's containerd does not answer at /run/k3s/containerd/containerd.sock: ";
+        for kind in [None, Some(Kind::Containerd)] {
+            for last in [None, Some(Daemon::Containerd)] {
+                assert!(asked(kind, last).starts_with(of_k3s), "{}", asked(kind, last));
+            }
+        }
+        // Where nothing tells, too; and what was found before goes first then.
+        std::fs::write(host.at("/proc/100/cmdline"), "init\0").unwrap();
+        assert!(asked(None, None).starts_with(of_k3s), "{}", asked(None, None));
+        let last = asked(None, Some(Daemon::Containerd));
+        assert!(
+            last.starts_with("containerd does not answer at /run/containerd/"),
+            "{last}"
+        );
+        let none = asked(Some(Kind::Crio), None);
+        assert!(none.starts_with("no container runtime was found: "), "{none}");
+    }
+
     #[test]
     fn only_the_conditions_without_which_no_pod_starts_are_looked_at() {
         let condition = |name: &str, status| wire::RuntimeCondition {
@@ -451,7 +519,7 @@ mod tests {
     fn a_node_without_a_runtime_and_one_whose_runtime_is_down_say_so() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::new(root.path());
-        let none = Cri::find(&host, None).unwrap_err().to_string();
+        let none = Cri::find(&host, None, None).unwrap_err().to_string();
         assert_eq!(
             none,
             "no container runtime was found: there is neither /run/crio/crio.sock nor /run/containerd/containerd.sock; \
@@ -459,7 +527,7 @@ mod tests {
         );
         std::fs::create_dir_all(host.at("/run/crio")).unwrap();
         drop(std::os::unix::net::UnixListener::bind(host.at("/run/crio/crio.sock")).unwrap());
-        let down = Cri::find(&host, None).unwrap_err().to_string();
+        let down = Cri::find(&host, None, None).unwrap_err().to_string();
         assert!(
             down.starts_with("CRI-O does not answer at /run/crio/crio.sock: Connection refused"),
             "{down}"

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Table;
 
-use super::cri::Kind;
+use super::daemon::{Daemon, Folder, Kind};
 use crate::log_level::LogLevel;
 
 /// What the first line of each of our files begins with.
@@ -30,17 +30,6 @@ pub enum Format {
     ContainerdV2,
     /// containerd's with `version = 3` or a later one, in which the CRI's runtimes are a plugin of their own.
     ContainerdV3,
-}
-
-impl Format {
-    /// Whose it is.
-    #[must_use]
-    pub fn kind(self) -> Kind {
-        match self {
-            Self::Crio => Kind::Crio,
-            Self::ContainerdV2 | Self::ContainerdV3 => Kind::Containerd,
-        }
-    }
 }
 
 /// Where one of our files outside the prefix belongs.
@@ -87,26 +76,13 @@ const SHIM_CONFIGURATION: Place = Place {
 /// The name of the file with the KataConfig's own configuration of pods, in [`CONFIG_FOLDER`].
 pub const CONFIGURATION_NAME: &str = "01-kataconfig.toml";
 
-/// Where the drop-in that defines the handler belongs.
-#[must_use]
-pub fn handlers_place(kind: Kind) -> Place {
-    let (path, scratch) = match kind {
-        Kind::Crio => ("/etc/crio/crio.conf.d/50-kata", "/etc/crio"),
-        Kind::Containerd => ("/etc/containerd/conf.d/50-kata.toml", "/etc/containerd"),
-    };
-    Place {
-        path,
-        scratch,
-        of_cri: true,
-    }
-}
-
 /// Where every file of ours outside the prefix belongs, whether there should be one or not.
 #[must_use]
-pub fn places(kind: Kind) -> Vec<Place> {
-    let mut places = vec![handlers_place(kind)];
+pub fn places(daemon: Daemon) -> Vec<Place> {
+    let folders = daemon.site().folders.iter();
+    let mut places: Vec<_> = folders.map(|folder| folder.handler).collect();
     // containerd's level is that of its service; the shim has its own.
-    if kind == Kind::Crio {
+    if daemon.kind() == Kind::Crio {
         places.push(CRIO_LOG_LEVEL);
     }
     places.extend([SHIM_LOG_LEVEL, SHIM_CONFIGURATION]);
@@ -115,7 +91,7 @@ pub fn places(kind: Kind) -> Vec<Place> {
 
 /// The drop-in that defines the handler.
 #[must_use]
-pub fn handler(format: Format, prefix: &Path) -> DropIn {
+pub fn handler(daemon: Daemon, format: Format, prefix: &Path) -> DropIn {
     let text = match format {
         Format::Crio => at_prefix(CRIO, prefix),
         Format::ContainerdV2 => containerd(prefix)
@@ -126,16 +102,24 @@ pub fn handler(format: Format, prefix: &Path) -> DropIn {
             ),
         Format::ContainerdV3 => containerd(prefix),
     };
+    let Folder { path, handler, .. } = *daemon.site().folder(format);
+    let (folder, main) = (
+        Daemon::Containerd.site().folders[0].path,
+        Daemon::Containerd.site().main,
+    );
     DropIn {
-        place: handlers_place(format.kind()),
-        text: Some(text),
+        place: handler,
+        // The first comment says where it is.
+        text: Some(text.replace(main, daemon.site().main).replace(folder, path)),
     }
 }
 
-/// Every file of ours outside the prefix. `configuration` is TOML of the KataConfig's, or empty.
+/// Every file of ours outside the prefix. The handler has one place; in the others, where another format is read, there
+/// should be no file of ours. `configuration` is TOML of the KataConfig's, or empty.
 #[must_use]
-pub fn all(format: Format, prefix: &Path, level: LogLevel, configuration: &str) -> Vec<DropIn> {
-    let texts = places(format.kind()).into_iter().map(|place| match place {
+pub fn all(daemon: Daemon, format: Format, prefix: &Path, level: LogLevel, configuration: &str) -> Vec<DropIn> {
+    let handler = handler(daemon, format, prefix);
+    let texts = places(daemon).into_iter().map(|place| match place {
         CRIO_LOG_LEVEL => DropIn {
             place,
             text: (level != LogLevel::Info).then(|| {
@@ -152,7 +136,10 @@ pub fn all(format: Format, prefix: &Path, level: LogLevel, configuration: &str) 
                 format!("{MARK}the configuration of the cluster's KataConfig; a later file may say otherwise.\n{configuration}\n")
             }),
         },
-        _ => handler(format, prefix),
+        _ => DropIn {
+            place,
+            text: handler.text.clone().filter(|_| place == handler.place),
+        },
     });
     texts.collect()
 }
@@ -211,7 +198,7 @@ mod tests {
 
     #[test]
     fn crios_handler_has_the_keys_that_a_vm_needs() {
-        let file = handler(Format::Crio, Path::new("/opt/sandpod"));
+        let file = handler(Daemon::Crio, Format::Crio, Path::new("/opt/sandpod"));
         assert_eq!(file.place.path, "/etc/crio/crio.conf.d/50-kata");
         let text = file.text.unwrap();
         assert!(text.starts_with(MARK));
@@ -233,7 +220,7 @@ mod tests {
 
     /// The version of containerd's drop-in, and the table of its runtime.
     fn runtime(format: Format, prefix: &str) -> (i64, Table) {
-        let text = handler(format, Path::new(prefix)).text.unwrap();
+        let text = handler(Daemon::Containerd, format, Path::new(prefix)).text.unwrap();
         let plugin = match format {
             Format::ContainerdV2 => "io.containerd.grpc.v1.cri",
             _ => "io.containerd.cri.v1.runtime",
@@ -276,9 +263,14 @@ mod tests {
 
     #[test]
     fn a_drop_in_tells_its_prefix() {
-        for format in [Format::Crio, Format::ContainerdV2, Format::ContainerdV3] {
+        for (daemon, format) in [
+            (Daemon::Crio, Format::Crio),
+            (Daemon::Containerd, Format::ContainerdV2),
+            (Daemon::Containerd, Format::ContainerdV3),
+            (Daemon::K3s, Format::ContainerdV3),
+        ] {
             for prefix in ["/opt/sandpod", "/var/lib/sandpod"] {
-                let text = handler(format, Path::new(prefix)).text.unwrap();
+                let text = handler(daemon, format, Path::new(prefix)).text.unwrap();
                 assert_eq!(prefix_of(&text), Some(prefix.into()));
                 assert_eq!(prefix_of(&text.replace(MARK, "# ")), None);
             }
@@ -288,24 +280,41 @@ mod tests {
 
     #[test]
     fn a_log_level_is_for_crio_and_a_verbose_one_for_the_shim() {
-        let texts = |format, level| -> Vec<_> {
-            let files = all(format, Path::new("/opt/sandpod"), level, "").into_iter().skip(1);
+        let texts = |daemon, format, level| -> Vec<_> {
+            let files = all(daemon, format, Path::new("/opt/sandpod"), level, "")
+                .into_iter()
+                .skip(1);
             files
                 .map(|file| file.text.map(|text| text.lines().skip(1).collect::<Vec<_>>().join(";")))
                 .collect()
         };
         let crio = |level: &str| Some(format!("[crio.runtime];log_level = \"{level}\""));
         let shim = || Some("[runtime];enable_debug = true".to_owned());
-        assert_eq!(texts(Format::Crio, LogLevel::Info), [None, None, None]);
-        assert_eq!(texts(Format::Crio, LogLevel::Warn), [crio("warn"), None, None]);
-        assert_eq!(texts(Format::Crio, LogLevel::Debug), [crio("debug"), shim(), None]);
-        assert_eq!(texts(Format::ContainerdV2, LogLevel::Trace), [shim(), None]);
+        assert_eq!(texts(Daemon::Crio, Format::Crio, LogLevel::Info), [None, None, None]);
+        assert_eq!(
+            texts(Daemon::Crio, Format::Crio, LogLevel::Warn),
+            [crio("warn"), None, None]
+        );
+        assert_eq!(
+            texts(Daemon::Crio, Format::Crio, LogLevel::Debug),
+            [crio("debug"), shim(), None]
+        );
+        assert_eq!(
+            texts(Daemon::Containerd, Format::ContainerdV2, LogLevel::Trace),
+            [shim(), None]
+        );
     }
 
     #[test]
     fn the_configuration_of_a_kataconfig_comes_before_a_nodes_own() {
         let file = |configuration: &str| {
-            let all = all(Format::Crio, Path::new("/opt/sandpod"), LogLevel::Info, configuration);
+            let all = all(
+                Daemon::Crio,
+                Format::Crio,
+                Path::new("/opt/sandpod"),
+                LogLevel::Info,
+                configuration,
+            );
             let mut files = all.into_iter().filter(|file| file.place == SHIM_CONFIGURATION);
             files.next().unwrap().text
         };
@@ -321,11 +330,26 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_written_first_where_its_reader_would_read_it() {
-        for place in [Kind::Crio, Kind::Containerd].into_iter().flat_map(places) {
+    fn a_distributions_drop_in_is_in_the_folder_of_its_format_alone() {
+        const FOLDER: &str = "/var/lib/rancher/k3s/agent/etc/containerd";
+        for (format, folder) in [
+            (Format::ContainerdV3, "config-v3.toml.d"),
+            (Format::ContainerdV2, "config.toml.d"),
+        ] {
+            let files = all(Daemon::K3s, format, Path::new("/opt/sandpod"), LogLevel::Info, "");
+            let wanted: Vec<_> = files.iter().filter(|file| file.text.is_some()).collect();
+            let [file] = wanted[..] else {
+                panic!("{wanted:?}");
+            };
+            assert_eq!(file.place.path, format!("{FOLDER}/{folder}/50-kata.toml"));
+            let text = file.text.as_deref().unwrap();
             assert!(
-                !place.of_cri || Some(Path::new(place.scratch)) != Path::new(place.path).parent(),
-                "{place:?}"
+                text.contains(file.place.path) && text.contains(&format!("{FOLDER}/config.toml has\n")),
+                "{text}"
+            );
+            assert!(
+                text.contains(&format!("imports = [\"{FOLDER}/{folder}/*.toml\"]")),
+                "{text}"
             );
         }
     }

@@ -29,6 +29,15 @@ pub enum InstallError {
         /// containerd's socket.
         containerd: PathBuf,
     },
+    /// The kubelet uses a container runtime that no layout has.
+    #[error(
+        "the node's kubelet uses the container runtime at {socket}, and where that one has its configuration is not \
+         known: Sandpod knows CRI-O and containerd of packages, k3s, RKE2, k0s and MicroK8s, with their usual folders"
+    )]
+    UnknownLayout {
+        /// Its socket.
+        socket: PathBuf,
+    },
     /// The CRI is there and does not answer.
     #[error("{cri} does not answer at {socket}: {why}")]
     Silent {
@@ -78,14 +87,14 @@ pub enum InstallError {
         prefix: PathBuf,
     },
     /// containerd does not read its drop-ins.
-    #[error("containerd does not read {folder}: add {lines} at the top of {main} and install again")]
+    #[error("{cri} does not read {folder}: {cure} and install again")]
     NotImported {
-        /// What has to be added.
-        lines: String,
+        /// Which containerd.
+        cri: &'static str,
         /// The folder of drop-ins.
         folder: &'static str,
-        /// containerd's configuration.
-        main: &'static str,
+        /// A clause that says what to do.
+        cure: String,
     },
     /// containerd's configuration says nothing of its version, or is of the first one, of which containerd 2 takes only
     /// the names.
@@ -98,17 +107,16 @@ pub enum InstallError {
         main: &'static str,
     },
     /// Files that mean something else together with ours.
-    #[error(
-        "containerd would not have the same `{path}` with {drop_in} as without it: give every file that {main} imports \
-         the `version` that {main} has and install again"
-    )]
+    #[error("{cri} would not have the same `{path}` with {drop_in} as without it: {cure} and install again")]
     WouldDiffer {
+        /// Which containerd.
+        cri: &'static str,
         /// The first thing that would be another one.
         path: String,
         /// Our file.
         drop_in: &'static str,
-        /// containerd's configuration.
-        main: &'static str,
+        /// A clause that says what to do.
+        cure: String,
     },
     /// A restart with ours has changed more than the handler.
     #[error(
@@ -281,7 +289,7 @@ impl InstallError {
         match self {
             Self::NoKvm(_) => Code::NoKvm,
             Self::NotFit(_) | Self::DoesNotStart { .. } => Code::NotFit,
-            Self::NoCri { .. } | Self::Silent { .. } => Code::NoCri,
+            Self::NoCri { .. } | Self::Silent { .. } | Self::UnknownLayout { .. } => Code::NoCri,
             Self::CriTooOld { .. } => Code::CriTooOld,
             Self::ForeignHandler { .. } | Self::HandlerPresent { .. } => Code::ForeignHandler,
             Self::ForeignFile { .. } | Self::UnsafeFolder { .. } => Code::ForeignFile,

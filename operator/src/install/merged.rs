@@ -11,7 +11,8 @@ use std::{
 use toml::{Table, Value};
 
 use super::{
-    cri::{HANDLER, Kind, Version},
+    cri::{Cri, HANDLER, Version},
+    daemon::{Author, Daemon, Kind, Site},
     dropin::{self, DropIn, Format, MARK},
     effective,
     error::{Context, InstallError, Result},
@@ -19,12 +20,8 @@ use super::{
     runtime_folder::RuntimeFolder,
 };
 
-/// CRI-O's files.
-const CRIO_MAIN: &str = "/etc/crio/crio.conf";
-const CRIO_FOLDER: &str = "/etc/crio/crio.conf.d";
-/// containerd's files.
-const CONTAINERD_MAIN: &str = "/etc/containerd/config.toml";
-const CONTAINERD_FOLDER: &str = "/etc/containerd/conf.d";
+/// The first line of a configuration that k0s writes at each start, and that has all drop-ins then.
+const MANAGED: &str = "# k0s_managed=true";
 
 /// Where a node has the programs of its administrator and of its packages, besides the PATH.
 const PROGRAMS: &[&str] = &[
@@ -47,15 +44,20 @@ struct Source {
 ///
 /// # Errors
 /// The file that is in the way; a file that is no TOML; the line that containerd's configuration lacks.
-pub fn refuse_foreign(host: &Host, kind: Kind) -> Result<()> {
-    let ours = dropin::places(kind);
-    let sources = match kind {
-        Kind::Crio => crio_sources(host)?,
-        Kind::Containerd => containerd_sources(host)?,
+pub fn refuse_foreign(host: &Host, daemon: Daemon, format: Format) -> Result<()> {
+    let site = daemon.site();
+    let ours = dropin::places(daemon);
+    let sources = match site.kind {
+        Kind::Crio => crio_sources(host, site)?,
+        Kind::Containerd => containerd_sources(host, site, None)?,
     };
-    let is_ours = |path: &Path| ours.iter().any(|place| Path::new(place.path) == path);
+    // What a distribution has made of our drop-in is not somebody else's.
+    let is_ours = |path: &Path| {
+        ours.iter().any(|place| Path::new(place.path) == path)
+            || site.merged.is_some_and(|merged| Path::new(merged) == path)
+    };
     for source in sources.iter().filter(|source| !is_ours(&source.path)) {
-        if defines_handler(kind, &source.table) {
+        if defines_handler(site.kind, &source.table) {
             let path = source.path.clone();
             return Err(InstallError::ForeignHandler { path });
         }
@@ -66,24 +68,49 @@ pub fn refuse_foreign(host: &Host, kind: Kind) -> Result<()> {
         {
             let path = place.path.into();
             let table = text.parse::<Table>().unwrap_or_default();
-            return Err(match defines_handler(kind, &table) {
+            return Err(match defines_handler(site.kind, &table) {
                 true => InstallError::ForeignHandler { path },
                 false => InstallError::ForeignFile { path },
             });
         }
     }
-    if kind == Kind::Containerd && !covers(&sources) {
-        let imports = format!("`imports = [\"{CONTAINERD_FOLDER}/*.toml\"]`");
-        return Err(InstallError::NotImported {
-            lines: match sources.is_empty() {
-                true => format!("`version = 3` and {imports}"),
-                false => imports,
-            },
-            folder: CONTAINERD_FOLDER,
-            main: CONTAINERD_MAIN,
-        });
+    match site.kind == Kind::Crio || is_read(host, site, format, &sources)? {
+        true => Ok(()),
+        false => Err(not_imported(site, format, sources.is_empty())),
     }
-    Ok(())
+}
+
+/// Whether containerd would read our drop-in.
+fn is_read(host: &Host, site: &Site, format: Format, sources: &[Source]) -> Result<bool> {
+    Ok(covers(site, format, sources) || is_managed(host, site)?)
+}
+
+/// Whether k0s makes containerd's configuration of its own and of the drop-ins.
+fn is_managed(host: &Host, site: &Site) -> Result<bool> {
+    let Some(_) = site.merged else {
+        return Ok(false);
+    };
+    let text = files::read_text(&host.at(site.main))?;
+    Ok(text.is_some_and(|text| text.lines().next() == Some(MANAGED)))
+}
+
+fn not_imported(site: &'static Site, format: Format, without_main: bool) -> InstallError {
+    let folder = site.folder(format).path;
+    let imports = format!("`imports = [\"{folder}/*.toml\"]`");
+    let cure = match site.author {
+        Author::Administrator if without_main => {
+            format!("add `version = 3` and {imports} at the top of {}", site.main)
+        }
+        Author::Administrator => format!("add {imports} at the top of {}", site.main),
+        Author::Distribution { reads } => {
+            format!("{} has no {imports}; {reads}", site.main)
+        }
+    };
+    InstallError::NotImported {
+        cri: site.name,
+        folder,
+        cure,
+    }
 }
 
 /// How our drop-in has to be written to be read together with the node's own configuration.
@@ -94,11 +121,12 @@ pub fn refuse_foreign(host: &Host, kind: Kind) -> Result<()> {
 ///
 /// # Errors
 /// containerd's main file has no version, or one that containerd 2 does not read.
-pub fn format(host: &Host, kind: Kind) -> Result<Format> {
-    if kind == Kind::Crio {
+pub fn format(host: &Host, daemon: Daemon) -> Result<Format> {
+    let site = daemon.site();
+    if site.kind == Kind::Crio {
         return Ok(Format::Crio);
     }
-    let Some(main) = source(host, Path::new(CONTAINERD_MAIN))? else {
+    let Some(main) = source(host, Path::new(site.main))? else {
         // Without a file it has its own newest version, which is 3 or later.
         return Ok(Format::ContainerdV3);
     };
@@ -106,7 +134,7 @@ pub fn format(host: &Host, kind: Kind) -> Result<Format> {
         Some(2) => Ok(Format::ContainerdV2),
         // Whether there is such a version containerd's own program says.
         Some(version) if version > 2 => Ok(Format::ContainerdV3),
-        _ => Err(InstallError::Unversioned { main: CONTAINERD_MAIN }),
+        _ => Err(InstallError::Unversioned { main: site.main }),
     }
 }
 
@@ -130,25 +158,27 @@ fn defines_handler(kind: Kind, table: &Table) -> bool {
 }
 
 fn source(host: &Host, path: &Path) -> Result<Option<Source>> {
-    let Some(text) = files::read_text(&host.at(path))? else {
-        return Ok(None);
-    };
+    let text = files::read_text(&host.at(path))?;
+    text.map(|text| parsed(path, &text)).transpose()
+}
+
+fn parsed(path: &Path, text: &str) -> Result<Source> {
     let table = text
         .parse()
         .map_err(|error: toml::de::Error| InstallError::ConfigInvalid {
             what: path.display().to_string(),
             why: error.message().to_owned(),
         })?;
-    Ok(Some(Source {
+    Ok(Source {
         path: path.to_owned(),
         table,
-    }))
+    })
 }
 
 /// CRI-O's main file and every file below its folder, whatever their names (crio.conf.d(5)).
-fn crio_sources(host: &Host) -> Result<Vec<Source>> {
-    let mut paths = vec![PathBuf::from(CRIO_MAIN)];
-    walk(host, Path::new(CRIO_FOLDER), &mut paths)?;
+fn crio_sources(host: &Host, site: &Site) -> Result<Vec<Source>> {
+    let mut paths = vec![PathBuf::from(site.main)];
+    walk(host, Path::new(site.folders[0].path), &mut paths)?;
     let sources: Result<Vec<_>> = paths.iter().map(|path| source(host, path)).collect();
     Ok(sources?.into_iter().flatten().collect())
 }
@@ -165,15 +195,24 @@ fn walk(host: &Host, folder: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// containerd's main file and what it imports, directly or not (containerd-config.toml(5)).
-fn containerd_sources(host: &Host) -> Result<Vec<Source>> {
-    let mut pending = vec![PathBuf::from(CONTAINERD_MAIN)];
+/// containerd's main file and what it imports, directly or not (containerd-config.toml(5)); of k0s, what it makes of
+/// the drop-ins and they themselves. The main file is as it is, or as it shall be.
+fn containerd_sources(host: &Host, site: &Site, edited: Option<&str>) -> Result<Vec<Source>> {
+    let mut pending = vec![PathBuf::from(site.main)];
+    if is_managed(host, site)? {
+        pending.extend(matches(host, &Path::new(site.folders[0].path).join("*.toml"))?);
+    }
     let mut sources: Vec<Source> = Vec::new();
     while let Some(path) = pending.pop() {
         if sources.iter().any(|source| source.path == path) {
             continue;
         }
-        let Some(source) = source(host, &path)? else {
+        let edited = edited.filter(|_| path == Path::new(site.main));
+        let source = match edited {
+            Some(text) => Some(parsed(&path, text)?),
+            None => source(host, &path)?,
+        };
+        let Some(source) = source else {
             continue;
         };
         for pattern in imports(&source) {
@@ -226,11 +265,13 @@ fn fits(pattern: &str, name: &str) -> bool {
 }
 
 /// Whether one of the imports would read our drop-in.
-fn covers(sources: &[Source]) -> bool {
+fn covers(site: &Site, format: Format, sources: &[Source]) -> bool {
+    let drop_in = Path::new(site.folder(format).handler.path);
+    let own_name = drop_in.file_name().unwrap_or_default().to_string_lossy();
     let mut patterns = sources.iter().flat_map(imports);
     patterns.any(|pattern| {
         let name = pattern.file_name().unwrap_or_default().to_string_lossy();
-        pattern.parent() == Some(Path::new(CONTAINERD_FOLDER)) && fits(&name, "50-kata.toml")
+        pattern.parent() == drop_in.parent() && fits(&name, &own_name)
     })
 }
 
@@ -239,24 +280,37 @@ fn covers(sources: &[Source]) -> bool {
 ///
 /// # Errors
 /// It says no.
-pub fn validate(host: &Host, folder: &RuntimeFolder, kind: Kind, version: &Version, ours: &[DropIn]) -> Result<()> {
-    let Some(program) = program_of(host, kind, version) else {
+pub fn validate(host: &Host, folder: &RuntimeFolder, cri: &Cri, ours: &[DropIn]) -> Result<()> {
+    validate_with(host, folder, cri.daemon.site(), &cri.version, ours)
+}
+
+fn validate_with(
+    host: &Host,
+    folder: &RuntimeFolder,
+    site: &'static Site,
+    version: &Version,
+    ours: &[DropIn],
+) -> Result<()> {
+    let Some(program) = program_of(host, site, version) else {
         return Ok(());
     };
     // Not in a folder of the CRI's, where everything is read.
     let scratch = folder.scratch()?;
-    let verdict = match kind {
-        Kind::Crio => crio_verdict(host, &program, scratch.path(), ours),
-        Kind::Containerd => containerd_verdict(host, &program, scratch.path(), ours),
+    let verdict = match site.kind {
+        Kind::Crio => crio_verdict(host, site, &program, scratch.path(), ours),
+        Kind::Containerd => containerd_verdict(host, site, &program, scratch.path(), ours),
     };
     scratch.close().at("remove a folder in", folder.path())?;
     verdict
 }
 
-fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
+fn program_of(host: &Host, site: &Site, version: &Version) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(PROGRAMS.iter().map(PathBuf::from));
-    let programs = folders.map(|folder| host.at(folder.join(kind.unit())));
+    let own = site.programs.iter().map(PathBuf::from);
+    let folders = own
+        .chain(std::env::split_paths(&path))
+        .chain(PROGRAMS.iter().map(PathBuf::from));
+    let programs = folders.map(|folder| host.at(folder.join(site.kind.program())));
     // A node may have several; another version may not know a key that the running one has.
     let is_running = |program: &PathBuf| {
         let said = Command::new(program).arg("--version").output();
@@ -266,15 +320,16 @@ fn program_of(host: &Host, kind: Kind, version: &Version) -> Option<PathBuf> {
 }
 
 /// A copy of the folder of drop-ins, with ours as they shall be.
-fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
+fn crio_verdict(host: &Host, site: &Site, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
+    let folder = Path::new(site.folders[0].path);
     let mut paths = Vec::new();
-    walk(host, Path::new(CRIO_FOLDER), &mut paths)?;
+    walk(host, folder, &mut paths)?;
     let others = paths
         .iter()
         .filter(|path| !ours.iter().any(|file| Path::new(file.place.path) == **path));
     for path in others {
         if let Some(bytes) = files::read(&host.at(path))? {
-            put(scratch, path.strip_prefix(CRIO_FOLDER).unwrap_or(path), &bytes)?;
+            put(scratch, path.strip_prefix(folder).unwrap_or(path), &bytes)?;
         }
     }
     for file in ours.iter().filter(|file| file.place.of_cri) {
@@ -283,7 +338,7 @@ fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) ->
             put(scratch, Path::new(name), text.as_bytes())?;
         }
     }
-    let main = host.at(CRIO_MAIN);
+    let main = host.at(site.main);
     let main = if main.exists() { main } else { "/dev/null".into() };
     let mut command = Command::new(program);
     command
@@ -297,47 +352,82 @@ fn crio_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) ->
 
 /// A copy of the files that containerd reads, at their own paths below the folder, first without ours and then with it:
 /// everything but our handler has to be the same.
-fn containerd_verdict(host: &Host, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
+fn containerd_verdict(host: &Host, site: &'static Site, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
     const WITHOUT: &str = "containerd's configuration";
     const WITH: &str = "containerd's configuration with the handler `kata`";
+    let main = Path::new(site.main);
     let inside = |path: &Path| path.strip_prefix("/").unwrap_or(path).to_owned();
-    let is_ours = |path: &Path| ours.iter().any(|file| Path::new(file.place.path) == path);
-    for mut source in containerd_sources(host)? {
-        if is_ours(&source.path) {
-            continue;
+    let [without, with] = ["without", "with"].map(|name| scratch.join(name));
+    let edited = ours.iter().find(|file| Path::new(file.place.path) == main);
+    let edited = edited.and_then(|file| file.text.as_deref());
+    // What k0s will do with our drop-in, one import more does as well.
+    let more = match is_managed(host, site)? {
+        true => vec![Path::new(site.folders[0].path).join("*.toml")],
+        false => Vec::new(),
+    };
+    for (root, edited, more) in [(&without, None, &[][..]), (&with, edited, &more)] {
+        let mut sources = containerd_sources(host, site, edited)?;
+        if !sources.iter().any(|source| source.path == main) {
+            // As good as none, and a program can be told of it.
+            sources.push(parsed(main, "version = 3\n")?);
         }
-        let imports: Vec<_> = imports(&source).iter().map(|path| scratch.join(inside(path))).collect();
-        if source.table.contains_key("imports") {
-            let imports = imports.iter().map(|path| path.display().to_string().into());
-            source.table.insert("imports".into(), Value::Array(imports.collect()));
+        let is_ours = |path: &Path| path != main && ours.iter().any(|file| Path::new(file.place.path) == path);
+        for source in sources.iter().filter(|source| !is_ours(&source.path)) {
+            let more = if source.path == main { more } else { &[] };
+            put(
+                root,
+                &inside(&source.path),
+                moved(source, root, more).to_string().as_bytes(),
+            )?;
         }
-        put(scratch, &inside(&source.path), source.table.to_string().as_bytes())?;
     }
-    let dump = |what: &str| {
+    let mut drop_in = "";
+    let drop_ins = ours
+        .iter()
+        .filter(|file| file.place.of_cri && Path::new(file.place.path) != main);
+    for file in drop_ins {
+        if let Some(text) = &file.text {
+            drop_in = file.place.path;
+            put(&with, &inside(Path::new(drop_in)), text.as_bytes())?;
+        }
+    }
+    let dump = |root: &Path, what: &str| {
         let mut command = Command::new(program);
-        let main = scratch.join(inside(Path::new(CONTAINERD_MAIN)));
-        let printed = verdict(command.arg("--config").arg(main).args(["config", "dump"]), what)?;
+        let printed = verdict(
+            command
+                .arg("--config")
+                .arg(root.join(inside(main)))
+                .args(["config", "dump"]),
+            what,
+        )?;
         effective::printed(&printed).map_err(|why| InstallError::ConfigInvalid {
             what: format!("what `containerd config dump` prints of {what}"),
             why,
         })
     };
-    let without = dump(WITHOUT)?;
-    let mut drop_in = "";
-    for file in ours.iter().filter(|file| file.place.of_cri) {
-        if let Some(text) = &file.text {
-            drop_in = file.place.path;
-            put(scratch, &inside(Path::new(drop_in)), text.as_bytes())?;
-        }
-    }
-    let with = dump(WITH)?;
+    let (without, with) = (dump(&without, WITHOUT)?, dump(&with, WITH)?);
     effective::difference(&without, &with).map_or(Ok(()), |path| {
         Err(InstallError::WouldDiffer {
+            cri: site.name,
             path,
             drop_in,
-            main: CONTAINERD_MAIN,
+            cure: match edited {
+                Some(_) => "move the other files away from its folder, which are not read so far,".to_owned(),
+                None => format!("give every file that {0} imports the `version` that {0} has", site.main),
+            },
         })
     })
+}
+
+/// A file as it is below another root, with some imports more: what it imports is there, too.
+fn moved(source: &Source, root: &Path, more: &[PathBuf]) -> Table {
+    let mut table = source.table.clone();
+    if table.contains_key("imports") || !more.is_empty() {
+        let paths = imports(source).into_iter().chain(more.to_vec());
+        let paths = paths.map(|path| root.join(path.strip_prefix("/").unwrap_or(&path)).display().to_string());
+        table.insert("imports".into(), Value::Array(paths.map(Value::from).collect()));
+    }
+    table
 }
 
 fn put(scratch: &Path, name: &Path, bytes: &[u8]) -> Result<()> {

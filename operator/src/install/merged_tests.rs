@@ -35,31 +35,48 @@ impl Node {
         fs::set_permissions(self.host.at(path), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    fn refusal(&self, kind: Kind) -> Option<String> {
-        let refused = refuse_foreign(&self.host, kind);
+    fn refusal(&self, daemon: Daemon) -> Option<String> {
+        let usual = match daemon.kind() {
+            Kind::Crio => Format::Crio,
+            Kind::Containerd => Format::ContainerdV3,
+        };
+        let format = format(&self.host, daemon).unwrap_or(usual);
+        let refused = refuse_foreign(&self.host, daemon, format);
         refused.err().map(|error| error.to_string())
     }
 
     fn format(&self) -> Result<Format> {
-        format(&self.host, Kind::Containerd)
+        format(&self.host, Daemon::Containerd)
     }
 
-    fn verdict(&self, kind: Kind) -> Option<String> {
-        let version = Version::parse(match kind {
+    fn verdict(&self, daemon: Daemon) -> Option<String> {
+        let format = format(&self.host, daemon).unwrap();
+        self.verdict_on(daemon, &ours_of(daemon, format))
+    }
+
+    fn verdict_on(&self, daemon: Daemon, ours: &[DropIn]) -> Option<String> {
+        let version = Version::parse(match daemon.kind() {
             Kind::Crio => "1.33.0",
             Kind::Containerd => "v2.4.2",
         });
         let folder = RuntimeFolder::make(&self.host).unwrap();
-        let ours = ours(format(&self.host, kind).unwrap());
-        let verdict = validate(&self.host, &folder, kind, &version, &ours);
+        let verdict = validate_with(&self.host, &folder, daemon.site(), &version, ours);
         drop(folder);
-        assert!(files::names(&self.host.at("/run")).unwrap().is_empty());
+        assert!(!self.host.at("/run/sandpod").exists());
         verdict.err().map(|error| error.to_string())
     }
 }
 
+fn ours_of(daemon: Daemon, format: Format) -> Vec<DropIn> {
+    dropin::all(daemon, format, Path::new("/opt/sandpod"), LogLevel::Debug, "")
+}
+
 fn ours(format: Format) -> Vec<DropIn> {
-    dropin::all(format, Path::new("/opt/sandpod"), LogLevel::Debug, "")
+    let daemon = match format {
+        Format::Crio => Daemon::Crio,
+        _ => Daemon::Containerd,
+    };
+    ours_of(daemon, format)
 }
 
 const CRIO_HANDLER: &str = "[crio.runtime.runtimes.kata]\nruntime_path = \"/usr/bin/containerd-shim-kata-v2\"\n";
@@ -80,21 +97,21 @@ fn another_handler_of_crios_is_found_in_whatever_file() {
         "/etc/crio/crio.conf.d/50-kata",
     ] {
         let node = Node::new(&[(path, CRIO_HANDLER)]);
-        assert_eq!(node.refusal(Kind::Crio), foreign(path));
+        assert_eq!(node.refusal(Daemon::Crio), foreign(path));
     }
     let other = CRIO_HANDLER.replace("kata]", "kata-remote]");
     let node = Node::new(&[("/etc/crio/crio.conf.d/50-kata-remote", &other)]);
-    assert_eq!(node.refusal(Kind::Crio), None);
-    assert_eq!(Node::new(&[]).refusal(Kind::Crio), None);
+    assert_eq!(node.refusal(Daemon::Crio), None);
+    assert_eq!(Node::new(&[]).refusal(Daemon::Crio), None);
 }
 
 #[test]
 fn our_own_handler_is_not_foreign() {
     let text = ours(Format::Crio)[0].text.clone().unwrap();
     let node = Node::new(&[("/etc/crio/crio.conf.d/50-kata", &text)]);
-    assert_eq!(node.refusal(Kind::Crio), None);
+    assert_eq!(node.refusal(Daemon::Crio), None);
     let node = Node::new(&[("/etc/crio/crio.conf.d/50-kata", "[crio.image]\n")]);
-    let refusal = node.refusal(Kind::Crio).unwrap();
+    let refusal = node.refusal(Daemon::Crio).unwrap();
     assert_eq!(
         refusal,
         "/etc/crio/crio.conf.d/50-kata exists and is not Sandpod's: move it away and install again"
@@ -105,14 +122,14 @@ fn our_own_handler_is_not_foreign() {
 fn another_handler_of_containerds_is_found_in_what_it_imports() {
     let main = "/etc/containerd/config.toml";
     let both = format!("imports = [\"conf.d/*.toml\"]\n{CONTAINERD_HANDLER}");
-    assert_eq!(Node::new(&[(main, &both)]).refusal(Kind::Containerd), foreign(main));
+    assert_eq!(Node::new(&[(main, &both)]).refusal(Daemon::Containerd), foreign(main));
     let imported = "/opt/kata/drop-in.toml";
     let text = "imports = [\"/etc/containerd/conf.d/*.toml\", \"/opt/kata/drop-in.toml\"]\n";
     let node = Node::new(&[(main, text), (imported, CONTAINERD_HANDLER)]);
-    assert_eq!(node.refusal(Kind::Containerd), foreign(imported));
+    assert_eq!(node.refusal(Daemon::Containerd), foreign(imported));
     let drop_in = "/etc/containerd/conf.d/50-kata.toml";
     let node = Node::new(&[(main, IMPORTS), (drop_in, CONTAINERD_HANDLER)]);
-    assert_eq!(node.refusal(Kind::Containerd), foreign(drop_in));
+    assert_eq!(node.refusal(Daemon::Containerd), foreign(drop_in));
 }
 
 #[test]
@@ -121,11 +138,11 @@ fn a_containerd_that_does_not_read_the_folder_is_refused_with_the_line_to_add() 
                     at the top of /etc/containerd/config.toml and install again";
     for main in ["version = 3\n", "imports = [\"/etc/containerd/other/*.toml\"]\n"] {
         let node = Node::new(&[("/etc/containerd/config.toml", main)]);
-        assert_eq!(node.refusal(Kind::Containerd).as_deref(), Some(sentence));
+        assert_eq!(node.refusal(Daemon::Containerd).as_deref(), Some(sentence));
     }
     // A file that is to be made has to have a version, too.
     assert_eq!(
-        Node::new(&[]).refusal(Kind::Containerd),
+        Node::new(&[]).refusal(Daemon::Containerd),
         Some(sentence.replace("add ", "add `version = 3` and "))
     );
     for imports in [
@@ -135,14 +152,14 @@ fn a_containerd_that_does_not_read_the_folder_is_refused_with_the_line_to_add() 
     ] {
         let main = format!("imports = [\"{imports}\"]\n");
         let node = Node::new(&[("/etc/containerd/config.toml", &main)]);
-        assert_eq!(node.refusal(Kind::Containerd), None);
+        assert_eq!(node.refusal(Daemon::Containerd), None);
     }
 }
 
 #[test]
 fn a_broken_file_of_the_nodes_is_named() {
     let node = Node::new(&[("/etc/crio/crio.conf.d/10-typo", "[crio.runtime\n")]);
-    let refusal = node.refusal(Kind::Crio).unwrap();
+    let refusal = node.refusal(Daemon::Crio).unwrap();
     assert!(
         refusal.starts_with("/etc/crio/crio.conf.d/10-typo is not valid: "),
         "{refusal}"
@@ -156,17 +173,17 @@ fn crio_is_asked_with_its_own_files_and_ours() {
         ("/etc/crio/crio.conf.d/10-crio.conf", "[crio.image]\n"),
         ("/etc/crio/crio.conf.d/50-kata", "# Sandpod: an old one\n"),
     ]);
-    assert_eq!(node.verdict(Kind::Crio), None);
+    assert_eq!(node.verdict(Daemon::Crio), None);
     // It looks as the real one does: the main file by --config, all drop-ins by --config-dir.
     let look = "[ \"$1\" = --version ] && echo crio version 1.33.0 && exit\n\
                 [ \"$1 $3 $5\" = '--config --config-dir config' ] && [ -f \"$2\" ] || exit 3\n\
                 cd \"$4\" && grep -q image 10-crio.conf && grep -q debug 51-kata-log-level && exec grep -q runtime_path 50-kata";
     node.program("crio", look);
-    assert_eq!(node.verdict(Kind::Crio), None);
+    assert_eq!(node.verdict(Daemon::Crio), None);
     let refusing = "[ \"$1\" = --version ] && echo crio version 1.33.0 && exit\necho loading >&2\necho 'invalid runtime_path' >&2\nexit 1";
     node.program("crio", refusing);
     assert_eq!(
-        node.verdict(Kind::Crio).as_deref(),
+        node.verdict(Daemon::Crio).as_deref(),
         Some("CRI-O's configuration with the handler `kata` is not valid: invalid runtime_path")
     );
 }
@@ -178,14 +195,14 @@ fn a_program_of_another_version_than_the_running_one_is_not_asked() {
         "crio",
         "[ \"$1\" = --version ] && echo crio version 1.30.1 && exit\nexit 1",
     );
-    assert_eq!(node.verdict(Kind::Crio), None);
+    assert_eq!(node.verdict(Daemon::Crio), None);
 }
 
 /// A containerd that prints what it reads: the main file and everything in the folder that this one imports, without
 /// the imports. As containerd 2.2, it takes the version that it reads last, and prints nothing of other versions.
 const CONTAINERD: &str = r#"[ "$1" = --version ] && echo containerd v2.4.2 && exit
 [ "$1 $3 $4" = '--config config dump' ] && [ "${2##*/etc/}" = containerd/config.toml ] || exit 3
-all="$2 $(sed -n 's/^imports = \["\(.*\)"\]$/\1/p' "$2")"
+all="$2 $(sed -n 's/^imports = \[\(.*\)\]$/\1/p' "$2" | tr -d '",')"
 version=$(cat $all | sed -n 's/^version = //p' | tail -n 1)
 [ "$version" -lt 5 ] || { echo "there is no version $version" >&2; exit 1; }
 echo "version = $version"
@@ -229,14 +246,14 @@ fn the_drop_in_has_the_version_of_the_file_that_imports_it() {
 fn containerd_is_asked_with_its_own_files_and_ours() {
     for version in [2, 3] {
         let node = Node::new(&[("/etc/containerd/config.toml", &main(version))]);
-        assert_eq!(node.verdict(Kind::Containerd), None);
+        assert_eq!(node.verdict(Daemon::Containerd), None);
         node.program("containerd", CONTAINERD);
-        assert_eq!(node.verdict(Kind::Containerd), None);
+        assert_eq!(node.verdict(Daemon::Containerd), None);
         // One that an earlier installer has written in another version makes no difference: ours takes its place.
         let earlier = [Format::ContainerdV3, Format::ContainerdV2][version as usize - 2];
         let earlier = ours(earlier)[0].text.clone().unwrap();
         node.put("/etc/containerd/conf.d/50-kata.toml", &earlier);
-        assert_eq!(node.verdict(Kind::Containerd), None);
+        assert_eq!(node.verdict(Daemon::Containerd), None);
     }
 }
 
@@ -245,7 +262,7 @@ fn a_containerd_that_would_refuse_its_files_is_not_restarted() {
     let node = Node::new(&[("/etc/containerd/config.toml", &main(5))]);
     node.program("containerd", CONTAINERD);
     assert_eq!(
-        node.verdict(Kind::Containerd).as_deref(),
+        node.verdict(Daemon::Containerd).as_deref(),
         Some("containerd's configuration is not valid: there is no version 5")
     );
 }
@@ -262,7 +279,7 @@ fn a_containerd_that_would_read_less_with_ours_is_not_restarted() {
     ]);
     node.program("containerd", CONTAINERD);
     assert_eq!(
-        node.verdict(Kind::Containerd).as_deref(),
+        node.verdict(Daemon::Containerd).as_deref(),
         Some(
             "containerd would not have the same `plugins` with /etc/containerd/conf.d/50-kata.toml as without it: give \
              every file that /etc/containerd/config.toml imports the `version` that /etc/containerd/config.toml has \
@@ -289,11 +306,105 @@ fn what_an_import_imports_is_copied_too() {
                 grep -q \"$PWD/etc/containerd/more/all.toml\" etc/containerd/config.toml || exit 4\n\
                 grep -q \"$PWD/opt/kept.toml\" etc/containerd/more/all.toml && grep -q /data opt/kept.toml || exit 5";
     node.program("containerd", look);
-    assert_eq!(node.verdict(Kind::Containerd), None);
+    assert_eq!(node.verdict(Daemon::Containerd), None);
 }
 
 #[test]
 fn stars_stand_for_any_letters() {
     assert!(fits("*.toml", "50-kata.toml") && fits("50*k*a.toml", "50-kata.toml") && fits("a", "a") && fits("*", ""));
     assert!(!fits("*.conf", "50-kata.toml") && !fits("50-kata.tom", "50-kata.toml") && !fits("*a", "b"));
+}
+
+const MANAGED_MAIN: &str = "# k0s_managed=true\nversion = 3\nimports = [\"/run/k0s/containerd-cri.toml\"]\n";
+const OF_RUNC: &str = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\na = 1\n";
+const OF_K0S: &str = "/etc/k0s/containerd.d/50-kata.toml";
+
+#[test]
+fn what_k0s_makes_of_our_drop_in_is_ours_too() {
+    let merged = "/run/k0s/containerd-cri.toml";
+    let main = Daemon::K0s.site().main;
+    let text = ours_of(Daemon::K0s, Format::ContainerdV3)[0].text.clone().unwrap();
+    let node = Node::new(&[(main, MANAGED_MAIN), (merged, CONTAINERD_HANDLER), (OF_K0S, &text)]);
+    assert_eq!(node.refusal(Daemon::K0s), None);
+    let theirs = "/etc/k0s/containerd.d/99-theirs.toml";
+    node.put(theirs, CONTAINERD_HANDLER);
+    assert_eq!(node.refusal(Daemon::K0s), foreign(theirs));
+    // One that its administrator has taken over reads what it imports.
+    let node = Node::new(&[(main, "version = 3\n")]);
+    assert_eq!(
+        node.refusal(Daemon::K0s).as_deref(),
+        Some(
+            "k0s's containerd does not read /etc/k0s/containerd.d: add `imports = [\"/etc/k0s/containerd.d/*.toml\"]` \
+             at the top of /etc/k0s/containerd.toml and install again"
+        )
+    );
+}
+
+#[test]
+fn a_distribution_that_does_not_import_its_folder_has_a_cure_of_its_own() {
+    let site = Daemon::Rke2.site();
+    let folder = "/var/lib/rancher/rke2/agent/etc/containerd/config-v3.toml.d";
+    let node = Node::new(&[(site.main, "version = 3\n")]);
+    assert_eq!(
+        node.refusal(Daemon::Rke2),
+        Some(format!(
+            "RKE2's containerd does not read {folder}: {} has no `imports = [\"{folder}/*.toml\"]`; update RKE2 to a \
+             version whose containerd does, or begin its template with that line and install again",
+            site.main
+        ))
+    );
+    node.put(site.main, &format!("version = 3\nimports = [\"{folder}/*.toml\"]\n"));
+    assert_eq!(node.refusal(Daemon::Rke2), None);
+    // The folder of the other version's drop-ins is another one.
+    node.put(site.main, &format!("version = 2\nimports = [\"{folder}/*.toml\"]\n"));
+    assert!(
+        node.refusal(Daemon::Rke2)
+            .is_some_and(|refusal| refusal.contains("config.toml.d: "))
+    );
+}
+
+#[test]
+fn what_k0s_will_merge_is_tried_before() {
+    let main = Daemon::K0s.site().main;
+    let node = Node::new(&[(main, MANAGED_MAIN), ("/run/k0s/containerd-cri.toml", OF_RUNC)]);
+    let script = CONTAINERD.replace("containerd/config.toml", "k0s/containerd.toml");
+    // The folder of drop-ins is imported where ours is.
+    let look = "case $2 in\n*/with/*) grep -q 'containerd.d/\\*.toml' \"$2\" || exit 4 ;; esac\n";
+    let script = script.replacen("all=", &format!("{look}all="), 1);
+    node.put("/var/lib/k0s/bin/containerd", &format!("#!/bin/sh\n{script}\n"));
+    let program = node.host.at("/var/lib/k0s/bin/containerd");
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(node.verdict(Daemon::K0s), None);
+}
+
+#[test]
+fn an_import_that_would_wake_other_files_is_not_added() {
+    let main = "/etc/containerd/config.toml";
+    let lineless = format!("{}\n", main_text_without_imports());
+    let node = Node::new(&[(main, &lineless)]);
+    node.program("containerd", CONTAINERD);
+    let with_line = |node: &Node| {
+        let (file, _) =
+            crate::install::imports::edit(&node.host, Daemon::Containerd.site(), Format::ContainerdV3).unwrap();
+        let mut ours = ours(Format::ContainerdV3);
+        ours.push(file);
+        node.verdict_on(Daemon::Containerd, &ours)
+    };
+    assert_eq!(with_line(&node), None);
+    node.put(
+        "/etc/containerd/conf.d/10-forgotten.toml",
+        "version = 3\n[plugins.x]\na = 1\n",
+    );
+    assert_eq!(
+        with_line(&node).as_deref(),
+        Some(
+            "containerd would not have the same `plugins.x` with /etc/containerd/conf.d/50-kata.toml as without it: move the \
+             other files away from its folder, which are not read so far, and install again"
+        )
+    );
+}
+
+fn main_text_without_imports() -> String {
+    let text = main(3);
+    text.lines().skip(1).map(|line| format!("{line}\n")).collect()
 }

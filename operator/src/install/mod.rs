@@ -5,11 +5,14 @@
 //! Every step can be repeated after a death at any point: see [`state`].
 
 pub mod cri;
+pub mod daemon;
 pub mod dropin;
 pub mod effective;
 pub mod elf;
 pub mod error;
 pub mod files;
+pub mod imports;
+pub mod kubelet;
 pub mod lock;
 pub mod merged;
 pub mod payload;
@@ -36,7 +39,8 @@ use shim::{
 };
 
 use self::{
-    cri::{Cri, Kind},
+    cri::Cri,
+    daemon::{Daemon, Kind},
     error::{Context, InstallError, Result},
     files::Host,
     lock::NodeLock,
@@ -65,6 +69,8 @@ pub struct Options {
     pub configuration: String,
     /// The CRI, if it is not to be found out.
     pub cri: Option<Kind>,
+    /// Whether a line may be added to containerd's main file, if it does not read the drop-ins.
+    pub add_imports: bool,
     /// The command that restarts the CRI, if it is not systemd.
     pub restart: Option<Vec<String>>,
     /// The node's boot (`/proc/sys/kernel/random/boot_id`), if the run is for that one alone.
@@ -167,10 +173,10 @@ impl<'r> Run<'r> {
         })
     }
 
-    /// The node's CRI: the one that was asked for, else the one that the last install was for, else the one that
-    /// answers.
-    fn cri(&mut self, last: Option<Kind>) -> Result<Cri> {
-        let cri = Cri::find(&self.layout.host, self.options.cri.or(last))?;
+    /// The node's CRI: the one that its kubelet uses, else the one that the last install was for, else the one that
+    /// answers; of the kind that was asked for in any case.
+    fn cri(&mut self, last: Option<Daemon>) -> Result<Cri> {
+        let cri = Cri::find(&self.layout.host, self.options.cri, last)?;
         self.report.facts.cri = cri.describe();
         Ok(cri)
     }
@@ -193,8 +199,8 @@ impl<'r> Run<'r> {
     fn sweep_scratch(&self, lock: &NodeLock) -> Result<bool> {
         let host = &self.layout.host;
         let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()?;
-        for kind in [Kind::Crio, Kind::Containerd] {
-            for place in dropin::places(kind) {
+        for daemon in Daemon::all() {
+            for place in dropin::places(daemon).into_iter().chain([daemon.site().main_place()]) {
                 swept |= files::remove(&files::scratch_name(Path::new(place.path), &host.at(place.scratch)))?;
             }
         }
@@ -203,9 +209,9 @@ impl<'r> Run<'r> {
 
     /// Refuses a node whose handler is ours and goes through another prefix.
     fn refuse_other_prefix(&self) -> Result<()> {
-        for kind in [Kind::Crio, Kind::Containerd] {
-            let path = dropin::handlers_place(kind).path;
-            let text = files::read_text(&self.layout.host.at(path))?.unwrap_or_default();
+        let places = Daemon::all().into_iter().flat_map(dropin::places);
+        for place in places.filter(|place| place.of_cri) {
+            let text = files::read_text(&self.layout.host.at(place.path))?.unwrap_or_default();
             if let Some(prefix) = dropin::prefix_of(&text).filter(|prefix| *prefix != self.layout.prefix) {
                 return Err(InstallError::OtherPrefix { prefix });
             }

@@ -13,7 +13,8 @@ use shim::{
 };
 
 use super::{
-    cri::{Cri, Kind},
+    cri::Cri,
+    daemon::Kind,
     dropin::{CONFIG_FOLDER, CONFIGURATION_NAME, DEFAULT_PREFIX},
     error::{InstallError, Result},
     files::{self, Host},
@@ -30,24 +31,23 @@ const MARGIN_MIB: u64 = 16;
 /// # Errors
 /// It is.
 pub fn refuse_old(cri: &Cri) -> Result<()> {
-    old(cri.kind, cri.version.numbers).map_or(Ok(()), |remedy| {
-        Err(InstallError::CriTooOld {
-            cri: cri.kind.name(),
+    match is_old(cri.daemon.kind(), cri.version.numbers) {
+        false => Ok(()),
+        true => Err(InstallError::CriTooOld {
+            cri: cri.daemon.name(),
             version: cri.version.text.clone(),
-            remedy,
-        })
-    })
+            remedy: cri.daemon.site().update,
+        }),
+    }
 }
 
-/// What to do about this version, if it is too old.
-fn old(kind: Kind, version: (u32, u32)) -> Option<&'static str> {
+/// Whether this version is too old.
+fn is_old(kind: Kind, version: (u32, u32)) -> bool {
     match kind {
         // The first that finds the shims of its pods again after a restart.
-        Kind::Crio => (version < (1, 24)).then_some("update it to 1.24 or later"),
+        Kind::Crio => version < (1, 24),
         // Before, a drop-in's section for a plugin replaces that of the main file.
-        Kind::Containerd => (version < (2, 0)).then_some(
-            "update it to 2.0 or later, or add the handler to /etc/containerd/config.toml by hand as Sandpod's deploy/cri/50-kata.containerd-1.toml shows",
-        ),
+        Kind::Containerd => version < (2, 0),
     }
 }
 
@@ -162,10 +162,8 @@ mod tests {
 
     #[test]
     fn old_runtimes_are_refused_by_their_version() {
-        assert_eq!(old(Kind::Crio, (1, 23)), Some("update it to 1.24 or later"));
-        assert_eq!(old(Kind::Crio, (1, 24)), None);
-        assert!(old(Kind::Containerd, (1, 7)).is_some_and(|remedy| remedy.starts_with("update it to 2.0")));
-        assert_eq!(old(Kind::Containerd, (2, 0)), None);
+        assert!(is_old(Kind::Crio, (1, 23)) && !is_old(Kind::Crio, (1, 24)));
+        assert!(is_old(Kind::Containerd, (1, 7)) && !is_old(Kind::Containerd, (2, 0)));
     }
 
     #[test]

@@ -30,17 +30,24 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// # Errors
 /// The command fails, or the CRI does not come back.
 pub fn restart(cri: &Cri, command: Option<&[String]>) -> Result<()> {
-    let by_systemd = ["systemctl", "restart", cri.kind.unit()].map(str::to_owned);
-    let words = command.filter(|words| !words.is_empty()).unwrap_or(&by_systemd);
-    let failed = |how: String| InstallError::Restart {
-        command: words.join(" "),
-        how,
-        cri: cri.kind.name(),
-    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .action("start the runtime")?;
+    let by_systemd;
+    let words = match command.filter(|words| !words.is_empty()) {
+        Some(words) => words,
+        None => {
+            let unit = unit(cri.daemon.site().units, |unit| runtime.block_on(is_active(unit)));
+            by_systemd = ["systemctl", "restart", unit].map(str::to_owned);
+            &by_systemd
+        }
+    };
+    let failed = |how: String| InstallError::Restart {
+        command: words.join(" "),
+        how,
+        cri: cri.daemon.name(),
+    };
     let said = Said::new().action("make a file in memory")?;
     let output = said.for_command().action("share a file in memory")?;
     let status = runtime.block_on(async { timeout(PATIENCE, command_of(words, output).status()).await });
@@ -49,6 +56,22 @@ pub fn restart(cri: &Cri, command: Option<&[String]>) -> Result<()> {
         Ok(()) => cri.await_comeback(),
         Err(how) => Err(failed(how)),
     }
+}
+
+/// The unit that runs now, or else the usual one: a node is a server or an agent of its distribution.
+fn unit<'u>(units: &[&'u str], mut is_active: impl FnMut(&str) -> bool) -> &'u str {
+    match units {
+        [] => "",
+        [only] => only,
+        [usual, ..] => units.iter().copied().find(|unit| is_active(unit)).unwrap_or(usual),
+    }
+}
+
+/// Whether a unit of systemd is active. A systemctl that is not there or does not end says so at the restart.
+async fn is_active(unit: &str) -> bool {
+    let words = ["systemctl", "is-active", "--quiet", unit].map(str::to_owned);
+    let asked = timeout(PATIENCE, command_of(&words, Stdio::null()).status()).await;
+    matches!(asked, Ok(Ok(status)) if status.success())
 }
 
 fn command_of(words: &[String], output: Stdio) -> Command {
@@ -113,6 +136,16 @@ impl Said {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_unit_that_runs_is_restarted() {
+        let units = ["k3s", "k3s-agent"];
+        assert_eq!(unit(&units, |unit| unit == "k3s-agent"), "k3s-agent");
+        assert_eq!(unit(&units, |_| true), "k3s");
+        assert_eq!(unit(&units, |_| false), "k3s");
+        // Nothing has to be asked where there is no choice.
+        assert_eq!(unit(&["containerd"], |_| panic!("asked")), "containerd");
+    }
 
     /// Runs a script as a restart command. What is said of it.
     fn told(script: &str) -> std::result::Result<(), String> {

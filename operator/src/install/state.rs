@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    cri::Kind,
+    daemon::Daemon,
     effective::Baseline,
     error::{InstallError, Result},
     files::{self, Host, SCRATCH},
@@ -31,13 +31,27 @@ pub struct State {
     /// The version that was current before this one.
     pub previous: Option<String>,
     /// What runs the pods.
-    pub cri: Option<Kind>,
+    pub cri: Option<Daemon>,
     /// Folders that were not there before us, each before those inside it.
     pub made: Vec<PathBuf>,
     /// Files that we wrote where administrators write theirs, with the SHA-256 of what we wrote.
     pub written: BTreeMap<PathBuf, String>,
+    /// The administrator's files that have a line of ours.
+    pub edited: BTreeMap<PathBuf, Edit>,
     /// A change that has begun and is not known to have succeeded.
     pub pending: Option<Pending>,
+}
+
+/// A line that was added to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Edit {
+    /// The file before; none where there was none.
+    pub before: Option<String>,
+    /// The SHA-256 of the file with the line.
+    pub sha256: String,
+    /// What is imported by it.
+    pub pattern: String,
 }
 
 /// What is needed to put things back.

@@ -9,15 +9,16 @@ use std::{
 use super::{
     Run,
     cri::{Cri, HANDLER},
-    dropin::{self, DropIn, MARK},
+    daemon::{Author, Daemon},
+    dropin::{self, DropIn, Format, MARK},
     effective::{self, Baseline},
     error::{InstallError, Result},
-    files,
+    files, imports,
     lock::NodeLock,
     merged, preflight,
     restart::restart,
     selinux,
-    state::{Pending, State},
+    state::{Edit, Pending, State},
     step,
     verb_uninstall::clear,
     versions,
@@ -37,6 +38,8 @@ struct Job {
     intact: bool,
     /// The `version` that the drop-in of the handler has to have; none where the CRI knows no versions.
     drop_in_version: Option<i64>,
+    /// What containerd's main file has to import.
+    pattern: String,
     /// Files outside the prefix that are not as they should be.
     changes: Vec<Change>,
 }
@@ -81,15 +84,16 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     let version = payload.name.clone();
     let base = payload.text("configuration.toml")?;
     let configuration = run.options.configuration.clone();
-    run.judge(cri.kind, base.as_deref(), Some(&configuration))?;
+    run.judge(cri.daemon.kind(), base.as_deref(), Some(&configuration))?;
     run.refuse_other_prefix()?;
-    merged::refuse_foreign(&run.layout.host, cri.kind)?;
-    let format = merged::format(&run.layout.host, cri.kind)?;
-    let wanted = dropin::all(
+    let format = merged::format(&run.layout.host, cri.daemon)?;
+    let edit = edit(run, cri.daemon, format)?;
+    let mut wanted = dropin::all(
+        cri.daemon,
         format,
         &run.layout.prefix,
         run.options.log_level,
-        &run.options.configuration,
+        &configuration,
     );
     let intact = versions::inspect(&run.layout, &version).is_ok();
     if let Some(payload) = run.payload.as_ref().filter(|_| !intact) {
@@ -105,19 +109,36 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
             Verdict::Theirs => run.warn(Some(format!("{} was edited; it stays as it is", file.place.path))),
         }
     }
-    if changes.iter().any(|change| change.file.place.of_cri) {
-        merged::validate(&run.layout.host, &lock.folder, cri.kind, &cri.version, &wanted)?;
+    if let Some((file, before)) = edit {
+        wanted.push(file.clone());
+        changes.push(Change { file, before });
     }
-    let handler = dropin::handler(format, &run.layout.prefix);
+    if changes.iter().any(|change| change.file.place.of_cri) {
+        merged::validate(&run.layout.host, &lock.folder, &cri, &wanted)?;
+    }
+    let handler = dropin::handler(cri.daemon, format, &run.layout.prefix);
     Ok(Job {
         listed: cri.lists_handler()?,
         baseline: cri.baseline()?,
+        pattern: imports::pattern(cri.daemon.site(), format),
         cri,
         version,
         intact,
         drop_in_version: handler.text.as_deref().and_then(dropin::version_of),
         changes,
     })
+}
+
+/// The main file of containerd's configuration with one import more, and as it was, if it needs one and may have it.
+fn edit(run: &Run, daemon: Daemon, format: Format) -> Result<Option<(DropIn, Option<String>)>> {
+    let host = &run.layout.host;
+    let site = daemon.site();
+    match merged::refuse_foreign(host, daemon, format) {
+        Err(InstallError::NotImported { .. }) if run.options.add_imports && site.author == Author::Administrator => {
+            imports::edit(host, site, format).map(Some)
+        }
+        checked => checked.map(|()| None),
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -244,7 +265,7 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     // After a death it is the one before that death: the CRI may have been restarted since.
     let baseline = pending.baseline.get_or_insert_with(|| job.baseline.clone()).clone();
     state.pending = Some(pending.clone());
-    state.cri = Some(job.cri.kind);
+    state.cri = Some(job.cri.daemon);
     run.layout.save(state)?;
     run.touched = true;
     let advanced = advance(run, job, state, flip, restart).and_then(|()| match restart {
@@ -263,15 +284,16 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
 }
 
 fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: bool) -> Result<()> {
-    let name = job.cri.kind.name();
+    let name = job.cri.daemon.name();
     if flip {
         step(format_args!("making {} current", job.version));
         versions::make_current(&run.layout, Some(&job.version))?;
     }
-    for Change { file, .. } in &job.changes {
+    for change in &job.changes {
+        let file = &change.file;
         let verb = if file.text.is_some() { "writing" } else { "removing" };
         step(format_args!("{verb} {}", file.place.path));
-        put(run, state, file)?;
+        put(run, job, state, change)?;
     }
     if restart_it {
         step(format_args!("restarting {name}"));
@@ -293,7 +315,7 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
 
 /// After the restart: the CRI is what it was before it, but for our handler.
 fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) -> Result<()> {
-    let cri = job.cri.kind.name();
+    let cri = job.cri.daemon.name();
     if misread(job, pending) {
         run.warn(Some(format!(
             "what {cri} makes of its configuration was not compared: the drop-in of an earlier Sandpod had another version \
@@ -310,13 +332,16 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) 
 /// Whether the drop-in that was there before had another version than belongs to the node: then the CRI may have left
 /// out other files' sections, which it reads now.
 fn misread(job: &Job, pending: &Pending) -> bool {
-    let place = dropin::handlers_place(job.cri.kind);
-    let before = pending.files.get(Path::new(place.path)).cloned().flatten();
-    let before = before.as_deref().and_then(dropin::version_of);
-    before.is_some_and(|before| Some(before) != job.drop_in_version)
+    let mut folders = job.cri.daemon.site().folders.iter();
+    folders.any(|folder| {
+        let before = pending.files.get(Path::new(folder.handler.path)).cloned().flatten();
+        let before = before.as_deref().and_then(dropin::version_of);
+        before.is_some_and(|before| Some(before) != job.drop_in_version)
+    })
 }
 
-fn put(run: &mut Run, state: &mut State, file: &DropIn) -> Result<()> {
+fn put(run: &mut Run, job: &Job, state: &mut State, change: &Change) -> Result<()> {
+    let file = &change.file;
     let place = run.layout.host.at(file.place.path);
     let path = PathBuf::from(file.place.path);
     let Some(text) = &file.text else {
@@ -325,6 +350,18 @@ fn put(run: &mut Run, state: &mut State, file: &DropIn) -> Result<()> {
     };
     if let Some(folder) = place.parent() {
         run.layout.make_folder(state, folder)?;
+    }
+    if file.place == job.cri.daemon.site().main_place() {
+        let edit = Edit {
+            before: change.before.clone(),
+            sha256: files::sha256(text.as_bytes()),
+            pattern: job.pattern.clone(),
+        };
+        // Known to have a line of ours before it has.
+        state.edited.insert(path, edit);
+        run.layout.save(state)?;
+        let mode = imports::mode(&place)?;
+        return files::replace(&place, text.as_bytes(), &run.layout.host.at(file.place.scratch), mode);
     }
     if !file.place.of_cri {
         // Known to be ours before it is there.
@@ -338,7 +375,8 @@ fn put(run: &mut Run, state: &mut State, file: &DropIn) -> Result<()> {
 fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
     step("putting back what was there before");
     let pending = state.pending.clone().unwrap_or_default();
-    let ours = dropin::places(job.cri.kind);
+    let mut ours = dropin::places(job.cri.daemon);
+    ours.push(job.cri.daemon.site().main_place());
     let mut of_cri = false;
     for (path, before) in &pending.files {
         let place = run.layout.host.at(path);
@@ -346,16 +384,17 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
         of_cri |= known.is_none_or(|known| known.of_cri);
         let scratch = known.map_or_else(|| run.layout.root(), |known| run.layout.host.at(known.scratch));
         match before {
-            Some(text) => files::replace(&place, text.as_bytes(), &scratch, 0o644)?,
+            Some(text) => files::replace(&place, text.as_bytes(), &scratch, imports::mode(&place)?)?,
             None => drop(files::remove(&place)?),
         }
         state.written.remove(path);
+        state.edited.remove(path);
     }
     versions::make_current(&run.layout, pending.current.as_deref())?;
     // One that cannot be restarted now starts with the right files whenever it does.
     let restarted = match of_cri {
         true => {
-            step(format_args!("restarting {}", job.cri.kind.name()));
+            step(format_args!("restarting {}", job.cri.daemon.name()));
             restart(&job.cri, run.options.restart.as_deref())
         }
         false => Ok(()),
@@ -374,10 +413,17 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{install::dropin::Format, log_level::LogLevel};
+    use crate::log_level::LogLevel;
 
     fn files_of(level: LogLevel) -> [DropIn; 2] {
-        let mut files = dropin::all(Format::ContainerdV3, Path::new("/opt/sandpod"), level, "").into_iter();
+        let mut files = dropin::all(
+            Daemon::Containerd,
+            Format::ContainerdV3,
+            Path::new("/opt/sandpod"),
+            level,
+            "",
+        )
+        .into_iter();
         [files.next().unwrap(), files.next().unwrap()]
     }
 

@@ -1,16 +1,18 @@
 //! `uninstall`: nothing of ours is left, and everything else is as it was.
 
 use std::{
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
 
 use super::{
     Run,
-    cri::{Cri, HANDLER, Kind},
+    cri::{Cri, HANDLER},
+    daemon::Daemon,
     dropin::{self, DropIn, Format, MARK, Place},
     error::{InstallError, Result},
-    files,
+    files, imports,
     lock::NodeLock,
     restart::restart,
     state::{Pending, State},
@@ -51,7 +53,7 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
     // A CRI without our drop-in has nothing to be asked, and need not be there.
     let cri = match of_cri.is_empty() && !owed {
         true => None,
-        false => Some(run.cri(state.cri)?),
+        false => Some(connected(run, state.cri)?),
     };
     refuse_in_use(run, cri.as_ref())?;
     let mut state = match damaged {
@@ -59,14 +61,28 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
         false => run.layout.load_or_make()?,
     };
     run.touched = true;
-    if let Some(cri) = cri {
-        disconnect(run, &cri, &of_cri, &mut state)?;
+    match cri {
+        Some(cri) => disconnect(run, &cri, &of_cri, &mut state)?,
+        None => take_lines_out(run, &mut state)?,
     }
     remove_written(run, &state)?;
     step(format_args!("removing {}", run.layout.prefix.display()));
     clear(run, &state)?;
     run.report.changed = true;
     Ok(Phase::Uninstalled)
+}
+
+/// The CRI that the last install was for, whatever the kubelet uses by now; another one where another kind was asked
+/// for.
+fn connected(run: &mut Run, last: Option<Daemon>) -> Result<Cri> {
+    match last.filter(|last| run.options.cri.is_none_or(|kind| kind == last.kind())) {
+        Some(daemon) => {
+            let cri = Cri::connect(&run.layout.host, daemon)?;
+            run.report.facts.cri = cri.describe();
+            Ok(cri)
+        }
+        None => run.cri(None),
+    }
 }
 
 /// What can be said of an installation whose state is damaged: the prefix is ours, and a file among the
@@ -82,7 +98,7 @@ fn guess(run: &mut Run) -> Result<State> {
         made: vec![prefix.clone()],
         ..State::default()
     };
-    for DropIn { place, text } in dropin::all(Format::Crio, &prefix, LogLevel::Debug, "") {
+    for DropIn { place, text } in dropin::all(Daemon::Crio, Format::Crio, &prefix, LogLevel::Debug, "") {
         let found = files::read_text(&run.layout.host.at(place.path))?;
         if let Some(text) = text.filter(|text| !place.of_cri && found.as_ref() == Some(text)) {
             state.written.insert(place.path.into(), files::sha256(text.as_bytes()));
@@ -94,8 +110,8 @@ fn guess(run: &mut Run) -> Result<State> {
 /// Our files that a CRI reads, whichever it is.
 fn present(run: &Run) -> Result<Vec<Place>> {
     let mut present = Vec::new();
-    for kind in [Kind::Crio, Kind::Containerd] {
-        for place in dropin::places(kind) {
+    for daemon in Daemon::all() {
+        for place in dropin::places(daemon) {
             let text = files::read_text(&run.layout.host.at(place.path))?;
             if place.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
                 present.push(place);
@@ -140,15 +156,56 @@ fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[Place], state: &mut State) -> 
         step(format_args!("removing {}", place.path));
         files::remove(&run.layout.host.at(place.path))?;
     }
-    step(format_args!("restarting {}", cri.kind.name()));
+    take_lines_out(run, state)?;
+    step(format_args!("restarting {}", cri.daemon.name()));
     run.report.restarted = true;
     restart(cri, run.options.restart.as_deref())?;
-    step(format_args!("asking {} for the handler {HANDLER}", cri.kind.name()));
+    step(format_args!("asking {} for the handler {HANDLER}", cri.daemon.name()));
     run.report.handler_seen = cri.lists_handler()?;
     if run.report.handler_seen == Some(true) {
-        return Err(InstallError::HandlerPresent { cri: cri.kind.name() });
+        return Err(InstallError::HandlerPresent { cri: cri.daemon.name() });
     }
     state.pending = None;
+    run.layout.save(state)
+}
+
+/// Puts back the files that have a line of ours; from one that was edited since, only the line goes. That it reads a
+/// folder where nothing of ours is needs no restart.
+fn take_lines_out(run: &mut Run, state: &mut State) -> Result<()> {
+    if state.edited.is_empty() {
+        return Ok(());
+    }
+    for (path, edit) in state.edited.clone() {
+        let places = Daemon::all().map(|daemon| daemon.site().main_place());
+        let Some(place) = places.iter().find(|place| Path::new(place.path) == path) else {
+            continue;
+        };
+        let (file, scratch) = (run.layout.host.at(&path), run.layout.host.at(place.scratch));
+        let Some(text) = files::read_text(&file)? else {
+            continue;
+        };
+        let unedited = files::sha256(text.as_bytes()) == edit.sha256;
+        let had_list = edit.before.as_deref().is_some_and(imports::has_list);
+        let without = match unedited {
+            true => edit.before,
+            false => match imports::removed(&text, &edit.pattern, !had_list) {
+                None => continue,
+                edited => edited,
+            },
+        };
+        step(format_args!("taking the import out of {}", path.display()));
+        match without {
+            Some(text) => files::replace(&file, text.as_bytes(), &scratch, imports::mode(&file)?)?,
+            None => drop(files::remove(&file)?),
+        }
+        if !unedited {
+            run.warn(Some(format!(
+                "{} was edited since its import was added: only that was taken out",
+                path.display()
+            )));
+        }
+    }
+    state.edited.clear();
     run.layout.save(state)
 }
 

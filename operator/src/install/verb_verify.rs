@@ -28,8 +28,8 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
     }
     versions::inspect(&run.layout, &version)?;
     let cri = run.cri(state.cri)?;
-    let format = merged::format(&run.layout.host, cri.kind)?;
-    let handler = dropin::handler(format, &prefix);
+    let format = merged::format(&run.layout.host, cri.daemon)?;
+    let handler = dropin::handler(cri.daemon, format, &prefix);
     let found = files::read_text(&run.layout.host.at(handler.place.path))?;
     if found != handler.text {
         let version = |text: &Option<String>| text.as_deref().and_then(dropin::version_of);
@@ -43,16 +43,16 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
         });
     }
     let base = files::read_text(&run.layout.current().join("configuration.toml"))?;
-    run.judge(cri.kind, base.as_deref(), None)?;
+    run.judge(cri.daemon.kind(), base.as_deref(), None)?;
     step(format_args!(
         "asking {} for the handler {}",
-        cri.kind.name(),
+        cri.daemon.name(),
         super::cri::HANDLER
     ));
     let listed = cri.lists_handler()?;
     run.report.handler_seen = listed;
     if listed == Some(false) {
-        return Err(InstallError::HandlerAbsent { cri: cri.kind.name() });
+        return Err(InstallError::HandlerAbsent { cri: cri.daemon.name() });
     }
     Ok(Phase::Verified)
 }

@@ -10,7 +10,7 @@ use std::{
 
 use operator::install::{files::sha256, payload::Payload};
 use tests::{
-    config,
+    config::{self, Site},
     failure::{Failure, Result, Trying},
     namespaces::Namespaces,
     places, run,
@@ -53,7 +53,7 @@ impl Host {
     /// Makes one of an absent folder, and waits until its containerd serves.
     pub fn start(root: &Path) -> Result<Host> {
         fs::create_dir_all(root.join("etc/containerd")).trying("making a host's folder")?;
-        let text = config::containerd(Path::new("/var/lib/containerd"), &[]);
+        let text = config::containerd(Path::new("/var/lib/containerd"), Site::Packages, &[]);
         let text = format!("imports = [\"/etc/containerd/conf.d/*.toml\"]\n{text}");
         fs::write(root.join("etc/containerd/config.toml"), text).trying("writing containerd's configuration")?;
         if config::accelerator() == "tcg" {

@@ -66,6 +66,10 @@ impl Node {
     }
 
     pub(super) fn start_containerd(&self) -> Result {
+        if let Some(text) = &self.generated {
+            // What it imports stays; what somebody has written into it goes.
+            self.write(&self.inside(&self.configuration.display().to_string()), text)?;
+        }
         let program = self.programs.join("containerd").display().to_string();
         let mut command = self.command(&program);
         command.arg("--config").arg(&self.configuration);
