@@ -20,8 +20,13 @@ mkdir -p "$out/operator" "$out/nodes"
 put() {
   file=$out/$1
   shift
-  "$@" >"$file" 2>"$file.errors" || echo "must-gather: \`$*\` failed; ${file#"$out"/}.errors says why" >&2
-  [ -s "$file.errors" ] || rm "$file.errors"
+  if ! "$@" >"$file" 2>"$file.errors"; then
+    echo "must-gather: \`$*\` failed; ${file#"$out"/}.errors says why" >&2
+  elif [ ! -s "$file" ]; then
+    # That nothing was found is no complaint.
+    mv "$file.errors" "$file"
+  fi
+  [ -s "$file.errors" ] || rm -f "$file.errors"
 }
 own() { k --namespace "$namespace" "$@"; }
 ours=app.kubernetes.io/name=sandpod component=app.kubernetes.io/component

@@ -171,10 +171,7 @@ fn the_page_in_a_terminal(node: &Node, runtime: Runtime) -> Result {
     let pod = node.pod(runtime, "read")?.run()?;
     pod.container("sleeper", &["sleep", "infinity"]).run()?;
     let monitor = Monitor::start(node)?;
-    let home = tempfile::tempdir().trying("making a home for w3m")?;
-    let mut w3m = node.command("w3m");
-    w3m.args(["-dump", "-cols", "160", URL]).env("HOME", home.path());
-    let shown = succeed(w3m.env("LC_ALL", "C.UTF-8"), run::ORDINARY)?.text();
+    let shown = in_a_terminal(node)?;
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let short = &pod.id()[..13];
     let row = shown.lines().find(|line| line.contains(short)).map(words);
@@ -194,6 +191,13 @@ fn the_page_in_a_terminal(node: &Node, runtime: Runtime) -> Result {
     the_same_for_programs(node, &pod)?;
     monitor.stop()?;
     pod.remove()
+}
+
+fn in_a_terminal(node: &Node) -> Result<String> {
+    let home = tempfile::tempdir().trying("making a home for w3m")?;
+    let mut w3m = node.command("w3m");
+    w3m.args(["-dump", "-cols", "120", URL]).env("HOME", home.path());
+    succeed(w3m.env("LC_ALL", "C.UTF-8"), run::ORDINARY).map(|output| output.text())
 }
 
 /// The interface that docs/monitor.md describes.
@@ -237,7 +241,7 @@ fn fields(value: &Value) -> Vec<String> {
     }
 }
 
-/// Pictures for the documentation, in target/screenshots.
+/// Pictures for the documentation, and a terminal's, in target/screenshots.
 fn a_picture_of_the_page(node: &Node, runtime: Runtime) -> Result {
     let web = node.pod(runtime, "web")?.run()?;
     for name in ["server", "logs"] {
@@ -259,6 +263,7 @@ fn a_picture_of_the_page(node: &Node, runtime: Runtime) -> Result {
             .map_err(|error| Failure::Claim(format!("a picture: {error}")))?;
         fs::write(folder.join(format!("monitor-{colours}.png")), bytes).trying("writing a picture")?;
     }
+    fs::write(folder.join("monitor.txt"), in_a_terminal(node)?).trying("writing a picture")?;
     browser.close()?;
     monitor.stop()?;
     for pod in [web, database, idle] {
