@@ -39,7 +39,7 @@ const WATERFALL: &str = "[...document.getElementById('start-ID').tBodies[0].rows
     [...[...row.cells].slice(0, 3).map(cell => cell.innerText),
         row.querySelector('rect').getBoundingClientRect().width])";
 
-/// Since when a sandbox whose first container runs, in the order of a start.
+/// All marks of a sandbox whose first container has been started.
 const MARKS: [&str; 8] = [
     "shim exec",
     "address printed",

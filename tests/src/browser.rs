@@ -85,14 +85,14 @@ impl Browser {
     }
 
     fn load(&mut self, url: &str) -> Result {
-        let target = self.call("Target.createTarget", json!({ "url": "about:blank" }))?["targetId"].take();
+        let target = self.call("Target.createTarget", &json!({ "url": "about:blank" }))?["targetId"].take();
         let attach = json!({ "targetId": target, "flatten": true });
-        let session = self.call("Target.attachToTarget", attach)?;
+        let session = self.call("Target.attachToTarget", &attach)?;
         self.session = session["sessionId"].as_str().unwrap_or_default().to_owned();
         for part in ["Page.enable", "Log.enable"] {
-            self.call(part, json!({}))?;
+            self.call(part, &json!({}))?;
         }
-        let begun = self.call("Page.navigate", json!({ "url": url }))?;
+        let begun = self.call("Page.navigate", &json!({ "url": url }))?;
         claim(begun["errorText"].is_null(), format!("{url} is not loaded: {begun}"))?;
         let loaded = |message: &Value| message["method"] == "Page.loadEventFired";
         self.await_message("the page", loaded).map(drop)
@@ -104,7 +104,7 @@ impl Browser {
     /// What it throws.
     pub fn evaluate(&self, expression: &str) -> Result<Value> {
         let parameters = json!({ "expression": expression, "awaitPromise": true, "returnByValue": true });
-        let mut answer = self.call("Runtime.evaluate", parameters)?;
+        let mut answer = self.call("Runtime.evaluate", &parameters)?;
         match &answer["exceptionDetails"] {
             Value::Null => Ok(answer["result"]["value"].take()),
             thrown => Err(Failure::Claim(format!("`{expression}` throws {thrown}"))),
@@ -137,13 +137,13 @@ impl Browser {
     /// The browser's.
     pub fn picture(&self, width: u32, colours: &str) -> Result<String> {
         let features = json!([{ "name": "prefers-color-scheme", "value": colours }]);
-        self.call("Emulation.setEmulatedMedia", json!({ "features": features }))?;
+        self.call("Emulation.setEmulatedMedia", &json!({ "features": features }))?;
         let size =
             |height: &Value| json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
-        self.call("Emulation.setDeviceMetricsOverride", size(&json!(100)))?;
+        self.call("Emulation.setDeviceMetricsOverride", &size(&json!(100)))?;
         let height = self.evaluate("document.documentElement.scrollHeight")?;
-        self.call("Emulation.setDeviceMetricsOverride", size(&height))?;
-        let picture = self.call("Page.captureScreenshot", json!({ "format": "png" }))?;
+        self.call("Emulation.setDeviceMetricsOverride", &size(&height))?;
+        let picture = self.call("Page.captureScreenshot", &json!({ "format": "png" }))?;
         Ok(picture["data"].as_str().unwrap_or_default().to_owned())
     }
 
@@ -164,7 +164,7 @@ impl Browser {
     }
 
     /// Asks the page, or the browser while there is none.
-    fn call(&self, method: &str, parameters: Value) -> Result<Value> {
+    fn call(&self, method: &str, parameters: &Value) -> Result<Value> {
         let number = self.count.get() + 1;
         self.count.set(number);
         let mut message = json!({ "id": number, "method": method, "params": parameters });
