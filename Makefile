@@ -27,7 +27,7 @@ export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 DEMO_GROUPS := build run peers
 TEST_GROUPS := build kernel run test fresh peers
 
-.PHONY: help demo cluster node test test-all fresh soak bench lint build guest guest-own guest-tracing guest-debian payload payload-files images images-files release install clean
+.PHONY: help demo cluster node test test-all fresh soak bench screenshots lint build guest guest-own guest-tracing guest-debian payload payload-files images images-files release install clean
 .PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
 .PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-software suite-fresh
 
@@ -80,6 +80,12 @@ soak: deps-test ## long use: 10,000 execs, 500 pods, restarts under load, a deat
 	$(MAKE) PARTS='--bins --tests' guest
 	cargo test --release --workspace --test soak -- --ignored --test-threads=1 full/
 	cargo test --release --workspace --test crash -- --include-ignored containerd-2.4/own/
+
+screenshots: deps-test ## docs/images: the page of `kata-ctl monitor`, light and dark, with three pods
+	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers debian-kernel
+	$(MAKE) PARTS='--bins --tests' guest
+	$(MAKE) suite-e2e FLAGS='--ignored --exact containerd-2.4/own/a_picture_of_the_page'
+	install -D -m 644 -t docs/images target/screenshots/monitor-light.png target/screenshots/monitor-dark.png
 
 lint: ## formatting, clippy and documentation, warnings denied
 	echo 'lint: rustfmt, clippy and rustdoc, usually 2 minutes the first time'

@@ -12,7 +12,7 @@ tracing=(dwarves)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)
 images=(buildah binutils)
-test=(attr busybox-static curl e2fsprogs etcd-server openssl procps qemu-utils)
+test=(attr busybox-static chromium curl e2fsprogs etcd-server openssl procps qemu-utils w3m)
 fresh=(mmdebstrap)
 
 only_list=''

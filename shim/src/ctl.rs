@@ -4,6 +4,8 @@ pub mod env;
 pub mod exec;
 pub mod gather;
 pub mod monitor;
+mod page;
+mod report;
 pub mod top;
 
 use crate::{
@@ -67,13 +69,16 @@ fn pod_name(pod: Option<&PodName>) -> String {
     pod.map_or_else(|| "-".to_owned(), PodName::to_string)
 }
 
+/// How a sandbox is that has all its parts.
+const RUNNING: &str = "running";
+
 /// How a sandbox is, in words.
 fn how(state: &State) -> &'static str {
     let alive = |process: Option<undo::ProcessId>| process.is_some_and(|process| process.alive());
     if !state.shim.alive() {
         "dead, to be swept"
     } else if alive(state.qemu) {
-        "running"
+        RUNNING
     } else {
         "no guest"
     }

@@ -27,12 +27,25 @@ pub const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub const TEXT: &str = "text/plain; charset=utf-8";
 /// The type of JSON.
 pub const JSON: &str = "application/json";
+/// The type of a page.
+pub const HTML: &str = "text/html; charset=utf-8";
+
+/// What a client asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// A path, perhaps with a query.
+    pub target: String,
+    /// Whom it believes to ask: the field `Host`, which HTTP/1.0 has not.
+    pub host: Option<String>,
+}
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     status: &'static str,
     kind: &'static str,
+    /// What a browser may load and run for it.
+    policy: Option<&'static str>,
     body: String,
 }
 
@@ -42,8 +55,22 @@ impl Answer {
         Answer {
             status: "200 OK",
             kind,
+            policy: None,
             body,
         }
+    }
+
+    /// A page, with its Content-Security-Policy.
+    pub fn page(policy: &'static str, body: String) -> Answer {
+        Answer {
+            policy: Some(policy),
+            ..Answer::ok(HTML, body)
+        }
+    }
+
+    /// Nobody who asks for this name is answered (RFC 9110, section 15.5.20).
+    pub fn misdirected(sentence: impl Into<String>) -> Answer {
+        Answer::refusal("421 Misdirected Request", sentence)
     }
 
     /// Nothing of that name.
@@ -60,29 +87,35 @@ impl Answer {
         Answer {
             status,
             kind: TEXT,
+            policy: None,
             body: sentence.into() + "\n",
         }
     }
 
     fn head(&self) -> String {
+        let Answer { status, kind, .. } = self;
         let length = self.body.len();
+        let policy = self
+            .policy
+            .map(|policy| format!("Content-Security-Policy: {policy}\r\n"));
+        let policy = policy.unwrap_or_default();
         format!(
-            "HTTP/1.1 {}\r\nContent-Type: {}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n",
-            self.status, self.kind
+            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{policy}\
+             X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
         )
     }
 }
 
-/// Reads one request and answers it by `respond`, which gets the request's target: a path, perhaps with a query.
+/// Reads one request and answers it by `respond`.
 ///
 /// # Errors
 /// The client's: it says or takes nothing in time, or hangs up.
 pub async fn serve<F: Future<Output = Answer>>(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
-    respond: impl FnOnce(String) -> F,
+    respond: impl FnOnce(Request) -> F,
 ) -> io::Result<()> {
     let given = match request(&mut stream).await? {
-        Ok(target) => respond(target).await,
+        Ok(request) => respond(request).await,
         Err(refusal) => refusal,
     };
     answer(&mut stream, &given).await
@@ -123,15 +156,15 @@ pub fn query<'a>(target: &'a str, key: &str) -> Option<&'a str> {
         .map(|(_, value)| value)
 }
 
-/// The target of a GET, or the answer to what is none.
+/// A GET, or the answer to what is none.
 ///
 /// # Errors
 /// As [`serve`].
-pub async fn request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
+pub async fn request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<Request, Answer>> {
     timeout(PATIENCE, read_request(stream)).await?
 }
 
-async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<String, Answer>> {
+async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<Request, Answer>> {
     let mut head = Vec::with_capacity(1024);
     loop {
         let mut fields = [httparse::EMPTY_HEADER; FIELDS];
@@ -139,7 +172,10 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Resul
         match request.parse(&head) {
             Ok(httparse::Status::Complete(_)) => {
                 return Ok(match (request.method, request.path) {
-                    (Some("GET"), Some(target)) => Ok(target.to_owned()),
+                    (Some("GET"), Some(target)) => Ok(Request {
+                        target: target.to_owned(),
+                        host: host(request.headers),
+                    }),
                     _ => Err(Answer::refusal("405 Method Not Allowed", "only GET is served here")),
                 });
             }
@@ -156,6 +192,11 @@ async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Resul
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
+}
+
+fn host(fields: &[httparse::Header]) -> Option<String> {
+    let field = fields.iter().find(|field| field.name.eq_ignore_ascii_case("host"))?;
+    Some(String::from_utf8_lossy(field.value).into_owned())
 }
 
 /// The body of the answer to `GET target` on a unix socket.
@@ -221,7 +262,10 @@ mod tests {
     async fn exchange(request: &str) -> String {
         let (mut client, server) = tokio::io::duplex(1 << 16);
         client.write_all(request.as_bytes()).await.unwrap();
-        let respond = |target: String| async move { Answer::ok(TEXT, format!("you asked for {target}")) };
+        let respond = |request: Request| async move {
+            let Request { target, host } = request;
+            Answer::ok(TEXT, format!("you asked {host:?} for {target}"))
+        };
         serve(server, respond).await.unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
@@ -233,10 +277,12 @@ mod tests {
         let answer = exchange("GET /metrics?sandbox=a HTTP/1.1\r\nHost: x\r\nAccept: */*\r\n\r\n").await;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(
-            head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("Content-Length: 32"),
+            head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("Content-Length: 42"),
             "{head}"
         );
-        assert_eq!(body, "you asked for /metrics?sandbox=a");
+        assert_eq!(body, "you asked Some(\"x\") for /metrics?sandbox=a");
+        let of_old = exchange("GET / HTTP/1.0\r\n\r\n").await;
+        assert!(of_old.ends_with("\r\n\r\nyou asked None for /"), "{of_old}");
     }
 
     #[tokio::test]
@@ -249,6 +295,15 @@ mod tests {
         assert!(exchange("nonsense\r\n\r\n").await.starts_with("HTTP/1.1 400 "));
         let endless = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(HEAD));
         assert!(exchange(&endless).await.starts_with("HTTP/1.1 431 "));
+    }
+
+    #[test]
+    fn only_a_page_has_a_policy() {
+        let head = Answer::page("default-src 'none'", "<!doctype html>".into()).head();
+        assert!(
+            head.contains("\r\nContent-Security-Policy: default-src 'none'\r\nX-Content-Type-Options: nosniff\r\n")
+        );
+        assert!(!Answer::not_found("no").head().contains("Content-Security-Policy"));
     }
 
     #[test]
@@ -275,7 +330,7 @@ mod tests {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let mut stream = stream;
-                match request(&mut stream).await.unwrap().unwrap().as_str() {
+                match request(&mut stream).await.unwrap().unwrap().target.as_str() {
                     "/there" => answer(&mut stream, &Answer::ok(TEXT, "yes".into())).await.unwrap(),
                     "/echo?rows=24" => {
                         switch(&mut stream).await.unwrap();

@@ -27,7 +27,7 @@ use crate::{
     container::Kind,
     error::{Context, Error, Result},
     families::Families,
-    http::{self, Answer},
+    http::{self, Answer, Request},
     sandbox::Sandbox,
     undo::{State, Undo, dir_of},
 };
@@ -79,8 +79,10 @@ pub fn serve(listener: UnixListener, sandbox: Arc<Sandbox>) -> Result<()> {
 
 async fn converse(mut stream: UnixStream, sandbox: &Sandbox) -> io::Result<()> {
     let answer = match http::request(&mut stream).await? {
-        Ok(target) if http::path(&target) == "/exec" => return console::serve(stream, sandbox, &target).await,
-        Ok(target) => respond(sandbox, http::path(&target)).await,
+        Ok(Request { target, .. }) => match http::path(&target) {
+            "/exec" => return console::serve(stream, sandbox, &target).await,
+            path => respond(sandbox, path).await,
+        },
         Err(refusal) => refusal,
     };
     http::answer(&mut stream, &answer).await

@@ -52,6 +52,17 @@ impl Mark {
     }
 }
 
+/// A mark of a waterfall with its place in it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Step {
+    /// What was reached.
+    pub mark: Mark,
+    /// Milliseconds since the first mark.
+    pub at: f64,
+    /// Milliseconds since the mark before.
+    pub step: f64,
+}
+
 /// Timestamps of one start, in microseconds since the epoch.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Trace(BTreeMap<Mark, u64>);
@@ -105,21 +116,32 @@ impl Trace {
         write_renamed(Path::new(&dir_of(sandbox).join("trace.json")), &text)
     }
 
+    /// When the first mark was reached.
+    pub fn began(&self) -> Option<SystemTime> {
+        let first = self.0.values().min()?;
+        UNIX_EPOCH.checked_add(Duration::from_micros(*first))
+    }
+
+    /// The marks in the order of time.
+    pub fn steps(&self) -> Vec<Step> {
+        let mut marks: Vec<_> = self.0.iter().map(|(mark, at)| (*at, *mark)).collect();
+        marks.sort_unstable();
+        let first = marks.first().map_or(0, |(at, _)| *at);
+        let before = std::iter::once(first).chain(marks.iter().map(|(at, _)| *at));
+        let step = |(&(at, mark), before): (&(u64, Mark), u64)| Step {
+            mark,
+            at: (at - first) as f64 / 1000.0,
+            step: (at - before) as f64 / 1000.0,
+        };
+        marks.iter().zip(before).map(step).collect()
+    }
+
     /// The waterfall: each mark with its time since the first and the step from the one before, in milliseconds.
     pub fn render(&self) -> String {
-        let Some(first) = self.0.values().min().copied() else {
-            return String::new();
+        let line = |Step { mark, at, step }: Step| {
+            format!("{:<18} {at:>9.1} ms  {:>9}\n", mark.label(), format!("+{step:.1}"))
         };
-        let mut rows: Vec<_> = self.0.iter().collect();
-        rows.sort_by_key(|(mark, at)| (**at, **mark));
-        let mut before = first;
-        let mut text = String::new();
-        for (mark, at) in rows {
-            let (total, step) = ((at - first) as f64 / 1000.0, (at - before) as f64 / 1000.0);
-            before = *at;
-            text += &format!("{:<18} {total:>9.1} ms  {:>9}\n", mark.label(), format!("+{step:.1}"));
-        }
-        text
+        self.steps().into_iter().map(line).collect()
     }
 }
 

@@ -6,6 +6,7 @@ use libtest_mimic::{Arguments, Trial};
 
 mod book;
 mod ground;
+mod insight;
 mod life;
 mod operator;
 mod packages;
@@ -24,7 +25,8 @@ fn main() {
     let life = life::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
-    let real = real::STORIES.iter().map(|story| site.trial(*story));
+    let real = real::STORIES.iter().chain(insight::STORIES);
+    let real = real.map(|story| site.trial(*story));
     let trials = alone
         .chain(packages::trials())
         .chain(book::trials())

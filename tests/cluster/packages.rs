@@ -30,6 +30,7 @@ const STORIES: &[Story] = &[
     ("the_bundle_says_what_the_manifest_says", bundle),
     ("olm_takes_bundle_catalog_and_subscription", olm),
     ("nfd_takes_the_rule", nfd),
+    ("prometheus_finds_the_monitors", monitoring),
     ("all_packages_have_one_version", versions),
     ("the_catalog_leads_to_the_bundle", catalog),
 ];
@@ -442,6 +443,33 @@ fn nfd(server: &ApiServer) -> Result {
         })
         .collect();
     same("what is matched", &json!(either), &older["matchOn"])
+}
+
+/// What is to be scraped is what the monitors' pods have, and the API server knows every field of theirs.
+fn monitoring(server: &ApiServer) -> Result {
+    let file = deploy("monitoring/daemonset.yaml").display().to_string();
+    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
+    server.apply(&namespace.to_string())?;
+    let words = ["apply", "--dry-run=server", "--validate=strict", "--filename", &file];
+    server.kubectl(words)?;
+    let made = objects("daemonset.yaml", &read("monitoring/daemonset.yaml")?)?;
+    let template = &made[&format!("DaemonSet {NAMESPACE}/sandpod-monitor")]["spec"]["template"];
+    let labels = &template["metadata"]["labels"];
+    let scraped = document("monitoring/podmonitor.yaml")?;
+    same("the namespace", &scraped["metadata"]["namespace"], NAMESPACE)?;
+    let policy = &made[&format!("NetworkPolicy {NAMESPACE}/sandpod-monitor")]["spec"];
+    for selector in [&scraped["spec"]["selector"], &policy["podSelector"]] {
+        same("the labels", &selector["matchLabels"], labels)?;
+    }
+    let port = &template["spec"]["containers"][0]["ports"][0]["name"];
+    same("the port", &scraped["spec"]["podMetricsEndpoints"][0]["port"], port)?;
+    same(
+        "the port of the policy",
+        &policy["ingress"][0]["ports"][0]["port"],
+        port,
+    )?;
+    let image = format!("sandpod.io/installer:{}", env!("CARGO_PKG_VERSION"));
+    same("the image", &template["spec"]["containers"][0]["image"], image.as_str())
 }
 
 /// Images, chart, bundle and subscription are of the version that is built.

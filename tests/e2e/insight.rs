@@ -59,7 +59,7 @@ pub fn handlers() -> Vec<(String, String)> {
 }
 
 /// The monitor's own default.
-const PORT: u16 = 8090;
+pub const PORT: u16 = 8090;
 
 /// What may change between two looks at a pod at rest, in KiB.
 const TOLERANCE: u64 = 2048;
@@ -434,21 +434,26 @@ fn metric(text: &str, name: &str, labels: &[&str]) -> Result<f64> {
     value.ok_or_else(|| Failure::Claim(format!("not one {name} with {labels:?}: {samples:?}")))
 }
 
-fn kata_ctl(node: &Node, arguments: &[&str]) -> Result<String> {
+pub fn kata_ctl(node: &Node, arguments: &[&str]) -> Result<String> {
     succeed(node.command("kata-ctl").args(arguments), run::ORDINARY).map(|output| output.text())
 }
 
 /// `kata-ctl monitor` in the node; it ends with its shell's input.
-struct Monitor {
+pub struct Monitor {
     shell: Child,
     input: ChildStdin,
 }
 
 impl Monitor {
     /// Starts it; it listens when this returns.
-    fn start(node: &Node) -> Result<Monitor> {
+    pub fn start(node: &Node) -> Result<Monitor> {
+        Monitor::start_with(node, "")
+    }
+
+    /// Starts it with some options.
+    pub fn start_with(node: &Node, options: &str) -> Result<Monitor> {
         let mut command = node.command("sh");
-        command.args(["-c", "kata-ctl monitor & cat; kill $!; wait"]);
+        command.args(["-c", &format!("kata-ctl monitor {options} & cat; kill $!; wait")]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut shell = command.spawn().trying("starting kata-ctl monitor")?;
         let pipes = shell.stdin.take().zip(shell.stdout.take());
@@ -460,7 +465,7 @@ impl Monitor {
         Ok(Monitor { shell, input })
     }
 
-    fn stop(self) -> Result {
+    pub fn stop(self) -> Result {
         drop(self.input);
         run::wait(self.shell, run::ORDINARY, "kata-ctl monitor").map(drop)
     }

@@ -19,6 +19,7 @@ mod kernel;
 mod lifecycle;
 mod memory;
 mod network;
+mod page;
 mod stdio;
 mod upgrade;
 mod users;
@@ -44,6 +45,7 @@ const OF_A_VM: &[&[Story]] = &[
     volumes::OF_A_VM,
     memory::OF_A_VM,
     insight::OF_A_VM,
+    page::OF_A_VM,
     upgrade::OF_A_VM,
 ];
 
@@ -79,6 +81,7 @@ const FEW: &[&str] = &[
 /// Whether a combination plays a story by default.
 fn plays(containerd: Containerd, runtime: Runtime, story: &str) -> bool {
     match (containerd, runtime) {
+        _ if story == page::A_PICTURE => false,
         (_, Runtime::Runc) => false,
         (Containerd::Newest, Runtime::Kata(Guest::Own)) => true,
         (Containerd::Debian, Runtime::Kata(Guest::Debian)) => SELECTION.contains(&story),

@@ -4,6 +4,7 @@
 //! with `ctr`, and claims what it sees. [`stage`] plays stories one after another on a node and fails those that leave
 //! anything behind.
 
+pub mod browser;
 pub mod census;
 pub mod cluster;
 pub mod cold_read;

@@ -1,7 +1,6 @@
 //! What an administrator asks a node about its sandboxes.
 
 use std::{
-    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
@@ -11,7 +10,7 @@ use shim::{
     check::{self, Verdict},
     config::Config,
     ctl::{self, env::Env, exec, gather, monitor, top},
-    error::{Context, Error, Result},
+    error::{Context, Result},
     trace::Trace,
 };
 
@@ -22,8 +21,9 @@ const USAGE: &str = "usage: kata-ctl check [--json]   whether this node can run 
        kata-ctl top [--json]     what each sandbox holds of the node's memory, each page counted once, and its processor time
        kata-ctl trace SANDBOX    the start-up waterfall of a sandbox
        kata-ctl exec SANDBOX     a shell in the guest of a sandbox, where `debug_console_enabled` allows it
-       kata-ctl gather [--output FILE]      what a bug report needs, as a gzipped tar
-       kata-ctl monitor [--listen ADDRESS]  serves the metrics of all sandboxes to Prometheus, on 127.0.0.1:8090
+       kata-ctl gather [--output FILE]      what a bug report needs, as a gzipped tar; - is the standard output
+       kata-ctl monitor [--listen ADDRESS] [--node NAME] [--host NAME]
+                                 serves a page of all sandboxes, and their metrics to Prometheus, on 127.0.0.1:8090
        kata-ctl --version";
 
 fn main() -> ExitCode {
@@ -43,8 +43,9 @@ fn main() -> ExitCode {
         ["exec", sandbox] => shell(sandbox),
         ["gather"] => archive(None),
         ["gather", "--output", file] => archive(Some(Path::new(file))),
-        ["monitor"] => watch(monitor::ADDRESS),
-        ["monitor", "--listen", address] => watch(address),
+        ["monitor", ref options @ ..] => monitor::Options::parse(options)
+            .and_then(|options| in_runtime(monitor::serve(options)))
+            .map(|()| String::new()),
         ["--version"] => Ok(format!("kata-ctl {}\n", env!("CARGO_PKG_VERSION"))),
         _ => {
             eprintln!("{USAGE}");
@@ -93,14 +94,11 @@ fn archive(file: Option<&Path>) -> Result<String> {
         Path::to_owned,
     );
     let names = in_runtime(gather::gather(&file))?;
+    if file == Path::new("-") {
+        eprint!("{names}");
+        return Ok(String::new());
+    }
     Ok(format!("{names}are in {}\n", file.display()))
-}
-
-fn watch(address: &str) -> Result<String> {
-    let address: SocketAddr = address
-        .parse()
-        .map_err(|_| Error::Invalid(format!("{address:?} is no address: 127.0.0.1:8090 is one")))?;
-    in_runtime(monitor::serve(address)).map(|()| String::new())
 }
 
 fn in_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {

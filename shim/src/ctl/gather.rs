@@ -4,13 +4,14 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::Path,
     process::Command,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use flate2::{Compression, write::GzEncoder};
+use nix::errno::Errno;
 
 use super::{env::Env, list, sandboxes, top};
 use crate::{
@@ -38,15 +39,15 @@ const KERNEL_WORDS: &[&str] = &[
     "segfault",
 ];
 
-/// Writes the archive, a gzipped tar for root's eyes; returns the names of what is in it, a line each.
+/// Writes the archive, a gzipped tar for root's eyes, `-` for the standard output; returns the names of what is in it,
+/// a line each.
 ///
 /// # Errors
 /// The file cannot be written. What cannot be gathered is in the archive as the sentence that says why.
 pub async fn gather(output: &Path) -> Result<String> {
-    let mut open = OpenOptions::new();
-    let file = open.write(true).create(true).truncate(true).mode(0o600).open(output);
+    let file = open(output).at("create", output)?;
     let mut archive = Archive {
-        tar: tar::Builder::new(GzEncoder::new(file.at("create", output)?, Compression::default())),
+        tar: tar::Builder::new(GzEncoder::new(file, Compression::default())),
         names: String::new(),
     };
     let config = Config::load(None);
@@ -81,6 +82,14 @@ pub async fn gather(output: &Path) -> Result<String> {
     archive.add("journal.txt", journal()).at("write", output)?;
     archive.add("kernel.txt", kernel()).at("write", output)?;
     archive.finish().at("write", output)
+}
+
+fn open(output: &Path) -> io::Result<File> {
+    if output == Path::new("-") {
+        return Ok(io::stdout().as_fd().try_clone_to_owned()?.into());
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).open(output)
 }
 
 async fn of_sandbox(id: &str) -> [(&'static str, Result<String>); 4] {
@@ -149,7 +158,11 @@ impl Archive {
     }
 
     fn finish(self) -> io::Result<String> {
-        self.tar.into_inner()?.finish()?.sync_all()?;
+        match self.tar.into_inner()?.finish()?.sync_all() {
+            // A pipe has nothing that could be brought to a disk.
+            Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {}
+            synced => synced?,
+        }
         Ok(self.names)
     }
 }

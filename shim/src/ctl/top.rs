@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use procfs::{
     ProcError,
     process::{FDTarget, MMapPath, MemoryMaps, Process, Stat, all_processes},
@@ -67,15 +68,29 @@ pub struct Memory {
 /// A state file or `/proc` that cannot be read.
 pub async fn measure() -> Result<Vec<Usage>> {
     let processes = processes().map_err(|error| system("list the processes", error))?;
-    let mut usages = Vec::new();
-    for (sandbox, state) in sandboxes()? {
-        let containers = containers(&sandbox).await;
-        usages.push(Usage {
+    let sandboxes = sandboxes()?;
+    // All are asked at once: one that does not answer holds up no other.
+    let counts = join_all(sandboxes.iter().map(|(sandbox, _)| containers(sandbox))).await;
+    let measured = sandboxes.into_iter().zip(counts).map(|((sandbox, state), containers)| {
+        Ok(Usage {
             containers,
             ..usage_of(sandbox, state, &processes)?
-        });
+        })
+    });
+    measured.collect()
+}
+
+impl Usage {
+    /// The beginning of its id, as `crictl` shows it.
+    pub(super) fn short(&self) -> String {
+        self.sandbox.chars().take(13).collect()
     }
-    Ok(usages)
+
+    /// Its containers in a table.
+    pub(super) fn counted(&self) -> String {
+        self.containers
+            .map_or_else(|| "-".to_owned(), |count| count.to_string())
+    }
 }
 
 /// How many containers a shim says that it has.
@@ -103,12 +118,10 @@ pub fn render(usages: &[Usage]) -> String {
         let memory = &usage.memory;
         let part = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), mib);
         vec![
-            usage.sandbox.chars().take(13).collect(),
+            usage.short(),
             pod_name(usage.pod.as_ref()),
             usage.state.to_owned(),
-            usage
-                .containers
-                .map_or_else(|| "-".to_owned(), |count| count.to_string()),
+            usage.counted(),
             part(memory.guest),
             part(memory.qemu),
             part(memory.virtiofsd),
@@ -122,7 +135,8 @@ pub fn render(usages: &[Usage]) -> String {
     table(&rows, 3)
 }
 
-fn mib(bytes: u64) -> String {
+/// Mebibytes in a table.
+pub(super) fn mib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
