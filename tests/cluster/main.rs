@@ -10,6 +10,7 @@ mod life;
 mod operator;
 mod packages;
 mod real;
+mod release;
 mod server;
 
 fn main() {
@@ -24,12 +25,16 @@ fn main() {
     let life = life::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
+    let release = release::STORIES
+        .iter()
+        .map(|(name, tell)| Trial::test(format!("release/{name}"), move || Ok(tell()?)));
     let real = real::STORIES.iter().map(|story| site.trial(*story));
     let trials = alone
         .chain(packages::trials())
         .chain(book::trials())
         .chain(of_the_operator)
         .chain(life)
+        .chain(release)
         .chain(real)
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
