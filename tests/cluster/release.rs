@@ -62,7 +62,7 @@ fn bill() -> Result<Value> {
     serde_json::from_reader(file).map_err(|source| Failure::Json { what, source })
 }
 
-/// Each crate that is compiled into a shipped program, as `<name> <version>`: what cargo itself takes of the lock files.
+/// Each crate that is compiled into a shipped program, as `<name> <version>`: what cargo takes of the lock files.
 fn crates() -> Result<BTreeSet<String>> {
     let virtiofsd = fs::canonicalize(places::virtiofsd()?).trying("looking for virtiofsd")?;
     let source = virtiofsd.ancestors().nth(2).map(|folder| folder.join("source"));
@@ -82,7 +82,7 @@ fn tree(folder: &Path, packages: &[&str]) -> Result<BTreeSet<String>> {
     ]);
     command.args(["--target", TARGET]).args(packages).current_dir(folder);
     let text = succeed(&mut command, run::ORDINARY)?.text();
-    // A line is `name v1.2.3`, with `(/folder)` where it is in no registry, `(proc-macro)`, and `(*)` where it was told.
+    // A line is `name v1.2.3`, with `(/folder)` where it is in no registry, `(proc-macro)`, or `(*)` the second time.
     let of_a_registry = text
         .lines()
         .filter(|line| !line.contains("(/") || line.starts_with("virtiofsd "));
@@ -128,13 +128,13 @@ fn bill_of_materials() -> Result {
         "what is shipped was not understood",
     )?;
     let without: Vec<String> = missing(&crates, &of("pkg:cargo/"));
-    same("crates that are not in it", without, Vec::new())?;
+    same("crates that are not in it", without, Vec::<String>::new())?;
     let packages = debian
         .iter()
         .map(|[_, _, package, version]| format!("{package} {version}"))
         .collect();
     let without: Vec<String> = missing(&packages, &of("pkg:deb/debian/"));
-    same("Debian packages that are not in it", without, Vec::new())?;
+    same("Debian packages that are not in it", without, Vec::<String>::new())?;
     let linked: BTreeSet<_> = of("pkg:deb/debian/")
         .iter()
         .filter_map(|each| Some(each.split_once(' ')?.0.to_owned()))
@@ -198,7 +198,7 @@ fn licences() -> Result {
         .into_iter()
         .filter(|name| !told.contains(name.as_str()))
         .collect();
-    same("crates without a licence", without, Vec::new())?;
+    same("crates without a licence", without, Vec::<String>::new())?;
     for [source, version, package, _] in debian()? {
         claim(
             read(&format!("debian/{package}.txt"))?.len() > 100,
@@ -221,9 +221,9 @@ fn licences() -> Result {
     let patch = "guest-kernel/kernel-pci-tables.patch";
     let ours = fs::read_to_string(places::workspace().join("deploy/guest/kernel-pci-tables.patch"));
     same("a patch of the kernel", read(patch)?, ours.trying("reading a patch")?)?;
-    let mut list = Command::new("tar");
     let node = release.join(format!("sandpod-{VERSION}-x86_64.tar.gz"));
-    let inside = succeed(list.args(["--list", "--gzip", "--file"]).arg(node), run::ORDINARY)?.text();
+    let inside = listed("tar --list --gzip --file \"$0\"", &node, "")?;
+    let folder = format!("sandpod-{VERSION}-x86_64");
     for name in [
         "install.sh",
         "sandpod-installer",
@@ -231,13 +231,36 @@ fn licences() -> Result {
         "licences/THIRD-PARTY.md",
         "licences/LICENSE",
     ] {
-        contains(
-            "the archive for one node",
-            &inside,
-            &format!("\nsandpod-{VERSION}-x86_64/{name}\n"),
-        )?;
+        contains("the archive for one node", &inside, &format!("\n{folder}/{name}\n"))?;
+    }
+    let cluster = cluster_folder(&release);
+    for [name, digest] in digests(&cluster)?.iter().filter(|[name, _]| !name.contains("charts")) {
+        let archive = cluster.join(format!("images/{}.tar", name.trim_start_matches("sandpod.io/")));
+        let blob = "tar --extract --to-stdout --file \"$0\" \"./blobs/sha256/${1#sha256:}\"";
+        let manifest = listed(blob, &archive, digest)?;
+        let manifest: Value = serde_json::from_str(&manifest).map_err(|source| Failure::Json {
+            what: format!("the manifest of {name}"),
+            source,
+        })?;
+        let layer = manifest["layers"][0]["digest"].as_str().unwrap_or_default();
+        let inside = listed(&format!("{blob} | tar --list --gzip"), &archive, layer)?;
+        for text in [
+            "THIRD-PARTY.md",
+            "crates.txt",
+            "debian/libc6-dev.txt",
+            "common/LGPL-2.1",
+        ] {
+            contains(name, &inside, &format!("\nlicenses/{text}\n"))?;
+        }
     }
     Ok(())
+}
+
+/// What a script prints of an archive, with a line end before and after.
+fn listed(script: &str, archive: &Path, word: &str) -> Result<String> {
+    let mut shell = Command::new("sh");
+    let output = succeed(shell.args(["-c", script]).arg(archive).arg(word), run::ORDINARY)?;
+    Ok(format!("\n{}\n", output.text()))
 }
 
 /// Made once more of the same, every file is the same.
