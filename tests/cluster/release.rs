@@ -554,16 +554,8 @@ fn other_ways(node: &Node, unpacked: &Path) -> Result {
         node.crictl(["rmi", &image])?;
         let archive = unpacked.join(format!("images/{}.tar", name.trim_start_matches("sandpod.io/")));
         let archive = archive.display().to_string();
-        node.ctr([
-            "-n",
-            "k8s.io",
-            "images",
-            "import",
-            "--digests",
-            "--base-name",
-            name,
-            &archive,
-        ])?;
+        node.ctr(["-n", "k8s.io", "images", "import", &archive])?;
+        node.ctr(["-n", "k8s.io", "images", "tag", &format!("{name}:{VERSION}"), &image])?;
         node.crictl(["inspecti", &image])?;
     }
     Ok(())
