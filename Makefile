@@ -19,16 +19,18 @@ export SANDPOD_PEERS := $(TOOLS)/peers
 export SANDPOD_VIRTIOFSD := $(TOOLS)/virtiofsd
 export SANDPOD_PAYLOAD := $(CURDIR)/target/payload
 export SANDPOD_IMAGES := $(CURDIR)/target/images
+export SANDPOD_RELEASE := $(CURDIR)/target/release-$(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 export SANDPOD_NODE_IMAGE := $(TOOLS)/node-image
 export SANDPOD_TEST_KERNEL := $(SANDPOD_GUEST_OWN)/vmlinux
 export SANDPOD_TEST_VIRTIOFSD := $(SANDPOD_VIRTIOFSD)
 
 # What deploy/deps.sh installs for `make demo` and for `make test`.
 DEMO_GROUPS := build run peers
-TEST_GROUPS := build kernel run test fresh peers
+TEST_GROUPS := build kernel run release test fresh peers
 
-.PHONY: help demo cluster node test test-all fresh soak bench screenshots lint build guest guest-own guest-tracing guest-debian payload payload-files images images-files release install clean
-.PHONY: programs kernel debian-kernel virtiofsd peers crictl node-image deps-demo deps-test units
+.PHONY: help demo cluster node test test-all fresh soak bench screenshots lint build guest guest-own guest-tracing
+.PHONY: guest-debian payload payload-files images images-files release release-files install clean
+.PHONY: programs kernel debian-kernel virtiofsd cyclonedx peers crictl node-image deps-demo deps-test units
 .PHONY: suite-e2e suite-crash suite-contract suite-conformance suite-soak suite-cluster suite-node suite-software suite-fresh
 
 help: ## list the targets
@@ -53,10 +55,11 @@ node: deps-test ## an emulated node with systemd and KVM, to try things in: each
 	$(RELEASE)/emulated-node
 
 test: deps-test ## every test and every lint (half an hour on two cores, an hour with empty caches)
-	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd peers node-image debian-kernel lint
+	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd cyclonedx peers node-image debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) payload-files
 	$(MAKE) images-files
+	$(MAKE) release-files
 	$(MAKE) units
 	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-software suite-crash suite-contract suite-soak suite-fresh
@@ -110,19 +113,19 @@ payload-files:
 images: payload ## target/images: the controller's and the installer's container images, as OCI archives
 	$(MAKE) images-files
 
+LICENCES := $(CURDIR)/target/licences
 images-files:
 	deploy/deps.sh images
-	deploy/images.sh $(RELEASE) $(SANDPOD_PAYLOAD) $(SANDPOD_IMAGES)
+	deploy/release/licences.sh $(SANDPOD_PAYLOAD) $(SANDPOD_VIRTIOFSD) $(LICENCES)
+	deploy/images.sh $(RELEASE) $(SANDPOD_PAYLOAD) $(SANDPOD_IMAGES) $(LICENCES)
 
-release: payload ## target/sandpod-<version>-x86_64.tar.gz: what a node without a checkout needs, with install.sh on top
-	name=$$(sed -n 's/^sandpod /sandpod-/p;q' $(SANDPOD_PAYLOAD)/MANIFEST)-x86_64
-	rm -rf target/$$name
-	mkdir target/$$name
-	cp deploy/install.sh $(RELEASE)/sandpod-installer target/$$name
-	cp -r $(SANDPOD_PAYLOAD) target/$$name/payload
-	tar -czf target/$$name.tar.gz --owner=0 --group=0 --sort=name -C target $$name
-	rm -r target/$$name
-	echo "release: target/$$name.tar.gz"
+release: images ## target/release-<version>: what a publisher publishes (docs/release.md)
+	$(MAKE) release-files
+
+release-files: cyclonedx
+	deploy/deps.sh release
+	deploy/release/release.sh $(RELEASE) $(SANDPOD_PAYLOAD) $(SANDPOD_IMAGES) $(LICENCES) $(SANDPOD_VIRTIOFSD) \
+	  $(SANDPOD_RELEASE)
 
 install: payload ## put it on this node, and the handler `kata` into its CRI; INSTALL_FLAGS are those of deploy/install.sh
 	deploy/install.sh $(INSTALL_FLAGS)
@@ -179,6 +182,9 @@ virtiofsd: ## the file server between node and guests
 	mkdir -p $(TOOLS)
 	program=$$(deploy/build-virtiofsd.sh)
 	ln -sfn "$$program" $(SANDPOD_VIRTIOFSD)
+
+cyclonedx: ## what writes the bill of materials
+	deploy/release/build-cyclonedx.sh >/dev/null
 
 peers: ## the real containerd, CRI tools and Kubernetes that the tests run against
 	mkdir -p $(TOOLS)

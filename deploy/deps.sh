@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building and running Sandpod needs, by group; quiet and quick when all are there.
-#   deploy/deps.sh build|kernel|tracing|run|payload|images|test|fresh|peers ...
+#   deploy/deps.sh build|kernel|tracing|run|payload|images|release|test|fresh|peers ...
 #   deploy/deps.sh --list <group>...     only prints their names, one per line
 # build: our programs, virtiofsd and the guest image.  kernel: our own guest kernel.  tracing: the one for eBPF agents.
-# run: pods.  payload: what a node gets.  images: container images.  test: what only tests use.  fresh: a Debian root
-# folder, to try these lists in.  peers: nothing but Go, which builds the real programs that tests run against.
+# run: pods.  payload: what a node gets.  images: container images.  release: what is published, and its signatures.
+# test: what only tests use.  fresh: a Debian root folder, to try these lists in.  peers: nothing but Go, which builds
+# the real programs that tests run against.
 set -euo pipefail
 build=(gcc libc6-dev make pkg-config libseccomp-dev libcap-ng-dev libelf-dev binutils kmod lz4 xz-utils zstd)
 kernel=(linux-source-6.12 flex bison bc libelf-dev patch xz-utils)
 tracing=(dwarves)
 run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptables)
 payload=(qemu-system-x86 patchelf binutils)
-images=(buildah binutils)
+images=(buildah binutils jq)
+release=(gpg gpg-agent jq skopeo)
 test=(attr busybox-static chromium curl e2fsprogs etcd-server openssl procps qemu-utils w3m)
 fresh=(mmdebstrap)
 
@@ -26,10 +28,15 @@ for group; do
     run) packages+=("${run[@]}") ;;
     payload) packages+=("${payload[@]}") ;;
     images) packages+=("${images[@]}") ;;
+    release) packages+=("${release[@]}") tools+=(cargo) ;;
     test) packages+=("${test[@]}") ;;
     fresh) packages+=("${fresh[@]}") ;;
     peers) tools+=(go) ;;
-    *) echo "deps: there is no group '$group': build, kernel, tracing, run, payload, images, test, fresh or peers" >&2; exit 2 ;;
+    *)
+      echo "deps: there is no group '$group':" \
+        "build, kernel, tracing, run, payload, images, release, test, fresh or peers" >&2
+      exit 2
+      ;;
   esac
 done
 if [ -n "$only_list" ]; then printf '%s\n' "${packages[@]}" | LC_ALL=C sort -u; exit; fi

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Makes the two container images of the operator, as OCI archives for `ctr images import`, `skopeo copy` or a registry of one's own, and prints their sizes:
+# Makes the two container images of the operator, as OCI archives for `ctr images import`, `skopeo copy` or a registry of
+# one's own, and prints their sizes:
 #   <out>/operator.tar    sandpod.io/operator:<version>     the controller, as a user without rights
 #   <out>/installer.tar   sandpod.io/installer:<version>    the installer, and what it installs
-# Nothing is pulled: they begin empty and hold our release build. The same inputs give the same bytes.
-#   images.sh <programs> <payload> <out>
+# Nothing is pulled: they begin empty and hold our release build, and the licences of all that is in it, where they are
+# given. The same inputs give the same bytes.
+#   images.sh <programs> <payload> <out> [<licences>]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# = 3 ] || { sed -n '6s/^# *//p' "$0" >&2; exit 2; }
-programs=$1 payload=$2 out=$3
+[ $# = 3 ] || [ $# = 4 ] || { sed -n '8s/^# *//p' "$0" >&2; exit 2; }
+programs=$1 payload=$2 out=$3 licences=${4:-}
 for file in "$programs"/sandpod-{operator,installer} "$payload/MANIFEST"; do
   [ -f "$file" ] || { echo "images: $file does not exist; run make payload first" >&2; exit 1; }
 done
@@ -48,15 +50,18 @@ image() {
   echo "images: $reference, $(($(stat -c %s "$out/$name.tar") / 1048576)) MiB in $out/$name.tar" >&2
 }
 
-license=$here/../LICENSE
-install -D -t "$work/operator" "$programs/sandpod-operator"
-install -m 644 -t "$work/operator" "$license"
+# A program, and what it is licensed by.
+fill() {
+  install -D -t "$work/$1" "$programs/sandpod-$1"
+  install -m 644 -t "$work/$1" "$here/../LICENSE"
+  [ -z "$licences" ] || cp -r "$licences" "$work/$1/licenses"
+}
+fill operator
 # What the controller wants on the nodes is what the installer of the same build carries, unless its Deployment says otherwise.
 image operator 'Installs kata on the nodes that a KataConfig asks for' --user 65532:65532 --port 8080 \
   --env SANDPOD_VERSION="$installed" --env SANDPOD_INSTALLER_IMAGE="sandpod.io/installer:$version"
 
-install -D -t "$work/installer" "$programs/sandpod-installer"
-install -m 644 -t "$work/installer" "$license"
+fill installer
 cp -r "$payload" "$work/installer/payload"
 # The node's root folder is mounted here.
 mkdir "$work/installer/host"

@@ -60,7 +60,8 @@ mkdir -p "$new/share/doc"
 # A package may name its file by the link /lib or by the folder /usr/lib.
 { cat "$new/libraries"; xargs realpath <"$new/libraries"; printf '%s\n' $qemu $modules/accel-tcg-x86_64.so /usr/share/{seabios/bios-256k,qemu/pvh}.bin; } |
   { xargs dpkg -S 2>/dev/null || :; } | sed 's/: .*//' | LC_ALL=C sort -u |
-  xargs dpkg-query -W -f '${source:Package} ${source:Version} (${Package})\n' | LC_ALL=C sort -u >"$new/share/doc/debian-packages"
+  xargs dpkg-query -W -f '${source:Package} ${source:Version} (${Package} ${Version})\n' | LC_ALL=C sort -u \
+    >"$new/share/doc/debian-packages"
 rm "$new/libraries"
 chmod 644 "$new"/share/doc/* "$new/configuration.toml"
 

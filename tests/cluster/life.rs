@@ -68,7 +68,7 @@ fn from_apply_to_removal() -> Result {
 }
 
 /// Runs the guide's hello pod and asks it.
-fn run_hello(cluster: &Cluster, name: &str) -> Result {
+pub fn run_hello(cluster: &Cluster, name: &str) -> Result {
     let specification =
         json!({ "runtimeClassName": "kata", "terminationGracePeriodSeconds": 1, "containers": [hello()] });
     let pod = format!("pod/{name}");

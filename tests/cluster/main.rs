@@ -11,6 +11,7 @@ mod life;
 mod operator;
 mod packages;
 mod real;
+mod release;
 mod server;
 
 fn main() {
@@ -25,6 +26,9 @@ fn main() {
     let life = life::STORIES
         .iter()
         .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
+    let release = release::STORIES
+        .iter()
+        .map(|(name, tell)| Trial::test(format!("release/{name}"), move || Ok(tell()?)));
     let real = real::STORIES.iter().chain(insight::STORIES);
     let real = real.map(|story| site.trial(*story));
     let trials = alone
@@ -32,6 +36,7 @@ fn main() {
         .chain(book::trials())
         .chain(of_the_operator)
         .chain(life)
+        .chain(release)
         .chain(real)
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -25,6 +25,7 @@ type Story = (&'static str, fn(&ApiServer) -> Result);
 const STORIES: &[Story] = &[
     ("the_chart_says_what_the_manifest_says", chart),
     ("the_charts_values_reach_the_controller", values),
+    ("one_registry_is_that_of_both_images", registry),
     ("helm_installs_upgrades_and_leaves_no_node_behind", helm_installs),
     ("the_manifest_stays_while_there_is_a_kataconfig", deleted_too_early),
     ("the_bundle_says_what_the_manifest_says", bundle),
@@ -176,6 +177,8 @@ fn values(server: &ApiServer) -> Result {
         ("settle=10", "settle"),
         ("replicas=0", "replicas"),
         ("imagePullSecrets={registry}", "imagePullSecrets"),
+        ("registry=https://registry.example.com", "registry"),
+        ("digests.operator=1a2b3c4d", "operator"),
     ] {
         let chart = deploy("chart").display().to_string();
         let output = finish(
@@ -201,6 +204,51 @@ fn values(server: &ApiServer) -> Result {
         ("SANDPOD_VERSION", "0.2.0-1a2b3c4d"),
     ];
     same("the variables", set, BTreeMap::from(expected))
+}
+
+/// One value of the chart, or one word to what makes the manifest, names where both images are; digests take the place
+/// of tags.
+fn registry(server: &ApiServer) -> Result {
+    let (place, version) = ("registry.example.com:5000/team/sandpod", env!("CARGO_PKG_VERSION"));
+    let [one, two] = ["1", "2"].map(|digit| format!("sha256:{}", digit.repeat(64)));
+    let named = |objects: &BTreeMap<String, Value>| {
+        let deployment = &objects[&format!("Deployment {NAMESPACE}/sandpod-operator")];
+        let controller = &deployment["spec"]["template"]["spec"]["containers"][0];
+        let variables = controller["env"].as_array().into_iter().flatten();
+        let installer = variables.filter(|variable| variable["name"] == "SANDPOD_INSTALLER_IMAGE");
+        let names = [&controller["image"]]
+            .into_iter()
+            .chain(installer.map(|variable| &variable["value"]));
+        json!(names.collect::<Vec<_>>())
+    };
+    let manifest = |words: &[&str]| {
+        let mut script = Command::new("sh");
+        let output = succeed(script.arg(deploy("operator/render.sh")).args(words), run::ORDINARY)?;
+        objects("render.sh", &output.text())
+    };
+    let set = format!("registry={place}");
+    let by_tag = json!(["operator", "installer"].map(|name| format!("{place}/{name}:{version}")));
+    same("the chart's images", named(&rendered(server, &[&set])?), by_tag.clone())?;
+    same("the manifest's images", named(&manifest(&[place])?), by_tag)?;
+    let by_digest = json!([format!("{place}/operator@{one}"), format!("{place}/installer@{two}")]);
+    let pinned = [format!("digests.operator={one}"), format!("digests.installer={two}")];
+    let settings = [set.as_str(), &pinned[0], &pinned[1]];
+    same(
+        "the chart's images",
+        named(&rendered(server, &settings)?),
+        by_digest.clone(),
+    )?;
+    same(
+        "the manifest's images",
+        named(&manifest(&[place, &one, &two])?),
+        by_digest,
+    )?;
+    let printed = succeed(Command::new("sh").arg(deploy("operator/render.sh")), run::ORDINARY)?;
+    same(
+        "what render.sh prints",
+        printed.text().as_str(),
+        read("install.yaml")?.trim_end(),
+    )
 }
 
 /// A release comes, is upgraded, stays as long as there is a KataConfig, and goes; the definition stays.
@@ -479,8 +527,8 @@ fn versions(_: &ApiServer) -> Result {
     let (chart, values) = (document("chart/Chart.yaml")?, document("chart/values.yaml")?);
     same("the chart's version", &chart["version"], version)?;
     same("the chart's appVersion", &chart["appVersion"], version)?;
-    same("the controller's image", &values["image"], &image("operator"))?;
-    same("the installer's image", &values["installerImage"], &image("installer"))?;
+    // Of what it makes both images, which are the manifest's.
+    same("the chart's registry", &values["registry"], "sandpod.io")?;
     let service = service_version()?;
     let name = json!(format!("sandboxed-containers-operator.v{version}"));
     same("the service version's name", &service["metadata"]["name"], &name)?;

@@ -13,7 +13,7 @@ use tests::{
     stage,
 };
 
-use crate::registry::Registry;
+use crate::registry;
 
 /// How long all specs may take with one runtime: three times what they take on two loaded cores.
 const PATIENCE: Duration = Duration::from_secs(45 * 60);
@@ -75,7 +75,7 @@ pub fn run(runtime: Runtime, specs: &[&str], logs: &Path) -> Result<Report> {
 }
 
 fn on(node: &Node, runtime: Runtime, specs: &[&str], logs: &Path) -> Result<Report> {
-    let registry = Registry::start(node)?;
+    let registry = registry::start(node)?;
     let before = node.census();
     let report = node.path("report.json");
     let temporary = node.path("critest");

@@ -68,5 +68,5 @@ missing=$(missing_from "$("$here/root.sh" "${packages[@]}")")
 echo "fresh: the demo, and what is built for it, with the packages of '$1' alone, usually 2 minutes" >&2
 echo "       (some more when there is nothing yet that was built with them)" >&2
 with_packages_of "$1" demo.sh
-echo "fresh: payload, images and a whole cluster with the packages of '$2' alone, usually 2 minutes" >&2
+echo "fresh: payload, images, release and a whole cluster with the packages of '$2' alone, usually 2 minutes" >&2
 with_packages_of "$2" test.sh

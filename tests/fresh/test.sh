@@ -13,5 +13,8 @@ out=$(mktemp -d)
 deploy/payload.sh "$SANDPOD_BIN" "$SANDPOD_GUEST_OWN" "$SANDPOD_VIRTIOFSD" "$out/payload"
 SANDPOD_PAYLOAD=$out/payload SANDPOD_IMAGES=$out/images
 export SANDPOD_PAYLOAD SANDPOD_IMAGES
-deploy/images.sh "$SANDPOD_BIN" "$SANDPOD_PAYLOAD" "$SANDPOD_IMAGES"
+deploy/release/licences.sh "$SANDPOD_PAYLOAD" "$SANDPOD_VIRTIOFSD" "$out/licences"
+deploy/images.sh "$SANDPOD_BIN" "$SANDPOD_PAYLOAD" "$SANDPOD_IMAGES" "$out/licences"
+deploy/release/release.sh "$SANDPOD_BIN" "$SANDPOD_PAYLOAD" "$SANDPOD_IMAGES" "$out/licences" "$SANDPOD_VIRTIOFSD" \
+  "$out/release"
 cargo test --offline --release --quiet --workspace --test cluster -- --test-threads=1 life/

@@ -27,6 +27,7 @@ pub mod node;
 pub mod oci;
 pub mod places;
 pub mod procs;
+pub mod registry;
 pub mod run;
 pub mod stage;
 pub mod tasks;

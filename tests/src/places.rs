@@ -127,6 +127,16 @@ pub fn operator_images() -> Result<PathBuf> {
     holding(folder, "installer.tar", "make images")
 }
 
+/// What a publisher publishes: `$SANDPOD_RELEASE`, else `target/release-<version>`.
+///
+/// # Errors
+/// When it has not been made.
+pub fn release() -> Result<PathBuf> {
+    let made = || workspace().join(concat!("target/release-", env!("CARGO_PKG_VERSION")));
+    let folder = env::var_os("SANDPOD_RELEASE").map_or_else(made, PathBuf::from);
+    holding(folder, "SHA256SUMS", "make release")
+}
+
 /// The root of this repository.
 #[must_use]
 pub fn workspace() -> PathBuf {

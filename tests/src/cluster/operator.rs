@@ -45,11 +45,20 @@ impl Cluster {
     /// # Errors
     /// When the images have not been made.
     pub fn prepare(&self) -> Result {
-        if accelerator() == "tcg" {
-            let path = self.node.inside("/etc/sandpod/config.d/10-emulated.toml");
-            self.node.write(&path, "[hypervisor.qemu]\naccelerator = \"tcg\"\n")?;
-        }
+        self.allow_emulation()?;
         self.load_operator_images(&places::operator_images()?)
+    }
+
+    /// Writes what an administrator of a node without KVM writes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn allow_emulation(&self) -> Result {
+        if accelerator() != "tcg" {
+            return Ok(());
+        }
+        let path = self.node.inside("/etc/sandpod/config.d/10-emulated.toml");
+        self.node.write(&path, "[hypervisor.qemu]\naccelerator = \"tcg\"\n")
     }
 
     /// Applies the operator's manifest, and waits until the controller is there.
