@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs Sandpod on this node, without Kubernetes: afterwards `crictl runp --runtime kata` runs pods in virtual machines. Needs containerd 2 or CRI-O 1.24, running.
 #   install.sh [--prefix DIR] [--cri crio|containerd] [--log-level LEVEL] [--restart-command "COMMAND WORD ..."]
-#              [--add-imports]      adds the line to containerd's config.toml that imports its drop-ins, if it is missing
+#              [--add-imports]      adds the line that imports drop-ins to containerd's config.toml, if it is missing
 #   install.sh --uninstall [...]      takes everything away again
 # In a release it lies beside `sandpod-installer` and `payload`; in a checkout it uses what `make payload` has made.
 set -eu

@@ -68,7 +68,7 @@ pub enum Containerd {
     First,
     /// 2.2, built likewise, and of the same kind.
     Earlier,
-    /// The first 2.3, built likewise. It starts with no drop-in of a later version than its main file's.
+    /// 2.3, built likewise. This one does not start with a drop-in of a later version than its main file's.
     Strict,
     /// 2.4, built likewise. Each file is migrated for itself.
     Newest,

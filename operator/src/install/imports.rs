@@ -145,7 +145,8 @@ mod tests {
         for (before, after) in [
             (
                 "# mine\nversion = 2   # of 1.7\n\n# the CRI\n[plugins.x]\na = 1\n",
-                "# mine\nversion = 2   # of 1.7\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n\n# the CRI\n[plugins.x]\na = 1\n",
+                "# mine\nversion = 2   # of 1.7\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n\n\
+                 # the CRI\n[plugins.x]\na = 1\n",
             ),
             (
                 "imports = [ '/a.toml' ] # theirs\nversion = 3\n",
@@ -153,7 +154,8 @@ mod tests {
             ),
             (
                 "imports = [\n  \"/a.toml\",\n  \"/b.toml\", # theirs\n]\nversion = 3\n",
-                "imports = [\n  \"/a.toml\",\n  \"/b.toml\",\n  \"/etc/containerd/conf.d/*.toml\", # theirs\n]\nversion = 3\n",
+                "imports = [\n  \"/a.toml\",\n  \"/b.toml\",\n  \"/etc/containerd/conf.d/*.toml\", # theirs\n]\n\
+                 version = 3\n",
             ),
             (
                 "version = 3\nimports = []\nroot = \"/data\"",

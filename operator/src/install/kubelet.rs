@@ -77,13 +77,14 @@ pub fn is_named(host: &Host, file: &str) -> Result<bool> {
 /// What a distribution's own program says, which has the kubelet inside.
 fn of_distribution(process: &Process) -> Option<PathBuf> {
     let role = process.words.get(1).map(String::as_str);
-    match process.program() {
-        "k3s" if matches!(role, Some("server" | "agent")) => match process.option(OPTION) {
-            Some(endpoint) => local(endpoint),
-            None => Some(Daemon::K3s.site().socket.into()),
-        },
-        "kubelite" => Some(Daemon::Microk8s.site().socket.into()),
-        _ => None,
+    let is_k3s = match process.program() {
+        "k3s" => matches!(role, Some("server" | "agent")),
+        name => matches!(name, "k3s-server" | "k3s-agent"),
+    };
+    match (is_k3s, process.option(OPTION)) {
+        (true, Some(endpoint)) => local(endpoint),
+        (true, None) => Some(Daemon::K3s.site().socket.into()),
+        (false, _) => (process.program() == "kubelite").then(|| Daemon::Microk8s.site().socket.into()),
     }
 }
 
@@ -206,6 +207,7 @@ mod tests {
         let k3s = "/run/k3s/containerd/containerd.sock";
         assert_eq!(told(&["/usr/local/bin/k3s server"], &[]).as_deref(), Some(k3s));
         assert_eq!(told(&["/usr/local/bin/k3s agent --v 1"], &[]).as_deref(), Some(k3s));
+        assert_eq!(told(&["/var/lib/k3s/bin/k3s-agent"], &[]).as_deref(), Some(k3s));
         assert_eq!(told(&["/usr/local/bin/k3s kubectl get pods"], &[]), None);
         assert_eq!(
             told(&["k3s server --container-runtime-endpoint /run/crio/crio.sock"], &[]).as_deref(),

@@ -1,7 +1,10 @@
-use std::os::unix::fs::PermissionsExt;
+use std::{fs, os::unix::fs::PermissionsExt};
 
 use super::*;
-use crate::log_level::LogLevel;
+use crate::{
+    install::{cri::Version, dropin::DropIn, dry_run::validate_with, imports::edit, runtime_folder::RuntimeFolder},
+    log_level::LogLevel,
+};
 
 struct Node {
     _root: tempfile::TempDir,
@@ -384,8 +387,7 @@ fn an_import_that_would_wake_other_files_is_not_added() {
     let node = Node::new(&[(main, &lineless)]);
     node.program("containerd", CONTAINERD);
     let with_line = |node: &Node| {
-        let (file, _) =
-            crate::install::imports::edit(&node.host, Daemon::Containerd.site(), Format::ContainerdV3).unwrap();
+        let (file, _) = edit(&node.host, Daemon::Containerd.site(), Format::ContainerdV3).unwrap();
         let mut ours = ours(Format::ContainerdV3);
         ours.push(file);
         node.verdict_on(Daemon::Containerd, &ours)
@@ -398,8 +400,8 @@ fn an_import_that_would_wake_other_files_is_not_added() {
     assert_eq!(
         with_line(&node).as_deref(),
         Some(
-            "containerd would not have the same `plugins.x` with /etc/containerd/conf.d/50-kata.toml as without it: move the \
-             other files away from its folder, which are not read so far, and install again"
+            "containerd would not have the same `plugins.x` with /etc/containerd/conf.d/50-kata.toml as without it: \
+             move the other files away from its folder, which are not read so far, and install again"
         )
     );
 }

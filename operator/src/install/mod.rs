@@ -7,6 +7,7 @@
 pub mod cri;
 pub mod daemon;
 pub mod dropin;
+pub mod dry_run;
 pub mod effective;
 pub mod elf;
 pub mod error;

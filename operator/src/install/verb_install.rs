@@ -11,6 +11,7 @@ use super::{
     cri::{Cri, HANDLER},
     daemon::{Author, Daemon},
     dropin::{self, DropIn, Format, MARK},
+    dry_run,
     effective::{self, Baseline},
     error::{InstallError, Result},
     files, imports,
@@ -114,7 +115,7 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
         changes.push(Change { file, before });
     }
     if changes.iter().any(|change| change.file.place.of_cri) {
-        merged::validate(&run.layout.host, &lock.folder, &cri, &wanted)?;
+        dry_run::validate(&run.layout.host, &lock.folder, &cri, &wanted)?;
     }
     let handler = dropin::handler(cri.daemon, format, &run.layout.prefix);
     Ok(Job {

@@ -1,6 +1,6 @@
 module sandpod/peers/containerd-2.0
 
-// usually 2 minutes on two cores
+// usually 1 minute on two cores
 
 go 1.26.6
 
