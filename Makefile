@@ -64,8 +64,9 @@ test: deps-test ## every test and every lint (half an hour on two cores, an hour
 	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-software suite-crash suite-contract suite-soak suite-fresh
 
-test-all: test ## every test, and the stories with real software that take long, each with runc too (an hour more)
+test-all: test ## every test, and what takes long: real software, each with runc too, and a large cluster (an hour more)
 	$(MAKE) guest-tracing
+	$(MAKE) suite-cluster FLAGS=--ignored
 	$(MAKE) suite-software FLAGS=--ignored
 
 TARGET := demo

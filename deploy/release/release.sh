@@ -51,6 +51,8 @@ line chart.tar >>"$cluster/digests"
 sh "$here/../operator/render.sh" sandpod.io "${digests[@]}" >"$cluster/install.yaml"
 "$here/sbom.sh" "$version" "$payload" "$virtiofsd" "$cluster/digests" >"$cluster/$name.cdx.json"
 cp -r "$licences" "$cluster/licences"
+# What the nodes' annotation says when they have it.
+echo "$carried" >"$cluster/VERSION"
 install -m 755 "$here/push.sh" "$cluster"
 install -m 644 "$here/README.md" "$cluster"
 

@@ -17,6 +17,7 @@ use tests::{
 };
 
 use self::page::{Block, Placed};
+use crate::life::newer_images;
 
 mod page;
 
@@ -60,6 +61,9 @@ const ENDING: &str = "jsonpath={.items[?(@.metadata.deletionTimestamp)].metadata
 
 /// The file on the desk that says where buildah keeps images.
 const STORAGE: &str = "storage.conf";
+
+/// The heading under which a newer release is there.
+const UPGRADING: &str = "Upgrading";
 
 /// How long a command of the page may take: it waits for ten minutes at most where it says so, and here for what a
 /// loaded machine takes.
@@ -174,6 +178,8 @@ struct Desk {
     alone: Option<ApiServer>,
     folder: TempDir,
     left_out: Vec<&'static str>,
+    /// What is on the desk is of a newer release.
+    upgraded: bool,
 }
 
 impl Desk {
@@ -194,6 +200,7 @@ impl Desk {
             alone: None,
             folder,
             left_out: Vec::new(),
+            upgraded: false,
         })
     }
 
@@ -202,6 +209,9 @@ impl Desk {
         if let Some((beginning, _)) = NOT_RUN.iter().find(|(beginning, _)| step.text.starts_with(beginning)) {
             self.left_out.push(beginning);
             return Ok(());
+        }
+        if heading == UPGRADING && !self.upgraded && step.text.starts_with("kubectl apply") {
+            self.newer_release()?;
         }
         let mut command = self.command(heading, step)?;
         let output = finish(&mut command, None, DEADLINE)?;
@@ -249,6 +259,33 @@ impl Desk {
         };
         command.args(["-c", &script]);
         Ok(command)
+    }
+
+    /// Lays a newer release on the desk: its images are on the node, its manifest makes another pod of the controller.
+    fn newer_release(&mut self) -> Result {
+        let images = tempfile::tempdir().trying("making a folder for newer images")?;
+        let version = newer_images(images.path())?;
+        self.cluster()?.load_operator_images(images.path())?;
+        let (ours, desk) = (places::workspace().join("deploy"), self.folder.path().join("deploy"));
+        fs::remove_file(&desk).trying("clearing the desk")?;
+        fs::create_dir(&desk).trying("furnishing the desk")?;
+        for entry in fs::read_dir(&ours).trying("listing deploy")?.flatten() {
+            symlink(entry.path(), desk.join(entry.file_name())).trying("furnishing the desk")?;
+        }
+        let manifest = desk.join("install.yaml");
+        fs::remove_file(&manifest).trying("clearing the desk")?;
+        let text = read("deploy/install.yaml")?;
+        let newer = text.replacen(
+            "        env:\n",
+            "        env:\n        - name: RELEASE\n          value: newer\n",
+            1,
+        );
+        claim(newer != text, "the manifest has no environment")?;
+        fs::write(&manifest, newer).trying("writing the newer manifest")?;
+        let release = format!("sandpod-{}-cluster/VERSION", env!("CARGO_PKG_VERSION"));
+        fs::write(self.folder.path().join(release), version).trying("writing the newer version")?;
+        self.upgraded = true;
+        Ok(())
     }
 
     fn cluster(&mut self) -> Result<&Cluster> {

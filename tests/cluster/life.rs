@@ -133,7 +133,7 @@ fn shim(cluster: &Cluster, pod: &str) -> Result<String> {
 
 /// Makes container images in `folder` as another version has them, and returns the version that they install: one
 /// without a text that nothing reads.
-fn newer_images(folder: &Path) -> Result<String> {
+pub(crate) fn newer_images(folder: &Path) -> Result<String> {
     let (payload, version) = (folder.join("payload"), env!("CARGO_PKG_VERSION"));
     other_payload(&payload, version, |path| path != "share/doc/debian-packages")?;
     let mut script = Command::new(places::workspace().join("deploy/images.sh"));
