@@ -7,7 +7,7 @@
 //! ```
 //!
 //! What it decides on is read anew each time, so that it never decides on a cluster that does not show yet what it has
-//! done itself. Of nodes and pods there are too many for that: see [`cache`].
+//! done itself. Of nodes and pods there are too many for that: see the module `cache`.
 
 mod act;
 mod cache;
