@@ -6,7 +6,7 @@ use std::{fs, os::unix::fs::symlink, process::Command, time::Duration};
 
 use libtest_mimic::Trial;
 use operator::api::KataConfigStatus;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 use tests::{
     cluster::Cluster,
@@ -55,9 +55,6 @@ const NOT_RUN: &[(&str, &str)] = &[
         "what makes a service version succeed are OLM's controllers, which are in the same registry",
     ),
 ];
-
-/// The names of namespaces that are about to end.
-const ENDING: &str = "jsonpath={.items[?(@.metadata.deletionTimestamp)].metadata.name}";
 
 /// The file on the desk that says where buildah keeps images.
 const STORAGE: &str = "storage.conf";
@@ -301,15 +298,7 @@ impl Desk {
             Some(server) => server,
             none => none.insert(prepared()?),
         };
-        // Who would complete the end of a namespace is not there.
-        let words = ["get", "namespaces", "--output", ENDING];
-        for name in server.kubectl(words)?.text().split_whitespace() {
-            let end = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } }).to_string();
-            let path = format!("/api/v1/namespaces/{name}/finalize");
-            let mut command = server.kubectl_command(["replace", "--raw", &path, "--filename", "-"])?;
-            let output = finish(&mut command, Some(end.into_bytes()), run::ORDINARY)?;
-            claim(output.code == 0, format!("{name} does not end: {}", output.errors()))?;
-        }
+        server.end_namespaces()?;
         Ok(server)
     }
 }

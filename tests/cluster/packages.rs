@@ -151,6 +151,10 @@ fn values(server: &ApiServer) -> Result {
         "imagePullSecrets[0].name=registry",
         "imagePullSecrets[1].name=mirror",
         "namespace.create=false",
+        "resources.limits.memory=64Mi",
+        "nodeSelector.zone=a",
+        "tolerations[0].key=infra",
+        "affinity.podAntiAffinity.preferredDuringSchedulingIgnoredDuringExecution=null",
     ];
     let made = rendered(server, &settings)?;
     claim(
@@ -166,6 +170,20 @@ fn values(server: &ApiServer) -> Result {
         "registry.example.com/operator@sha256:00",
     )?;
     same("the policy", &controller["imagePullPolicy"], "Always")?;
+    same(
+        "the resources",
+        &controller["resources"],
+        &json!({ "limits": { "memory": "64Mi" } }),
+    )?;
+    let pod = &deployment["spec"]["template"]["spec"];
+    let nodes = json!({ "kubernetes.io/arch": "amd64", "kubernetes.io/os": "linux", "zone": "a" });
+    same("the nodes", &pod["nodeSelector"], &nodes)?;
+    same(
+        "the last toleration",
+        &pod["tolerations"][2],
+        &json!({ "key": "infra" }),
+    )?;
+    claim(pod["affinity"].is_object(), "there is no affinity")?;
     let secrets = &deployment["spec"]["template"]["spec"]["imagePullSecrets"];
     same(
         "the secrets",
@@ -176,6 +194,7 @@ fn values(server: &ApiServer) -> Result {
         ("settel=1s", "settel"),
         ("settle=10", "settle"),
         ("replicas=0", "replicas"),
+        ("resources.memory=1Gi", "memory"),
         ("imagePullSecrets={registry}", "imagePullSecrets"),
         ("registry=https://registry.example.com", "registry"),
         ("digests.operator=1a2b3c4d", "operator"),
@@ -495,6 +514,8 @@ fn nfd(server: &ApiServer) -> Result {
 
 /// What is to be scraped is what the monitors' pods have, and the API server knows every field of theirs.
 fn monitoring(server: &ApiServer) -> Result {
+    // The manifest's story has deleted it.
+    server.end_namespaces()?;
     let file = deploy("monitoring/daemonset.yaml").display().to_string();
     let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
     server.apply(&namespace.to_string())?;

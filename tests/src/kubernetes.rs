@@ -186,6 +186,25 @@ impl ApiServer {
         self.folder.join("certificates/apiserver.crt")
     }
 
+    /// Completes the end of namespaces that are about to end: who would do that in a cluster is not there.
+    ///
+    /// # Errors
+    /// What kubectl said when it failed.
+    pub fn end_namespaces(&self) -> Result {
+        const ENDING: &str = "jsonpath={.items[?(@.metadata.deletionTimestamp)].metadata.name}";
+        let ending = self.kubectl(["get", "namespaces", "--output", ENDING])?.text();
+        for name in ending.split_whitespace() {
+            let end = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } }).to_string();
+            let path = format!("/api/v1/namespaces/{name}/finalize");
+            let mut command = self.kubectl_command(["replace", "--raw", &path, "--filename", "-"])?;
+            let output = run::finish(&mut command, Some(end.into_bytes()), run::ORDINARY)?;
+            if output.code != 0 {
+                return Err(run::refusal(&command, &output));
+            }
+        }
+        Ok(())
+    }
+
     /// Another way to the server, for one who is to lose it.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
-    thread,
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -67,6 +67,8 @@ impl Default for Settings {
 pub struct Controller {
     child: Option<Child>,
     pub said: Arc<Said>,
+    /// Hears it out.
+    listener: Option<JoinHandle<()>>,
 }
 
 impl Controller {
@@ -102,19 +104,20 @@ impl Controller {
             .trying("starting the controller")?;
         let said = Arc::<Said>::default();
         let log = child.stderr.take();
-        let listener = Arc::clone(&said);
-        thread::spawn(move || {
+        let ears = Arc::clone(&said);
+        let listener = thread::spawn(move || {
             for line in log
                 .into_iter()
                 .flat_map(|log| BufReader::new(log).lines().map_while(std::result::Result::ok))
             {
-                listener.add(line);
+                ears.add(line);
             }
-            listener.bell.ring();
+            ears.bell.ring();
         });
         Ok(Controller {
             child: Some(child),
             said,
+            listener: Some(listener),
         })
     }
 
@@ -176,7 +179,7 @@ impl Controller {
             .ok_or_else(|| Failure::Claim("the controller has ended before".into()))?;
         // One that has ended by itself needs no signal.
         let _ = kill(Pid::from_raw(child.id().cast_signed()), signal);
-        Ok(run::code_of(run::wait(child, run::ORDINARY, "the controller")?))
+        self.hear_out(child, run::ORDINARY)
     }
 
     /// Waits until it has ended by itself, and returns its exit code.
@@ -185,7 +188,15 @@ impl Controller {
             .child
             .take()
             .ok_or_else(|| Failure::Claim("the controller has ended before".into()))?;
-        Ok(run::code_of(run::wait(child, deadline, "the controller")?))
+        self.hear_out(child, deadline)
+    }
+
+    /// Waits for its end and for its last words, and returns its exit code.
+    fn hear_out(&mut self, child: Child, deadline: Duration) -> Result<i32> {
+        let status = run::wait(child, deadline, "the controller")?;
+        // Nobody else holds its end of the pipe.
+        drop(self.listener.take().map(JoinHandle::join));
+        Ok(run::code_of(status))
     }
 }
 
