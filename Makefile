@@ -54,14 +54,14 @@ node: deps-test ## an emulated node with systemd and KVM, to try things in: each
 	$(MAKE) payload-files
 	$(RELEASE)/emulated-node
 
-test: deps-test ## every test and every lint (half an hour on two cores, an hour with empty caches)
+test: deps-test ## every test and every lint (some 40 minutes on two cores, over an hour with empty caches)
 	$(MAKE) -j2 PARTS='--bins --tests' kernel programs virtiofsd cyclonedx peers node-image debian-kernel lint
 	$(MAKE) PARTS='--bins --tests' guest
 	$(MAKE) payload-files
 	$(MAKE) images-files
 	$(MAKE) release-files
 	$(MAKE) units
-	echo 'tests: the suites with real peers, two at a time, usually 25 minutes; each prints when it is done'
+	echo 'tests: the suites with real peers, two at a time, usually 35 minutes; each prints when it is done'
 	$(MAKE) -j2 --keep-going --output-sync=target suite-node suite-cluster suite-conformance suite-e2e suite-software suite-crash suite-contract suite-soak suite-fresh
 
 test-all: test ## every test, and what takes long: real software, each with runc too, and a large cluster (an hour more)

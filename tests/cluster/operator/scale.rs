@@ -40,7 +40,9 @@ const AT_ONCE: usize = 16;
 /// How long a busy machine may take for thousands of objects.
 const LATE: Duration = Duration::from_secs(1200);
 /// What the controller's Deployment allows it, in KiB.
-const MEMORY: u64 = 128 * 1024;
+const LIMIT: u64 = 256 * 1024;
+/// What it is to need at most for a thousand nodes, in KiB.
+const GOAL: u64 = 128 * 1024;
 
 /// The kubelets of all nodes: whatever an installer's pod is asked for has been done at once.
 struct Fleet {
@@ -247,7 +249,7 @@ fn rollout(rig: &mut Rig<'_>) -> Result {
     // Four writes and four events for each node, and the looks at the cluster.
     let each = requests / NODES as f64;
     claim(each < 20.0, format!("{each} requests for each node"))?;
-    claim(peak < MEMORY, format!("the controller had {peak} KiB"))
+    claim(peak < GOAL, format!("the controller had {peak} KiB"))
 }
 
 fn large(rig: &mut Rig<'_>) -> Result {
@@ -280,5 +282,5 @@ fn large(rig: &mut Rig<'_>) -> Result {
         bytes / 1e6,
         peak / 1024
     );
-    claim(peak < MEMORY, format!("the controller had {peak} KiB"))
+    claim(peak < LIMIT, format!("the controller had {peak} KiB"))
 }
