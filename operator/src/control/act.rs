@@ -165,7 +165,7 @@ impl Hands {
             Action::SetOverhead(overhead) => {
                 let patch = json!({
                     "metadata": {"annotations": {OVERHEAD: overhead.to_string()}},
-                    "overhead": {"podFixed": {"cpu": overhead.cpu, "memory": overhead.memory}},
+                    "overhead": pod_fixed(overhead),
                 });
                 let patch = Patch::Merge(&patch);
                 let patched = self.runtime_classes.patch(KATA, &PatchParams::default(), &patch).await;
@@ -244,9 +244,14 @@ fn runtime_class(owner: &KataConfig, overhead: &PodOverhead) -> Value {
             }],
         },
         "handler": KATA,
-        "overhead": {"podFixed": {"cpu": overhead.cpu, "memory": overhead.memory}},
+        "overhead": pod_fixed(overhead),
         "scheduling": {"nodeSelector": {MEMBER: "", READY: "true"}},
     })
+}
+
+/// The RuntimeClass's field `overhead`.
+fn pod_fixed(overhead: &PodOverhead) -> Value {
+    json!({"podFixed": {"cpu": overhead.cpu, "memory": overhead.memory}})
 }
 
 /// Tells a pod that is not let in from what passes by itself.

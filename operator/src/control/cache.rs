@@ -7,22 +7,15 @@
 
 use std::{
     collections::BTreeMap,
-    fmt::Debug,
     pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use futures::StreamExt;
 use kube::{
-    Api, Resource,
-    runtime::{
-        WatchStreamExt,
-        watcher::{Config, Event, watcher},
-    },
+    Resource,
+    runtime::watcher::{self, Event},
 };
-use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
-use tracing::warn;
 
 /// The kept parts of all objects of a kind.
 #[derive(Debug)]
@@ -47,8 +40,7 @@ struct Held<T> {
 struct Entry<T> {
     uid: String,
     version: u64,
-    /// None of an object that is of no interest.
-    kept: Option<T>,
+    kept: T,
 }
 
 impl<T> Default for Cache<T> {
@@ -78,7 +70,7 @@ impl<T: Clone + PartialEq> Cache<T> {
             {
                 let held = self.held();
                 if held.listed {
-                    return Ok(held.objects.values().filter_map(|entry| entry.kept.clone()).collect());
+                    return Ok(held.objects.values().map(|entry| entry.kept.clone()).collect());
                 }
                 if let Some(trouble) = &held.trouble {
                     return Err(trouble.clone());
@@ -90,7 +82,7 @@ impl<T: Clone + PartialEq> Cache<T> {
 
     /// Takes in what the API server has answered to a change of ours. Its watch will tell of it later.
     pub(super) fn wrote<K: Resource>(&self, object: &K, kept: T) {
-        let (key, entry) = (key(object), entry(object, Some(kept)));
+        let (key, entry) = (key(object), entry(object, kept));
         let mut held = self.held();
         let held = &mut *held;
         // One that is not there has been deleted meanwhile, or will be told of.
@@ -101,7 +93,21 @@ impl<T: Clone + PartialEq> Cache<T> {
         }
     }
 
-    /// Takes in what the watch tells. Tells whether anything has changed.
+    /// Takes in what the watch tells, and what went wrong with it. Tells whether anything has changed.
+    pub(super) fn hear<K: Resource>(
+        &self,
+        told: Result<Event<K>, watcher::Error>,
+        keep: &impl Fn(&K) -> Option<T>,
+    ) -> bool {
+        match told {
+            Ok(event) => self.take(event, keep),
+            Err(error) => {
+                self.trouble(sources(&error));
+                true
+            }
+        }
+    }
+
     fn take<K: Resource>(&self, event: Event<K>, keep: &impl Fn(&K) -> Option<T>) -> bool {
         let mut held = self.held();
         let held = &mut *held;
@@ -112,7 +118,10 @@ impl<T: Clone + PartialEq> Cache<T> {
                 false
             }
             Event::InitApply(object) => {
-                put(&mut held.listing, key(&object), entry(&object, keep(&object)));
+                // Of most pods nothing is kept, and a list of their names alone is large.
+                if let Some(kept) = keep(&object) {
+                    put(&mut held.listing, key(&object), entry(&object, kept));
+                }
                 false
             }
             Event::InitDone => {
@@ -124,18 +133,13 @@ impl<T: Clone + PartialEq> Cache<T> {
                     }
                 }
                 held.objects = listed;
-                held.objects.retain(|_, entry| entry.kept.is_some());
                 (held.listed, held.trouble) = (true, None);
                 true
             }
-            Event::Apply(object) => {
-                let (key, entry) = (key(&object), entry(&object, keep(&object)));
-                match (held.objects.contains_key(&key), entry.kept.is_some()) {
-                    (false, false) => false,
-                    (true, false) => held.objects.remove(&key).is_some(),
-                    (_, true) => put(&mut held.objects, key, entry),
-                }
-            }
+            Event::Apply(object) => match keep(&object) {
+                Some(kept) => put(&mut held.objects, key(&object), entry(&object, kept)),
+                None => held.objects.remove(&key(&object)).is_some(),
+            },
             Event::Delete(object) => held.objects.remove(&key(&object)).is_some(),
         };
         self.news.notify_waiters();
@@ -158,7 +162,7 @@ fn key<K: Resource>(object: &K) -> String {
     format!("{}/{}", namespace.unwrap_or_default(), name.unwrap_or_default())
 }
 
-fn entry<K: Resource, T>(object: &K, kept: Option<T>) -> Entry<T> {
+fn entry<K: Resource, T>(object: &K, kept: T) -> Entry<T> {
     let meta = object.meta();
     let version = meta.resource_version.as_deref();
     Entry {
@@ -181,36 +185,8 @@ fn put<T: PartialEq>(objects: &mut BTreeMap<String, Entry<T>>, key: String, entr
     }
 }
 
-/// Keeps the cache current, and rings when what is kept changes, or cannot be listed.
-pub(super) async fn follow<K, T>(
-    api: Api<K>,
-    config: Config,
-    cache: Arc<Cache<T>>,
-    bell: Arc<Notify>,
-    keep: impl Fn(&K) -> Option<T>,
-) where
-    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Clone + PartialEq,
-{
-    let mut events = pin!(watcher(api, config).default_backoff());
-    while let Some(event) = events.next().await {
-        let rings = match event {
-            Ok(event) => cache.take(event, &keep),
-            // The watcher starts again by itself.
-            Err(error) => {
-                warn!(error = sources(&error), "a watch was interrupted");
-                cache.trouble(sources(&error));
-                true
-            }
-        };
-        if rings {
-            bell.notify_one();
-        }
-    }
-}
-
 /// An error with the reasons that it carries.
-fn sources(error: &dyn std::error::Error) -> String {
+pub(super) fn sources(error: &dyn std::error::Error) -> String {
     let reasons = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = reasons.map(ToString::to_string).collect();
     // Some say what their source says once more.

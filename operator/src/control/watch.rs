@@ -13,7 +13,7 @@ use kube::{
     api::{ApiResource, DynamicObject},
     runtime::{
         WatchStreamExt,
-        watcher::{Config, watcher},
+        watcher::{self, Config, Event, watcher},
     },
 };
 use serde::de::DeserializeOwned;
@@ -24,7 +24,7 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    cache::{self, Cache},
+    cache::{Cache, sources},
     pod::{COMPONENT, INSTALLER},
     read::{self, ClassPod},
 };
@@ -61,32 +61,35 @@ impl Watches {
             Api::<DynamicObject>::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             all(),
             Arc::clone(&bell),
+            |told| told.is_ok(),
         ));
         tasks.spawn(follow(
             Api::<RuntimeClass>::all(client.clone()),
             all().fields(&format!("metadata.name={KATA}")),
             Arc::clone(&bell),
+            |told| told.is_ok(),
         ));
         tasks.spawn(follow(
             Api::<Pod>::namespaced(client.clone(), namespace),
             all().labels(&format!("{COMPONENT}={INSTALLER}")),
             Arc::clone(&bell),
+            |told| told.is_ok(),
         ));
         // Most changes of nodes are heartbeats, of which nothing is kept.
-        tasks.spawn(cache::follow(
+        let known = Arc::clone(&nodes);
+        tasks.spawn(follow(
             Api::<ApiNode>::all(client.clone()),
             all(),
-            Arc::clone(&nodes),
             Arc::clone(&bell),
-            |node| Some(read::node(node)),
+            move |told| known.hear(told, &|node| Some(read::node(node))),
         ));
         let feature_gates = Arc::<Cache<BTreeMap<String, String>>>::default();
-        tasks.spawn(cache::follow(
+        let known = Arc::clone(&feature_gates);
+        tasks.spawn(follow(
             Api::<ConfigMap>::namespaced(client.clone(), namespace),
             all().fields(&format!("metadata.name={FEATURE_GATES}")),
-            Arc::clone(&feature_gates),
             Arc::clone(&bell),
-            |map| map.data.clone(),
+            move |told| known.hear(told, &|map: &ConfigMap| map.data.clone()),
         ));
         Watches {
             client,
@@ -121,13 +124,10 @@ impl Watches {
         let (cache, _) = self.pods.get_or_insert_with(|| {
             let cache = Arc::<Cache<ClassPod>>::default();
             let pods = Api::<Pod>::all(client.clone());
-            let task = cache::follow(
-                pods,
-                every.clone(),
-                Arc::clone(&cache),
-                Arc::clone(bell),
-                read::class_pod,
-            );
+            let known = Arc::clone(&cache);
+            let task = follow(pods, every.clone(), Arc::clone(bell), move |told| {
+                known.hear(told, &read::class_pod)
+            });
             (cache, tasks.spawn(task))
         });
         Arc::clone(cache)
@@ -141,17 +141,22 @@ impl Watches {
     }
 }
 
-/// Rings for whatever happens.
-async fn follow<K>(api: Api<K>, config: Config, bell: Arc<Notify>)
-where
+/// Hands on what a watch tells, and rings when that is worth a look. After an error the watcher goes on by itself.
+async fn follow<K>(
+    api: Api<K>,
+    config: Config,
+    bell: Arc<Notify>,
+    rings: impl Fn(Result<Event<K>, watcher::Error>) -> bool,
+) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let mut events = pin!(watcher(api, config).default_backoff());
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(_) => bell.notify_one(),
-            // The watcher starts again by itself, and lists everything then.
-            Err(error) => warn!(%error, "a watch was interrupted"),
+    while let Some(told) = events.next().await {
+        if let Err(error) = &told {
+            warn!(error = sources(error), "a watch was interrupted");
+        }
+        if rings(told) {
+            bell.notify_one();
         }
     }
 }
