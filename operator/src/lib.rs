@@ -3,6 +3,7 @@
 pub mod api;
 pub mod control;
 pub mod decide;
+pub mod handler;
 pub mod install;
 pub mod log_level;
 pub mod report;

@@ -3,7 +3,7 @@
 //! Each key is honoured, accepted as having nothing to do with Sandpod (the [`Config::report`] says why), or refused by
 //! name when it is set to something Sandpod does not do. An absent key takes Sandpod's default. A file
 //! and its drop-ins (`config.d/*.toml` beside it, in name order) and a pod's annotations are merged as TOML tables
-//! first, so that each of them may set a single key.
+//! first, so that each of them may set a single key. A file with the key [`EXTENDS`] is laid over another one.
 
 mod annotations;
 mod file;
@@ -23,6 +23,10 @@ pub const SEARCH_PATHS: &[&str] = &[
     "/etc/kata-containers/configuration.toml",
     "/opt/sandpod/current/configuration.toml",
 ];
+
+/// The key, above all sections, of a file that is laid over another one and its drop-ins: the other one's absolute path.
+/// A handler with a few settings of its own has such a file.
+pub const EXTENDS: &str = "extends";
 
 /// Names a configuration file in the shim's environment.
 pub const FILE_VARIABLE: &str = "KATA_CONF_FILE";
@@ -262,11 +266,9 @@ impl Config {
         let Some(path) = found else {
             return Self::from_tables(Table::new(), None);
         };
-        let text = read(&path)?;
-        let drop_ins = drop_ins(&path)?;
-        let mut tables = parse_table(&text, &path)?;
-        for (path, text) in &drop_ins {
-            merge(&mut tables, parse_table(text, path)?);
+        let mut tables = Table::new();
+        for (_, table) in layers(&path)? {
+            merge(&mut tables, table);
         }
         Self::from_tables(tables, Some(path))
     }
@@ -297,16 +299,23 @@ impl Config {
         Self::from_tables(tables, self.origin.clone())
     }
 
-    /// The files that this came from: the one named, and its drop-ins in their order.
+    /// This configuration with a text laid over it.
     ///
     /// # Errors
-    /// The folder of drop-ins cannot be read.
+    /// Everything that [`Config::parse`] refuses.
+    pub fn with(&self, text: &str) -> Result<Self, ConfigError> {
+        let mut tables = self.tables.clone();
+        merge(&mut tables, parse_table(text, Path::new("(text)"))?);
+        Self::from_tables(tables, self.origin.clone())
+    }
+
+    /// The files that this came from, each before those that are laid over it.
+    ///
+    /// # Errors
+    /// One of them cannot be read any more.
     pub fn files(&self) -> Result<Vec<PathBuf>, ConfigError> {
-        let Some(origin) = &self.origin else {
-            return Ok(Vec::new());
-        };
-        let drop_ins = drop_ins(origin)?.into_iter().map(|(path, _)| path);
-        Ok([origin.clone()].into_iter().chain(drop_ins).collect())
+        let layers = self.origin.as_deref().map(layers).transpose()?.unwrap_or_default();
+        Ok(layers.into_iter().map(|(path, _)| path).collect())
     }
 
     /// What a file changes: its own path, a line for each key that differs from Sandpod's default, and one for each
@@ -349,6 +358,31 @@ impl Config {
     }
 }
 
+/// A file, its drop-ins, and before them those of the file that it extends.
+fn layers(path: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
+    let mut table = parse_table(&read(path)?, path)?;
+    let base = table.remove(EXTENDS).map(|base| base_of(&base)).transpose()?;
+    // A base that has the key, too, is refused for it: nobody needs more than two layers.
+    let mut layers = base.as_deref().map(with_drop_ins).transpose()?.unwrap_or_default();
+    layers.push((path.to_owned(), table));
+    layers.extend(drop_ins(path)?);
+    Ok(layers)
+}
+
+fn with_drop_ins(path: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
+    let mut layers = vec![(path.to_owned(), parse_table(&read(path)?, path)?)];
+    layers.extend(drop_ins(path)?);
+    Ok(layers)
+}
+
+fn base_of(value: &Value) -> Result<PathBuf, ConfigError> {
+    let path = value.as_str().map(PathBuf::from).filter(|path| path.is_absolute());
+    path.ok_or_else(|| ConfigError::Invalid {
+        key: EXTENDS,
+        problem: format!("is {value}; it has to be the absolute path of a configuration file"),
+    })
+}
+
 /// The value of a dotted key.
 fn at<'t>(tables: &'t Table, key: &str) -> Option<&'t Value> {
     match key.split_once('.') {
@@ -379,8 +413,8 @@ fn parse_table(text: &str, path: &Path) -> Result<Table, ConfigError> {
     })
 }
 
-/// The drop-ins of the file at `path`: (path, text) in name order.
-fn drop_ins(path: &Path) -> Result<Vec<(PathBuf, String)>, ConfigError> {
+/// The drop-ins of the file at `path`, in the order of their names.
+fn drop_ins(path: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
     let folder = path.with_file_name("config.d");
     let entries = match std::fs::read_dir(&folder) {
         Ok(entries) => entries,
@@ -402,7 +436,7 @@ fn drop_ins(path: &Path) -> Result<Vec<(PathBuf, String)>, ConfigError> {
     files.sort();
     files
         .into_iter()
-        .map(|path| read(&path).map(|text| (path, text)))
+        .map(|path| Ok((path.clone(), parse_table(&read(&path)?, &path)?)))
         .collect()
 }
 

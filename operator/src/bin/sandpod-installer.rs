@@ -4,7 +4,7 @@ use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use operator::{
-    install::{Options, daemon::Kind, dropin::DEFAULT_PREFIX, run},
+    install::{Options, classes, daemon::Kind, dropin::DEFAULT_PREFIX, run},
     log_level::LogLevel,
     report::Verb,
 };
@@ -30,6 +30,10 @@ struct Cli {
     /// TOML that is laid over the installed configuration of pods, before the files in /etc/sandpod/config.d.
     #[arg(long, default_value = "", hide_default_value = true)]
     configuration: String,
+    /// One more handler, kata-..., with settings of its own, which are laid over all others. May be repeated; one that
+    /// is left out goes.
+    #[arg(long = "runtime-class", value_name = "NAME=TOML", value_parser = classes::parse)]
+    runtime_classes: Vec<(String, String)>,
     /// Where on the node it is installed.
     #[arg(long, default_value = DEFAULT_PREFIX)]
     prefix: PathBuf,
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
         prefix: cli.prefix,
         log_level: cli.log_level,
         configuration: cli.configuration,
+        runtime_classes: cli.runtime_classes.into_iter().collect(),
         cri: match cli.cri {
             Runtime::Crio => Some(Kind::Crio),
             Runtime::Containerd => Some(Kind::Containerd),

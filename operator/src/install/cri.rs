@@ -4,7 +4,7 @@
 //! numbers that they have there.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -31,8 +31,8 @@ use super::{
     kubelet,
 };
 
-/// Our handler's name.
-pub const HANDLER: &str = "kata";
+/// The handler with the settings of the nodes.
+pub const HANDLER: &str = crate::handler::KATA;
 
 /// How long one answer may take.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -83,6 +83,8 @@ pub struct Cri {
 pub struct ReadySandbox {
     /// Namespace and name of its pod.
     pub pod: String,
+    /// Its handler.
+    pub handler: String,
 }
 
 impl Cri {
@@ -165,28 +167,28 @@ impl Cri {
         }
     }
 
-    /// Whether it lists our handler; none when it lists no handlers at all, as CRI-O does before 1.30.
+    /// The handlers that it lists; none when it lists none at all, as CRI-O does before 1.30.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn lists_handler(&self) -> Result<Option<bool>> {
-        let answer = self.status(false)?;
-        let ours = |handler: &wire::RuntimeHandler| handler.name == HANDLER;
-        Ok((!answer.runtime_handlers.is_empty()).then(|| answer.runtime_handlers.iter().any(ours)))
+    pub fn handlers(&self) -> Result<Option<BTreeSet<String>>> {
+        let listed = self.status(false)?.runtime_handlers.into_iter();
+        let listed: BTreeSet<_> = listed.map(|handler| handler.name).collect();
+        Ok((!listed.is_empty()).then_some(listed))
     }
 
-    /// What it is like now, without our handler: to be compared with what it is like after a change.
+    /// What it is like now, without our handlers: to be compared with what it is like after a change.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn baseline(&self) -> Result<Baseline> {
+    pub fn baseline(&self, ours: &BTreeSet<String>) -> Result<Baseline> {
         let answer = self.status(true)?;
         // Each CRI tells what it likes, in a form of its own; what is no JSON cannot be compared.
         let config = answer.info.get("config");
         let config = config.and_then(|text| serde_json::from_str(text).ok());
         let conditions = conditions(answer.status).into_iter();
         Ok(Baseline {
-            config: config.map(effective::told),
+            config: config.map(|config| effective::told(config, ours)),
             ready: conditions
                 .filter_map(|(name, holds)| holds.is_ok().then_some(name))
                 .collect(),
@@ -220,18 +222,20 @@ impl Cri {
         self.ask("Status", wire::StatusRequest { verbose })
     }
 
-    /// The sandboxes of our handler that are ready.
+    /// The sandboxes of these handlers that are ready.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn ready_sandboxes(&self) -> Result<Vec<ReadySandbox>> {
+    pub fn ready_sandboxes(&self, handlers: &BTreeSet<String>) -> Result<Vec<ReadySandbox>> {
         let answer: wire::ListPodSandboxResponse = self.ask("ListPodSandbox", wire::ListPodSandboxRequest {})?;
-        let ours = answer.items.into_iter().filter(|item| item.runtime_handler == HANDLER);
+        let ours = answer.items.into_iter();
+        let ours = ours.filter(|item| handlers.contains(&item.runtime_handler));
         let pod = |metadata: wire::PodSandboxMetadata| format!("{}/{}", metadata.namespace, metadata.name);
         Ok(ours
             .filter(|item| item.state == wire::READY)
             .map(|item| ReadySandbox {
                 pod: item.metadata.map(pod).unwrap_or_default(),
+                handler: item.runtime_handler,
             })
             .collect())
     }

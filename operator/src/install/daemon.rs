@@ -3,6 +3,8 @@
 //! A [`Site`] is all that the installer knows of a layout. A distribution's containerd has its socket, its
 //! configuration and its program in places of its own, and often another containerd beside it, such as Docker's.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use super::dropin::{Format, Place};
@@ -58,7 +60,7 @@ pub enum Author {
 }
 
 /// Where drop-ins of containerd's or CRI-O's configuration are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Folder {
     /// The folder.
     pub path: &'static str,
@@ -100,7 +102,7 @@ const CONTAINERD_FORMATS: &[Format] = &[Format::ContainerdV2, Format::Containerd
 /// The place of our handler's drop-in, and the folder above that of the drop-ins, where a file is written first.
 const fn handler(path: &'static str, scratch: &'static str) -> Place {
     Place {
-        path,
+        path: Cow::Borrowed(path),
         scratch,
         of_cri: true,
     }
@@ -307,7 +309,7 @@ impl Site {
     #[must_use]
     pub fn main_place(&self) -> Place {
         Place {
-            path: self.main,
+            path: self.main.into(),
             scratch: self.folders[0].handler.scratch,
             of_cri: true,
         }
@@ -327,8 +329,8 @@ mod tests {
             assert_eq!(site.daemon, daemon);
             let mut formats = Vec::new();
             for folder in site.folders {
-                let handler = folder.handler;
-                assert_eq!(Path::new(handler.path).parent(), Some(Path::new(folder.path)));
+                let handler = &folder.handler;
+                assert_eq!(Path::new(&*handler.path).parent(), Some(Path::new(folder.path)));
                 // Nothing is written first where its reader would read it.
                 assert_eq!(Path::new(folder.path).parent(), Some(Path::new(handler.scratch)));
                 formats.extend(folder.formats);

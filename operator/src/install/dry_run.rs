@@ -1,5 +1,5 @@
 //! What the CRI's own program says of a configuration before it is written: whether it would start with it, and whether
-//! everything but our handler would stay as it is.
+//! everything but our handlers would stay as it is.
 
 use std::{
     fs::{self, File},
@@ -13,7 +13,7 @@ use toml::{Table, Value};
 use super::{
     cri::{Cri, Version},
     daemon::{Kind, Site},
-    dropin::DropIn,
+    dropin::{self, DropIn},
     effective,
     error::{Context, InstallError, Result},
     files::{self, Host},
@@ -82,14 +82,14 @@ fn crio_verdict(host: &Host, site: &Site, program: &Path, scratch: &Path, ours: 
     walk(host, folder, &mut paths)?;
     let others = paths
         .iter()
-        .filter(|path| !ours.iter().any(|file| Path::new(file.place.path) == **path));
+        .filter(|path| !ours.iter().any(|file| Path::new(&*file.place.path) == **path));
     for path in others {
         if let Some(bytes) = files::read(&host.at(path))? {
             put(scratch, path.strip_prefix(folder).unwrap_or(path), &bytes)?;
         }
     }
     for file in ours.iter().filter(|file| file.place.of_cri) {
-        let name = Path::new(file.place.path).file_name().unwrap_or_default();
+        let name = Path::new(&*file.place.path).file_name().unwrap_or_default();
         if let Some(text) = &file.text {
             put(scratch, Path::new(name), text.as_bytes())?;
         }
@@ -103,18 +103,18 @@ fn crio_verdict(host: &Host, site: &Site, program: &Path, scratch: &Path, ours: 
         .arg("--config-dir")
         .arg(scratch)
         .arg("config");
-    verdict(&mut command, "CRI-O's configuration with the handler `kata`").map(drop)
+    verdict(&mut command, "CRI-O's configuration with the handlers of Sandpod").map(drop)
 }
 
 /// A copy of the files that containerd reads, at their own paths below the folder, first without ours and then with it:
-/// everything but our handler has to be the same.
+/// everything but our handlers has to be the same.
 fn containerd_verdict(host: &Host, site: &'static Site, program: &Path, scratch: &Path, ours: &[DropIn]) -> Result<()> {
     const WITHOUT: &str = "containerd's configuration";
-    const WITH: &str = "containerd's configuration with the handler `kata`";
+    const WITH: &str = "containerd's configuration with the handlers of Sandpod";
     let main = Path::new(site.main);
     let inside = |path: &Path| path.strip_prefix("/").unwrap_or(path).to_owned();
     let [without, with] = ["without", "with"].map(|name| scratch.join(name));
-    let edited = ours.iter().find(|file| Path::new(file.place.path) == main);
+    let edited = ours.iter().find(|file| Path::new(&*file.place.path) == main);
     let edited = edited.and_then(|file| file.text.as_deref());
     // What k0s will do with our drop-in, one import more does as well.
     let more = match is_managed(host, site)? {
@@ -127,7 +127,7 @@ fn containerd_verdict(host: &Host, site: &'static Site, program: &Path, scratch:
             // As good as none, and a program can be told of it.
             sources.push(parsed(main, "version = 3\n")?);
         }
-        let is_ours = |path: &Path| path != main && ours.iter().any(|file| Path::new(file.place.path) == path);
+        let is_ours = |path: &Path| path != main && ours.iter().any(|file| Path::new(&*file.place.path) == path);
         for source in sources.iter().filter(|source| !is_ours(&source.path)) {
             let more = if source.path == main { more } else { &[] };
             put(
@@ -137,14 +137,16 @@ fn containerd_verdict(host: &Host, site: &'static Site, program: &Path, scratch:
             )?;
         }
     }
-    let mut drop_in = "";
+    let texts = ours.iter().filter_map(|file| file.text.as_deref());
+    let handlers = texts.flat_map(|text| dropin::handlers_of(site.kind, text)).collect();
+    let mut drop_in = String::new();
     let drop_ins = ours
         .iter()
-        .filter(|file| file.place.of_cri && Path::new(file.place.path) != main);
+        .filter(|file| file.place.of_cri && Path::new(&*file.place.path) != main);
     for file in drop_ins {
         if let Some(text) = &file.text {
-            drop_in = file.place.path;
-            put(&with, &inside(Path::new(drop_in)), text.as_bytes())?;
+            drop_in = file.place.path.clone().into_owned();
+            put(&with, &inside(Path::new(&drop_in)), text.as_bytes())?;
         }
     }
     let dump = |root: &Path, what: &str| {
@@ -156,7 +158,7 @@ fn containerd_verdict(host: &Host, site: &'static Site, program: &Path, scratch:
                 .args(["config", "dump"]),
             what,
         )?;
-        effective::printed(&printed).map_err(|why| InstallError::ConfigInvalid {
+        effective::printed(&printed, &handlers).map_err(|why| InstallError::ConfigInvalid {
             what: format!("what `containerd config dump` prints of {what}"),
             why,
         })

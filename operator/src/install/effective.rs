@@ -8,8 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::cri::HANDLER;
-
 /// What the CRI was like before a change.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -48,36 +46,36 @@ impl Baseline {
     }
 }
 
-/// The configuration that containerd tells by the CRI, without our handler.
+/// The configuration that containerd tells by the CRI, without our handlers.
 #[must_use]
-pub fn told(mut config: Value) -> Value {
-    forget_handler(&mut config);
+pub fn told(mut config: Value, ours: &BTreeSet<String>) -> Value {
+    forget_handlers(&mut config, ours);
     config
 }
 
-/// The configuration that containerd's own program prints, without our handler and without the names of imported files:
+/// The configuration that containerd's own program prints, without our handlers and without the names of imported files:
 /// only what they say counts.
 ///
 /// # Errors
 /// It is no TOML.
-pub fn printed(text: &str) -> Result<Value, String> {
+pub fn printed(text: &str, ours: &BTreeSet<String>) -> Result<Value, String> {
     let mut config: Value = toml::from_str(text).map_err(|error: toml::de::Error| error.message().to_owned())?;
     if let Some(config) = config.as_object_mut() {
         config.remove("imports");
     }
     let plugins = config.get_mut("plugins").and_then(Value::as_object_mut);
     for plugin in plugins.into_iter().flat_map(|plugins| plugins.values_mut()) {
-        forget_handler(plugin);
+        forget_handlers(plugin, ours);
     }
     Ok(config)
 }
 
-fn forget_handler(section: &mut Value) {
+fn forget_handlers(section: &mut Value, ours: &BTreeSet<String>) {
     let runtimes = section
         .pointer_mut("/containerd/runtimes")
         .and_then(Value::as_object_mut);
     if let Some(runtimes) = runtimes {
-        runtimes.remove(HANDLER);
+        runtimes.retain(|name, _| !ours.contains(name));
     }
 }
 
@@ -124,6 +122,10 @@ mod tests {
 
     use super::*;
 
+    fn ours() -> BTreeSet<String> {
+        ["kata", "kata-large"].map(String::from).into()
+    }
+
     #[test]
     fn what_differs_first_is_named_by_its_path() {
         let before = json!({"plugins": {"a.b": {"cgroup": true, "image": "x"}}, "root": "/"});
@@ -146,16 +148,27 @@ mod tests {
 
     #[test]
     fn our_own_handler_is_no_difference_and_another_one_is() {
-        let tell = |runtimes: Value| told(json!({"containerd": {"runtimes": runtimes}, "enableSelinux": true}));
+        let tell = |runtimes: Value| {
+            told(
+                json!({"containerd": {"runtimes": runtimes}, "enableSelinux": true}),
+                &ours(),
+            )
+        };
         let (runc, crun) = (json!({"type": "runc"}), json!({"type": "crun"}));
         let before = tell(json!({"runc": runc}));
-        assert_eq!(difference(&before, &tell(json!({"runc": runc, "kata": {}}))), None);
+        assert_eq!(
+            difference(&before, &tell(json!({"runc": runc, "kata": {}, "kata-large": {}}))),
+            None
+        );
         assert_eq!(
             difference(&before, &tell(json!({"crun": crun, "kata": {}, "runc": runc}))).as_deref(),
             Some("containerd.runtimes.crun")
         );
         // CRI-O tells other things, and fewer.
-        assert_eq!(told(json!({"sandboxImage": "pause"})), json!({"sandboxImage": "pause"}));
+        assert_eq!(
+            told(json!({"sandboxImage": "pause"}), &ours()),
+            json!({"sandboxImage": "pause"})
+        );
     }
 
     #[test]
@@ -165,7 +178,7 @@ mod tests {
                 "version = 3\n[plugins.'{plugin}'.containerd.runtimes.runc]\n\
                  runtime_type = 'io.containerd.runc.v2'\n{more}"
             );
-            printed(&text).unwrap()
+            printed(&text, &ours()).unwrap()
         };
         for plugin in ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"] {
             let ours =
@@ -177,8 +190,11 @@ mod tests {
                 Some(format!("plugins.\"{plugin}\".containerd.runtimes.nvidia"))
             );
         }
-        assert_eq!(printed("imports = ['/a']\n"), printed("imports = ['/b']\n"));
-        assert!(printed("[plugins").is_err());
+        assert_eq!(
+            printed("imports = ['/a']\n", &ours()),
+            printed("imports = ['/b']\n", &ours())
+        );
+        assert!(printed("[plugins", &ours()).is_err());
     }
 
     #[test]

@@ -60,11 +60,13 @@ pub enum InstallError {
     },
     /// Somebody else's handler.
     #[error(
-        "{path} already defines a handler `kata`, which Sandpod did not write: remove it from there and install again"
+        "{path} already defines a handler `{handler}`, which Sandpod did not write: remove it from there and install again"
     )]
     ForeignHandler {
         /// The file, as the node sees it.
         path: PathBuf,
+        /// The handler.
+        handler: String,
     },
     /// Somebody else's file where ours belongs.
     #[error("{path} exists and is not Sandpod's: move it away and install again")]
@@ -114,7 +116,7 @@ pub enum InstallError {
         /// The first thing that would be another one.
         path: String,
         /// Our file.
-        drop_in: &'static str,
+        drop_in: String,
         /// A clause that says what to do.
         cure: String,
     },
@@ -204,24 +206,32 @@ pub enum InstallError {
         cri: &'static str,
     },
     /// The handler is not there although everything was done for it.
-    #[error("{cri} runs and does not list the handler `kata`; its log says why")]
+    #[error("{cri} runs and does not list the handler `{handler}`; its log says why")]
     HandlerAbsent {
         /// Which CRI.
         cri: &'static str,
+        /// Which handler.
+        handler: String,
     },
     /// The handler is still there although its file is gone.
-    #[error("{cri} still lists a handler `kata` after its restart; another file of its configuration must define one")]
+    #[error(
+        "{cri} still lists a handler `{handler}` after its restart; another file of its configuration must define one"
+    )]
     HandlerPresent {
         /// Which CRI.
         cri: &'static str,
+        /// Which handler.
+        handler: String,
     },
     /// Pods run.
-    #[error("pods with the handler `kata` still run ({count}, such as {example}): delete them first")]
+    #[error("pods with the handler `{handler}` still run ({count}, such as {example}): delete them first")]
     SandboxesExist {
         /// How many.
         count: usize,
         /// Namespace and name of one.
         example: String,
+        /// Its handler.
+        handler: String,
     },
     /// Shims run that the CRI does not know.
     #[error("shims of version {version} still run: remove their pods or tasks first")]

@@ -1,12 +1,14 @@
 //! The CRI's configuration as a whole: which files it reads, who defines a handler of our name, and whether our drop-in
 //! is read.
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Component, Path, PathBuf},
+};
 
 use toml::{Table, Value};
 
 use super::{
-    cri::HANDLER,
     daemon::{Author, Daemon, Kind, Site},
     dropin::{self, Format, MARK},
     error::{InstallError, Result},
@@ -24,11 +26,11 @@ pub(super) struct Source {
     pub table: Table,
 }
 
-/// Refuses a node where somebody else has a handler of our name, or where the CRI would not read ours.
+/// Refuses a node where somebody else has a handler of one of these names, or where the CRI would not read ours.
 ///
 /// # Errors
 /// The file that is in the way; a file that is no TOML; the line that containerd's configuration lacks.
-pub fn refuse_foreign(host: &Host, daemon: Daemon, format: Format) -> Result<()> {
+pub fn refuse_foreign(host: &Host, daemon: Daemon, format: Format, handlers: &BTreeSet<String>) -> Result<()> {
     let site = daemon.site();
     let ours = dropin::places(daemon);
     let sources = match site.kind {
@@ -37,24 +39,25 @@ pub fn refuse_foreign(host: &Host, daemon: Daemon, format: Format) -> Result<()>
     };
     // What a distribution has made of our drop-in is not somebody else's.
     let is_ours = |path: &Path| {
-        ours.iter().any(|place| Path::new(place.path) == path)
+        ours.iter().any(|place| Path::new(&*place.path) == path)
             || site.merged.is_some_and(|merged| Path::new(merged) == path)
     };
     for source in sources.iter().filter(|source| !is_ours(&source.path)) {
-        if defines_handler(site.kind, &source.table) {
+        let defined = dropin::defined(site.kind, &source.table);
+        if let Some(handler) = defined.intersection(handlers).next().cloned() {
             let path = source.path.clone();
-            return Err(InstallError::ForeignHandler { path });
+            return Err(InstallError::ForeignHandler { path, handler });
         }
     }
     for place in ours.iter().filter(|place| place.of_cri) {
-        if let Some(text) = files::read_text(&host.at(place.path))?
+        if let Some(text) = files::read_text(&host.at(&*place.path))?
             && !text.starts_with(MARK)
         {
-            let path = place.path.into();
-            let table = text.parse::<Table>().unwrap_or_default();
-            return Err(match defines_handler(site.kind, &table) {
-                true => InstallError::ForeignHandler { path },
-                false => InstallError::ForeignFile { path },
+            let path = PathBuf::from(&*place.path);
+            let defined = dropin::defined(site.kind, &text.parse().unwrap_or_default());
+            return Err(match defined.intersection(handlers).next().cloned() {
+                Some(handler) => InstallError::ForeignHandler { path, handler },
+                None => InstallError::ForeignFile { path },
             });
         }
     }
@@ -119,25 +122,6 @@ pub fn format(host: &Host, daemon: Daemon) -> Result<Format> {
         // Whether there is such a version containerd's own program says.
         Some(version) if version > 2 => Ok(Format::ContainerdV3),
         _ => Err(InstallError::Unversioned { main: site.main }),
-    }
-}
-
-fn defines_handler(kind: Kind, table: &Table) -> bool {
-    let runtimes = |section: &Value| {
-        let runtimes = section.get("runtimes").and_then(Value::as_table);
-        runtimes.is_some_and(|runtimes| runtimes.contains_key(HANDLER))
-    };
-    match kind {
-        Kind::Crio => {
-            let runtime = table.get("crio").and_then(|crio| crio.get("runtime"));
-            runtime.is_some_and(runtimes)
-        }
-        // The plugin's name is another one in each version of the file.
-        Kind::Containerd => {
-            let plugins = table.get("plugins").and_then(Value::as_table);
-            let mut plugins = plugins.into_iter().flat_map(Table::values);
-            plugins.any(|plugin| plugin.get("containerd").is_some_and(runtimes))
-        }
     }
 }
 
@@ -250,7 +234,7 @@ fn fits(pattern: &str, name: &str) -> bool {
 
 /// Whether one of the imports would read our drop-in.
 fn covers(site: &Site, format: Format, sources: &[Source]) -> bool {
-    let drop_in = Path::new(site.folder(format).handler.path);
+    let drop_in = Path::new(&*site.folder(format).handler.path);
     let own_name = drop_in.file_name().unwrap_or_default().to_string_lossy();
     let mut patterns = sources.iter().flat_map(imports);
     patterns.any(|pattern| {

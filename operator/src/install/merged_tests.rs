@@ -1,8 +1,14 @@
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 
 use super::*;
 use crate::{
-    install::{cri::Version, dropin::DropIn, dry_run::validate_with, imports::edit, runtime_folder::RuntimeFolder},
+    install::{
+        cri::Version,
+        dropin::{DropIn, Wanted},
+        dry_run::validate_with,
+        imports::edit,
+        runtime_folder::RuntimeFolder,
+    },
     log_level::LogLevel,
 };
 
@@ -44,7 +50,7 @@ impl Node {
             Kind::Containerd => Format::ContainerdV3,
         };
         let format = format(&self.host, daemon).unwrap_or(usual);
-        let refused = refuse_foreign(&self.host, daemon, format);
+        let refused = refuse_foreign(&self.host, daemon, format, &BTreeSet::from(["kata".to_owned()]));
         refused.err().map(|error| error.to_string())
     }
 
@@ -71,7 +77,13 @@ impl Node {
 }
 
 fn ours_of(daemon: Daemon, format: Format) -> Vec<DropIn> {
-    dropin::all(daemon, format, Path::new("/opt/sandpod"), LogLevel::Debug, "")
+    let wanted = Wanted {
+        prefix: Path::new("/opt/sandpod"),
+        level: LogLevel::Debug,
+        configuration: "",
+        classes: &BTreeMap::new(),
+    };
+    dropin::all(daemon, format, &wanted)
 }
 
 fn ours(format: Format) -> Vec<DropIn> {

@@ -4,6 +4,7 @@
 //! paths through that link only. So an upgrade moves the link, and the CRI is restarted for the first install alone.
 //! Every step can be repeated after a death at any point: see [`state`].
 
+pub mod classes;
 pub mod cri;
 pub mod daemon;
 pub mod dropin;
@@ -30,6 +31,7 @@ mod verb_uninstall;
 mod verb_verify;
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     path::{Path, PathBuf},
 };
@@ -40,7 +42,7 @@ use shim::{
 };
 
 use self::{
-    cri::Cri,
+    cri::{Cri, HANDLER},
     daemon::{Daemon, Kind},
     error::{Context, InstallError, Result},
     files::Host,
@@ -68,6 +70,8 @@ pub struct Options {
     pub log_level: LogLevel,
     /// TOML that is laid over the installed configuration of pods, before the node's own files; or empty.
     pub configuration: String,
+    /// RuntimeClasses with settings of their own, by name: TOML that is laid over all other settings; or empty.
+    pub runtime_classes: BTreeMap<String, String>,
     /// The CRI, if it is not to be found out.
     pub cri: Option<Kind>,
     /// Whether a line may be added to containerd's main file, if it does not read the drop-ins.
@@ -183,8 +187,8 @@ impl<'r> Run<'r> {
     }
 
     /// Whether pods can run with the node's configuration, which is `base` where the administrator has none of his own;
-    /// with `new` in the place of the KataConfig's, if there is one to be put there.
-    fn judge(&mut self, kind: Kind, base: Option<&str>, new: Option<&str>) -> Result<()> {
+    /// with `new` in the place of the KataConfig's, if there is one to be put there. Returns that configuration.
+    fn judge(&mut self, kind: Kind, base: Option<&str>, new: Option<&str>) -> Result<Config> {
         let config = preflight::configuration(&self.layout, kind, base, new)?;
         self.report.facts.accelerator = match config.hypervisor.accelerator {
             config::Accelerator::Kvm => Accelerator::Kvm,
@@ -192,17 +196,29 @@ impl<'r> Run<'r> {
         };
         let warnings = preflight::judge(&self.findings, self.report.facts.accelerator)?;
         self.report.warnings.extend(warnings);
-        Ok(())
+        Ok(config)
+    }
+
+    /// The handlers that our drop-ins on the node define, whichever CRI reads them; `kata` in any case.
+    fn handlers(&self) -> Result<BTreeSet<String>> {
+        let mut handlers = BTreeSet::from([HANDLER.to_owned()]);
+        for daemon in Daemon::all() {
+            for place in dropin::places(daemon).into_iter().filter(|place| place.of_cri) {
+                let text = files::read_text(&self.layout.host.at(&*place.path))?.unwrap_or_default();
+                handlers.extend(dropin::handlers_of(daemon.kind(), &text));
+            }
+        }
+        Ok(handlers)
     }
 
     /// Removes what a run that was killed had not yet moved to its place, or had moved away already. Whether there was
     /// any.
     fn sweep_scratch(&self, lock: &NodeLock) -> Result<bool> {
         let host = &self.layout.host;
-        let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()?;
+        let mut swept = self.layout.sweep_beside()? | lock.folder.sweep()? | classes::sweep(host)?;
         for daemon in Daemon::all() {
             for place in dropin::places(daemon).into_iter().chain([daemon.site().main_place()]) {
-                swept |= files::remove(&files::scratch_name(Path::new(place.path), &host.at(place.scratch)))?;
+                swept |= files::remove(&files::scratch_name(Path::new(&*place.path), &host.at(place.scratch)))?;
             }
         }
         Ok(swept)
@@ -212,7 +228,7 @@ impl<'r> Run<'r> {
     fn refuse_other_prefix(&self) -> Result<()> {
         let places = Daemon::all().into_iter().flat_map(dropin::places);
         for place in places.filter(|place| place.of_cri) {
-            let text = files::read_text(&self.layout.host.at(place.path))?.unwrap_or_default();
+            let text = files::read_text(&self.layout.host.at(&*place.path))?.unwrap_or_default();
             if let Some(prefix) = dropin::prefix_of(&text).filter(|prefix| *prefix != self.layout.prefix) {
                 return Err(InstallError::OtherPrefix { prefix });
             }

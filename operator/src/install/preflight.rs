@@ -1,6 +1,9 @@
 //! What a node has to be before anything on it is changed.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use nix::{
     errno::Errno,
@@ -51,8 +54,22 @@ fn is_old(kind: Kind, version: (u32, u32)) -> bool {
     }
 }
 
-/// The configuration that pods will start with: the payload's with the administrator's drop-ins, or the administrator's
-/// own where the shim prefers it ([`config::SEARCH_PATHS`]). `new` stands for what is to be written for the KataConfig.
+/// The file that the shim starts from for the handler `kata`: the payload's, or the administrator's own where the shim
+/// prefers it ([`config::SEARCH_PATHS`]).
+#[must_use]
+pub fn base(layout: &Layout, kind: Kind) -> PathBuf {
+    theirs(layout, kind).unwrap_or_else(|| layout.prefix.join("current/configuration.toml"))
+}
+
+fn theirs(layout: &Layout, kind: Kind) -> Option<PathBuf> {
+    // Other handlers name their file.
+    let searched = kind == Kind::Containerd && layout.prefix == Path::new(DEFAULT_PREFIX);
+    let theirs = config::SEARCH_PATHS.iter().map(PathBuf::from);
+    let mut theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
+    theirs.find(|path| searched && layout.host.at(path).exists())
+}
+
+/// The configuration that pods will start with: that of [`base`], with the administrator's drop-ins. `new` stands for what is to be written for the KataConfig.
 ///
 /// # Errors
 /// It is not valid.
@@ -61,13 +78,8 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>, new: Op
         what: format!("the configuration of the node's pods in {}", what.display()),
         why: error.to_string(),
     };
-    // Other handlers name their file.
-    if kind == Kind::Containerd && layout.prefix == Path::new(DEFAULT_PREFIX) {
-        let theirs = config::SEARCH_PATHS.iter().map(Path::new);
-        let mut theirs = theirs.filter(|path| !path.starts_with(&layout.prefix));
-        if let Some(path) = theirs.find(|path| layout.host.at(path).exists()) {
-            return Config::load(Some(&layout.host.at(path))).map_err(|error| invalid(path, &error));
-        }
+    if let Some(path) = theirs(layout, kind) {
+        return Config::load(Some(&layout.host.at(&path))).map_err(|error| invalid(&path, &error));
     }
     let folder = layout.host.at(CONFIG_FOLDER);
     let mut drop_ins = BTreeMap::new();

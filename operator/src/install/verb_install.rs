@@ -1,16 +1,18 @@
 //! `install`: this payload's version becomes the current one, and the CRI has the handler.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     process::Command,
 };
 
+use shim::config::Config;
+
 use super::{
-    Run,
+    Run, classes,
     cri::{Cri, HANDLER},
     daemon::{Author, Daemon},
-    dropin::{self, DropIn, Format, MARK},
+    dropin::{self, DropIn, Format, MARK, Wanted},
     dry_run,
     effective::{self, Baseline},
     error::{InstallError, Result},
@@ -29,7 +31,11 @@ use crate::report::Phase;
 /// What the look at the node has brought.
 struct Job {
     cri: Cri,
-    /// Whether it has the handler already; none where it does not tell.
+    /// The handlers that it shall have.
+    handlers: BTreeSet<String>,
+    /// Those and the ones that it has had of us.
+    ours: BTreeSet<String>,
+    /// Whether it has the handlers already; none where it does not tell.
     listed: Option<bool>,
     /// What it is like before anything is changed.
     baseline: Baseline,
@@ -85,25 +91,36 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     let version = payload.name.clone();
     let base = payload.text("configuration.toml")?;
     let configuration = run.options.configuration.clone();
-    run.judge(cri.daemon.kind(), base.as_deref(), Some(&configuration))?;
+    let config = run.judge(cri.daemon.kind(), base.as_deref(), Some(&configuration))?;
     run.refuse_other_prefix()?;
+    let had = run.handlers()?;
+    let classes = class_files(run, &cri, &config, &had)?;
+    let handlers = classes::handlers(classes.keys());
     let format = merged::format(&run.layout.host, cri.daemon)?;
-    let edit = edit(run, cri.daemon, format)?;
+    let edit = edit(run, cri.daemon, format, &handlers)?;
     let mut wanted = dropin::all(
         cri.daemon,
         format,
-        &run.layout.prefix,
-        run.options.log_level,
-        &configuration,
+        &Wanted {
+            prefix: &run.layout.prefix,
+            level: run.options.log_level,
+            configuration: &configuration,
+            classes: &classes,
+        },
     );
     let intact = versions::inspect(&run.layout, &version).is_ok();
     if let Some(payload) = run.payload.as_ref().filter(|_| !intact) {
         preflight::refuse_full(&run.layout, payload)?;
     }
     let written = state.map(|state| state.written).unwrap_or_default();
+    let gone = written.keys().filter_map(|path| classes::name_of(path));
+    wanted.extend(gone.filter(|name| !classes.contains_key(name)).map(|name| DropIn {
+        place: classes::place(&name),
+        text: None,
+    }));
     let mut changes = Vec::new();
     for file in wanted.clone() {
-        let before = files::read_text(&run.layout.host.at(file.place.path))?;
+        let before = files::read_text(&run.layout.host.at(&*file.place.path))?;
         match verdict(&file, before.as_deref(), &written) {
             Verdict::Same => {}
             Verdict::Change => changes.push(Change { file, before }),
@@ -117,10 +134,15 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     if changes.iter().any(|change| change.file.place.of_cri) {
         dry_run::validate(&run.layout.host, &lock.folder, &cri, &wanted)?;
     }
-    let handler = dropin::handler(cri.daemon, format, &run.layout.prefix);
+    let names = classes.keys().cloned().collect();
+    let handler = dropin::handler(cri.daemon, format, &run.layout.prefix, &names);
+    let ours = had.union(&handlers).cloned().collect();
+    let listed = cri.handlers()?;
     Ok(Job {
-        listed: cri.lists_handler()?,
-        baseline: cri.baseline()?,
+        listed: listed.map(|listed| handlers.is_subset(&listed)),
+        baseline: cri.baseline(&ours)?,
+        handlers,
+        ours,
         pattern: imports::pattern(cri.daemon.site(), format),
         cri,
         version,
@@ -130,11 +152,44 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     })
 }
 
+/// The files of the RuntimeClasses with settings of their own: those that are asked for, and those that are not any
+/// more, but that pods of this node use.
+fn class_files(run: &mut Run, cri: &Cri, config: &Config, had: &BTreeSet<String>) -> Result<classes::Files> {
+    let base = preflight::base(&run.layout, cri.daemon.kind());
+    let mut texts = classes::Files::new();
+    for (name, settings) in &run.options.runtime_classes {
+        classes::refuse_invalid(name, config.with(settings))?;
+        texts.insert(name.clone(), classes::text(&base, settings));
+    }
+    let asked_for = |name: &str| name == HANDLER || run.options.runtime_classes.contains_key(name);
+    let left: BTreeSet<_> = had.iter().filter(|name| !asked_for(name)).cloned().collect();
+    let mut warnings = Vec::new();
+    for sandbox in cri.ready_sandboxes(&left)? {
+        if texts.contains_key(&sandbox.handler) {
+            continue;
+        }
+        let place = classes::place(&sandbox.handler);
+        let text = files::read_text(&run.layout.host.at(&*place.path))?;
+        warnings.push(format!(
+            "the handler {} is not asked for any more; it stays until the installer runs again, because of pods such as {}",
+            sandbox.handler, sandbox.pod
+        ));
+        texts.insert(sandbox.handler, text.unwrap_or_else(|| classes::text(&base, "")));
+    }
+    run.report.warnings.extend(warnings);
+    Ok(texts)
+}
+
 /// The main file of containerd's configuration with one import more, and as it was, if it needs one and may have it.
-fn edit(run: &Run, daemon: Daemon, format: Format) -> Result<Option<(DropIn, Option<String>)>> {
+fn edit(
+    run: &Run,
+    daemon: Daemon,
+    format: Format,
+    handlers: &BTreeSet<String>,
+) -> Result<Option<(DropIn, Option<String>)>> {
     let host = &run.layout.host;
     let site = daemon.site();
-    match merged::refuse_foreign(host, daemon, format) {
+    match merged::refuse_foreign(host, daemon, format, handlers) {
         Err(InstallError::NotImported { .. }) if run.options.add_imports && site.author == Author::Administrator => {
             imports::edit(host, site, format).map(Some)
         }
@@ -157,7 +212,7 @@ fn verdict(file: &DropIn, before: Option<&str>, written: &BTreeMap<PathBuf, Stri
         (Some(before), Some(text)) if before == text => Verdict::Same,
         (None, Some(_)) => Verdict::Change,
         (Some(before), _) if file.place.of_cri && before.starts_with(MARK) => Verdict::Change,
-        (Some(before), _) if written.get(Path::new(file.place.path)) == Some(&files::sha256(before.as_bytes())) => {
+        (Some(before), _) if written.get(Path::new(&*file.place.path)) == Some(&files::sha256(before.as_bytes())) => {
             Verdict::Change
         }
         // A name that we would use too, where we want nothing.
@@ -260,7 +315,7 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     pending.restart = restart;
     for change in &job.changes {
         let before = || change.before.clone();
-        let path = change.file.place.path.into();
+        let path = PathBuf::from(&*change.file.place.path);
         pending.files.entry(path).or_insert_with(before);
     }
     // After a death it is the one before that death: the CRI may have been restarted since.
@@ -302,16 +357,20 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
         restart(&job.cri, run.options.restart.as_deref())?;
     }
     step(format_args!("asking {name} for the handler {HANDLER}"));
-    run.report.handler_seen = job.cri.lists_handler()?;
-    match run.report.handler_seen {
-        Some(true) => {}
-        Some(false) => return Err(InstallError::HandlerAbsent { cri: name }),
-        None => run.warn(Some(format!(
+    let listed = job.cri.handlers()?;
+    let Some(listed) = listed else {
+        run.warn(Some(format!(
             "{} does not tell its handlers; that it has `{HANDLER}` shows when a pod asks for it",
             job.cri.describe()
-        ))),
-    }
-    Ok(())
+        )));
+        run.report.handler_seen = None;
+        return Ok(());
+    };
+    let absent = job.handlers.difference(&listed).next().cloned();
+    run.report.handler_seen = Some(absent.is_none());
+    absent.map_or(Ok(()), |handler| {
+        Err(InstallError::HandlerAbsent { cri: name, handler })
+    })
 }
 
 /// After the restart: the CRI is what it was before it, but for our handler.
@@ -322,7 +381,7 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) 
             "what {cri} makes of its configuration was not compared: the drop-in of an earlier Sandpod had another version \
              than the rest of it"
         )));
-    } else if let (Some(before), Some(now)) = (&before.config, job.cri.baseline()?.config)
+    } else if let (Some(before), Some(now)) = (&before.config, job.cri.baseline(&job.ours)?.config)
         && let Some(path) = effective::difference(before, &now)
     {
         return Err(InstallError::Differs { cri, path });
@@ -335,7 +394,7 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) 
 fn misread(job: &Job, pending: &Pending) -> bool {
     let mut folders = job.cri.daemon.site().folders.iter();
     folders.any(|folder| {
-        let before = pending.files.get(Path::new(folder.handler.path)).cloned().flatten();
+        let before = pending.files.get(Path::new(&*folder.handler.path)).cloned().flatten();
         let before = before.as_deref().and_then(dropin::version_of);
         before.is_some_and(|before| Some(before) != job.drop_in_version)
     })
@@ -343,8 +402,8 @@ fn misread(job: &Job, pending: &Pending) -> bool {
 
 fn put(run: &mut Run, job: &Job, state: &mut State, change: &Change) -> Result<()> {
     let file = &change.file;
-    let place = run.layout.host.at(file.place.path);
-    let path = PathBuf::from(file.place.path);
+    let place = run.layout.host.at(&*file.place.path);
+    let path = PathBuf::from(&*file.place.path);
     let Some(text) = &file.text else {
         state.written.remove(&path);
         return files::remove(&place).map(drop);
@@ -376,13 +435,11 @@ fn put(run: &mut Run, job: &Job, state: &mut State, change: &Change) -> Result<(
 fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
     step("putting back what was there before");
     let pending = state.pending.clone().unwrap_or_default();
-    let mut ours = dropin::places(job.cri.daemon);
-    ours.push(job.cri.daemon.site().main_place());
     let mut of_cri = false;
     for (path, before) in &pending.files {
         let place = run.layout.host.at(path);
-        let known = ours.iter().find(|known| Path::new(known.path) == path);
-        of_cri |= known.is_none_or(|known| known.of_cri);
+        let known = dropin::place_of(job.cri.daemon, path);
+        of_cri |= known.as_ref().is_none_or(|known| known.of_cri);
         let scratch = known.map_or_else(|| run.layout.root(), |known| run.layout.host.at(known.scratch));
         match before {
             Some(text) => files::replace(&place, text.as_bytes(), &scratch, imports::mode(&place)?)?,
@@ -417,14 +474,13 @@ mod tests {
     use crate::log_level::LogLevel;
 
     fn files_of(level: LogLevel) -> [DropIn; 2] {
-        let mut files = dropin::all(
-            Daemon::Containerd,
-            Format::ContainerdV3,
-            Path::new("/opt/sandpod"),
+        let wanted = Wanted {
+            prefix: Path::new("/opt/sandpod"),
             level,
-            "",
-        )
-        .into_iter();
+            configuration: "",
+            classes: &BTreeMap::new(),
+        };
+        let mut files = dropin::all(Daemon::Containerd, Format::ContainerdV3, &wanted).into_iter();
         [files.next().unwrap(), files.next().unwrap()]
     }
 
@@ -442,7 +498,7 @@ mod tests {
     fn an_administrators_file_is_left_alone() {
         let ([_, off], [_, on]) = (files_of(LogLevel::Info), files_of(LogLevel::Debug));
         let text = on.text.clone().unwrap();
-        let ours = BTreeMap::from([(PathBuf::from(on.place.path), files::sha256(text.as_bytes()))]);
+        let ours = BTreeMap::from([(PathBuf::from(&*on.place.path), files::sha256(text.as_bytes()))]);
         let none = BTreeMap::new();
         assert_eq!(verdict(&on, None, &none), Verdict::Change);
         assert_eq!(verdict(&on, Some("mine"), &none), Verdict::Theirs);

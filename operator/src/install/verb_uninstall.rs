@@ -1,16 +1,17 @@
 //! `uninstall`: nothing of ours is left, and everything else is as it was.
 
 use std::{
-    path::Path,
+    collections::BTreeSet,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use super::{
-    Run,
+    Run, classes,
     cri::{Cri, HANDLER},
     daemon::Daemon,
-    dropin::{self, DropIn, Format, MARK, Place},
+    dropin::{self, DropIn, Format, MARK, Place, Wanted},
     error::{InstallError, Result},
     files, imports,
     lock::NodeLock,
@@ -55,14 +56,15 @@ pub fn uninstall(run: &mut Run) -> Result<Phase> {
         true => None,
         false => Some(connected(run, state.cri)?),
     };
-    refuse_in_use(run, cri.as_ref())?;
+    let handlers = run.handlers()?;
+    refuse_in_use(run, cri.as_ref(), &handlers)?;
     let mut state = match damaged {
         true => run.layout.save(&state).map(|()| state)?,
         false => run.layout.load_or_make()?,
     };
     run.touched = true;
     match cri {
-        Some(cri) => disconnect(run, &cri, &of_cri, &mut state)?,
+        Some(cri) => disconnect(run, &cri, &of_cri, &handlers, &mut state)?,
         None => take_lines_out(run, &mut state)?,
     }
     remove_written(run, &state)?;
@@ -98,11 +100,21 @@ fn guess(run: &mut Run) -> Result<State> {
         made: vec![prefix.clone()],
         ..State::default()
     };
-    for DropIn { place, text } in dropin::all(Daemon::Crio, Format::Crio, &prefix, LogLevel::Debug, "") {
-        let found = files::read_text(&run.layout.host.at(place.path))?;
+    let wanted = Wanted {
+        prefix: &prefix,
+        level: LogLevel::Debug,
+        configuration: "",
+        classes: &classes::Files::new(),
+    };
+    for DropIn { place, text } in dropin::all(Daemon::Crio, Format::Crio, &wanted) {
+        let found = files::read_text(&run.layout.host.at(&*place.path))?;
         if let Some(text) = text.filter(|text| !place.of_cri && found.as_ref() == Some(text)) {
-            state.written.insert(place.path.into(), files::sha256(text.as_bytes()));
+            let path = PathBuf::from(&*place.path);
+            state.written.insert(path, files::sha256(text.as_bytes()));
         }
+    }
+    for (path, text) in classes::found(&run.layout.host, &prefix)? {
+        state.written.insert(path, files::sha256(text.as_bytes()));
     }
     Ok(state)
 }
@@ -112,7 +124,7 @@ fn present(run: &Run) -> Result<Vec<Place>> {
     let mut present = Vec::new();
     for daemon in Daemon::all() {
         for place in dropin::places(daemon) {
-            let text = files::read_text(&run.layout.host.at(place.path))?;
+            let text = files::read_text(&run.layout.host.at(&*place.path))?;
             if place.of_cri && text.is_some_and(|text| text.starts_with(MARK)) {
                 present.push(place);
             }
@@ -121,14 +133,15 @@ fn present(run: &Run) -> Result<Vec<Place>> {
     Ok(present)
 }
 
-fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
+fn refuse_in_use(run: &mut Run, cri: Option<&Cri>, handlers: &BTreeSet<String>) -> Result<()> {
     if let Some(cri) = cri {
-        run.report.handler_seen = cri.lists_handler()?;
-        let ready = cri.ready_sandboxes()?;
+        run.report.handler_seen = still_listed(cri, handlers)?.map(|listed| !listed.is_empty());
+        let ready = cri.ready_sandboxes(handlers)?;
         if let Some(first) = ready.first() {
             return Err(InstallError::SandboxesExist {
                 count: ready.len(),
                 example: first.pod.clone(),
+                handler: first.handler.clone(),
             });
         }
     }
@@ -143,8 +156,20 @@ fn refuse_in_use(run: &mut Run, cri: Option<&Cri>) -> Result<()> {
     Ok(())
 }
 
-/// Takes the handler away from the CRI. From here on only forward: a node without the handler is what was asked for.
-fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[Place], state: &mut State) -> Result<()> {
+/// Those of our handlers that the CRI lists; none where it lists none at all.
+fn still_listed(cri: &Cri, ours: &BTreeSet<String>) -> Result<Option<BTreeSet<String>>> {
+    let listed = cri.handlers()?;
+    Ok(listed.map(|listed| listed.intersection(ours).cloned().collect()))
+}
+
+/// Takes the handlers away from the CRI. From here on only forward: a node without them is what was asked for.
+fn disconnect(
+    run: &mut Run,
+    cri: &Cri,
+    of_cri: &[Place],
+    handlers: &BTreeSet<String>,
+    state: &mut State,
+) -> Result<()> {
     let left = state.pending.take().unwrap_or_default();
     state.pending = Some(Pending {
         boot_id: run.boot_id(),
@@ -154,16 +179,18 @@ fn disconnect(run: &mut Run, cri: &Cri, of_cri: &[Place], state: &mut State) -> 
     run.layout.save(state)?;
     for place in of_cri {
         step(format_args!("removing {}", place.path));
-        files::remove(&run.layout.host.at(place.path))?;
+        files::remove(&run.layout.host.at(&*place.path))?;
     }
     take_lines_out(run, state)?;
     step(format_args!("restarting {}", cri.daemon.name()));
     run.report.restarted = true;
     restart(cri, run.options.restart.as_deref())?;
     step(format_args!("asking {} for the handler {HANDLER}", cri.daemon.name()));
-    run.report.handler_seen = cri.lists_handler()?;
-    if run.report.handler_seen == Some(true) {
-        return Err(InstallError::HandlerPresent { cri: cri.daemon.name() });
+    let listed = still_listed(cri, handlers)?;
+    run.report.handler_seen = listed.as_ref().map(|listed| !listed.is_empty());
+    if let Some(handler) = listed.and_then(|listed| listed.into_iter().next()) {
+        let cri = cri.daemon.name();
+        return Err(InstallError::HandlerPresent { cri, handler });
     }
     state.pending = None;
     run.layout.save(state)
@@ -177,7 +204,7 @@ fn take_lines_out(run: &mut Run, state: &mut State) -> Result<()> {
     }
     for (path, edit) in state.edited.clone() {
         let places = Daemon::all().map(|daemon| daemon.site().main_place());
-        let Some(place) = places.iter().find(|place| Path::new(place.path) == path) else {
+        let Some(place) = places.iter().find(|place| Path::new(&*place.path) == path) else {
             continue;
         };
         let (file, scratch) = (run.layout.host.at(&path), run.layout.host.at(place.scratch));

@@ -1,7 +1,11 @@
 //! `verify`: whether the node is as the last install left it.
 
+use std::{collections::BTreeSet, path::PathBuf};
+
+use shim::config::Config;
+
 use super::{
-    Run, dropin,
+    Run, classes, dropin,
     error::{InstallError, Result},
     files,
     lock::NodeLock,
@@ -29,13 +33,14 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
     versions::inspect(&run.layout, &version)?;
     let cri = run.cri(state.cri)?;
     let format = merged::format(&run.layout.host, cri.daemon)?;
-    let handler = dropin::handler(cri.daemon, format, &prefix);
-    let found = files::read_text(&run.layout.host.at(handler.place.path))?;
+    let classes: BTreeSet<String> = state.written.keys().filter_map(|path| classes::name_of(path)).collect();
+    let handler = dropin::handler(cri.daemon, format, &prefix, &classes);
+    let found = files::read_text(&run.layout.host.at(&*handler.place.path))?;
     if found != handler.text {
         let version = |text: &Option<String>| text.as_deref().and_then(dropin::version_of);
         let misread = version(&found).is_some_and(|found| Some(found) != version(&handler.text));
         return Err(InstallError::Damaged {
-            path: handler.place.path.into(),
+            path: PathBuf::from(&*handler.place.path),
             how: match misread {
                 true => "has not the `version` of the configuration that imports it",
                 false => "is not what was installed",
@@ -44,15 +49,22 @@ pub fn verify(run: &mut Run) -> Result<Phase> {
     }
     let base = files::read_text(&run.layout.current().join("configuration.toml"))?;
     run.judge(cri.daemon.kind(), base.as_deref(), None)?;
+    for name in &classes {
+        let path = run.layout.host.at(&*classes::place(name).path);
+        classes::refuse_invalid(name, Config::load(Some(&path)))?;
+    }
     step(format_args!(
         "asking {} for the handler {}",
         cri.daemon.name(),
         super::cri::HANDLER
     ));
-    let listed = cri.lists_handler()?;
-    run.report.handler_seen = listed;
-    if listed == Some(false) {
-        return Err(InstallError::HandlerAbsent { cri: cri.daemon.name() });
-    }
-    Ok(Phase::Verified)
+    let handlers = classes::handlers(classes.iter());
+    let absent = cri
+        .handlers()?
+        .map(|listed| handlers.difference(&listed).next().cloned());
+    run.report.handler_seen = absent.as_ref().map(Option::is_none);
+    absent.flatten().map_or(Ok(Phase::Verified), |handler| {
+        let cri = cri.daemon.name();
+        Err(InstallError::HandlerAbsent { cri, handler })
+    })
 }

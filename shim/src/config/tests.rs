@@ -258,6 +258,47 @@ fn a_drop_in_changes_one_key_and_later_names_win() {
 }
 
 #[test]
+fn a_file_that_extends_another_is_laid_over_it_and_its_drop_ins() {
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let base = put(
+        "configuration.toml",
+        "[hypervisor.qemu]\ndefault_memory = 512\nmemory_slots = 3\n",
+    );
+    let drop_in = put(
+        "config.d/10-a.toml",
+        "[hypervisor.qemu]\ndefault_memory = 640\ndefault_vcpus = 2\n",
+    );
+    let text = |base: &Path| format!("extends = {base:?}\n[hypervisor.qemu]\ndefault_memory = 4096\n");
+    let large = put("classes/kata-large.toml", &text(&base));
+    let config = Config::load(Some(&large)).unwrap();
+    let hypervisor = &config.hypervisor;
+    assert_eq!((hypervisor.default_memory_mib, hypervisor.memory_slots), (4096, 3));
+    assert_eq!(hypervisor.default_milli_vcpus, Some(2000));
+    assert_eq!(config.files().unwrap(), [base, drop_in, large.clone()]);
+
+    let refusal = |path: &Path| Config::load(Some(path)).unwrap_err().to_string();
+    let chained = put("classes/chained.toml", &text(&large));
+    assert!(
+        refusal(&chained).starts_with("unknown configuration key `extends`"),
+        "{}",
+        refusal(&chained)
+    );
+    let relative = put("classes/relative.toml", &text(Path::new("configuration.toml")));
+    assert_eq!(
+        refusal(&relative),
+        "configuration key `extends` is \"configuration.toml\"; it has to be the absolute path of a configuration file"
+    );
+    let gone = put("classes/gone.toml", &text(Path::new("/nonexistent/configuration.toml")));
+    assert!(refusal(&gone).starts_with("cannot read configuration /nonexistent/configuration.toml"));
+}
+
+#[test]
 fn a_named_file_must_exist() {
     let error = Config::load(Some(Path::new("/nonexistent/configuration.toml"))).unwrap_err();
     assert!(
