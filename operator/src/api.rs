@@ -16,7 +16,7 @@ use k8s_openapi::{
 use kube::Resource;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::log_level::LogLevel;
+use crate::{handler, log_level::LogLevel};
 
 /// The API group.
 pub const GROUP: &str = "kataconfiguration.openshift.io";
@@ -81,6 +81,32 @@ pub struct KataConfigSpec {
     /// administrator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configuration: Option<String>,
+    /// More RuntimeClasses beside `kata`, each with settings of its own.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub runtime_classes: Vec<ClassSpec>,
+}
+
+/// One of `spec.runtimeClasses` of a KataConfig.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ClassSpec {
+    /// Its name, which is its handler's, too: `kata-...`.
+    pub name: String,
+    /// TOML that is laid over all other settings for its pods.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub configuration: Option<String>,
+    /// What its pods take on their node besides their containers; what is left out is as for `kata`.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_default")]
+    pub overhead: Overhead,
+}
+
+/// A RuntimeClass with settings of its own, as it shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Class {
+    /// TOML for its pods, or empty.
+    pub configuration: String,
+    /// What it tells the scheduler.
+    pub overhead: PodOverhead,
 }
 
 impl KataConfigSpec {
@@ -102,6 +128,37 @@ impl KataConfigSpec {
             cpu: cpu.unwrap_or_else(|| "500m".to_owned()),
             memory: memory.unwrap_or_else(|| "500Mi".to_owned()),
         })
+    }
+
+    /// The RuntimeClasses beside `kata`, by their names.
+    ///
+    /// # Errors
+    /// One has a name that it cannot have, or that another one has.
+    pub fn classes(&self) -> Result<BTreeMap<String, Class>, String> {
+        let common = self.pod_overhead()?;
+        let mut classes = BTreeMap::new();
+        for ClassSpec {
+            name,
+            configuration,
+            overhead,
+        } in &self.runtime_classes
+        {
+            if let Some(why) = handler::refusal(name) {
+                return Err(format!("runtimeClasses: {why}"));
+            }
+            let class = Class {
+                configuration: configuration.clone().unwrap_or_default(),
+                overhead: PodOverhead {
+                    asked_for: common.asked_for || overhead.cpu.is_some() || overhead.memory.is_some(),
+                    cpu: overhead.cpu.as_ref().unwrap_or(&common.cpu).clone(),
+                    memory: overhead.memory.as_ref().unwrap_or(&common.memory).clone(),
+                },
+            };
+            if classes.insert(name.clone(), class).is_some() {
+                return Err(format!("runtimeClasses: {name} is there twice; leave one of them out"));
+            }
+        }
+        Ok(classes)
     }
 }
 

@@ -40,6 +40,14 @@ fn full() -> KataConfig {
             },
             memory_overhead_mb: Some(350),
             configuration: Some("[runtime]".into()),
+            runtime_classes: vec![ClassSpec {
+                name: "kata-large".into(),
+                configuration: Some("[runtime]".into()),
+                overhead: Overhead {
+                    cpu: Some("1".into()),
+                    memory: Some("1Gi".into()),
+                },
+            }],
         },
         status: Some(KataConfigStatus {
             runtime_classes: names("kata"),

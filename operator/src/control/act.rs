@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     api::{GROUP, KIND, KataConfig, KataConfigStatus, PodOverhead, VERSION},
-    decide::{Action, Decision, FINALIZER, KATA, Node, Note, Refused, World},
+    decide::{Action, Decision, FINALIZER, Node, Note, Refused, World},
 };
 
 /// Why not everything was done.
@@ -158,21 +158,24 @@ impl Hands {
                     .await;
                 unless_gone(deleted).map(drop)
             }
-            Action::CreateRuntimeClass { owner, overhead } => match configs.get(owner) {
-                Some(owner) => self.create(&self.runtime_classes, runtime_class(owner, overhead)).await,
+            Action::CreateRuntimeClass { name, owner, overhead } => match configs.get(owner) {
+                Some(owner) => {
+                    let class = runtime_class(name, owner, overhead);
+                    self.create(&self.runtime_classes, class).await
+                }
                 None => Ok(()),
             },
-            Action::SetOverhead(overhead) => {
+            Action::SetOverhead { name, overhead } => {
                 let patch = json!({
                     "metadata": {"annotations": {OVERHEAD: overhead.to_string()}},
                     "overhead": pod_fixed(overhead),
                 });
                 let patch = Patch::Merge(&patch);
-                let patched = self.runtime_classes.patch(KATA, &PatchParams::default(), &patch).await;
+                let patched = self.runtime_classes.patch(name, &PatchParams::default(), &patch).await;
                 unless_gone(patched).map(drop)
             }
-            Action::DeleteRuntimeClass => {
-                let deleted = self.runtime_classes.delete(KATA, &DeleteParams::default()).await;
+            Action::DeleteRuntimeClass(name) => {
+                let deleted = self.runtime_classes.delete(name, &DeleteParams::default()).await;
                 unless_gone(deleted).map(drop)
             }
         }
@@ -228,12 +231,12 @@ impl Hands {
 
 /// The RuntimeClass `kata`: an overhead, which is the administrator's to change from here on, and only nodes that have
 /// kata and are seen to run it.
-fn runtime_class(owner: &KataConfig, overhead: &PodOverhead) -> Value {
+fn runtime_class(name: &str, owner: &KataConfig, overhead: &PodOverhead) -> Value {
     json!({
         "apiVersion": "node.k8s.io/v1",
         "kind": "RuntimeClass",
         "metadata": {
-            "name": KATA,
+            "name": name,
             "labels": {MANAGED_BY: NAME},
             "annotations": {OVERHEAD: overhead.to_string()},
             "ownerReferences": [{
@@ -243,7 +246,7 @@ fn runtime_class(owner: &KataConfig, overhead: &PodOverhead) -> Value {
                 "uid": owner.uid().unwrap_or_default(),
             }],
         },
-        "handler": KATA,
+        "handler": name,
         "overhead": pod_fixed(overhead),
         "scheduling": {"nodeSelector": {MEMBER: "", READY: "true"}},
     })
@@ -290,7 +293,7 @@ mod tests {
     fn the_runtime_class_is_the_guides() {
         let owner: KataConfig =
             serde_json::from_value(json!({"metadata": {"name": "cluster-kataconfig", "uid": "u"}})).unwrap();
-        let made = runtime_class(&owner, &owner.spec.pod_overhead().unwrap());
+        let made = runtime_class("kata", &owner, &owner.spec.pod_overhead().unwrap());
         let expected = json!({
             "apiVersion": "node.k8s.io/v1",
             "kind": "RuntimeClass",

@@ -107,6 +107,9 @@ fn arguments(order: &Order, options: &Options) -> Vec<String> {
             words.extend([flag, value]);
         }
     }
+    let classes = order.runtime_classes.iter().filter(|_| order.verb == Verb::Install);
+    let classes: Vec<_> = classes.map(|(name, settings)| format!("{name}={settings}")).collect();
+    words.extend(classes.iter().flat_map(|class| ["--runtime-class", class.as_str()]));
     if let Some(command) = &options.restart_command {
         words.extend(["--restart-command", command]);
     }
@@ -221,6 +224,8 @@ fn created(pod: &Pod) -> jiff::Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use jiff::SignedDuration;
 
     use super::*;
@@ -251,6 +256,7 @@ mod tests {
             version: "0.1.0-1a2b3c4d".into(),
             log_level: "info".into(),
             configuration: String::new(),
+            runtime_classes: BTreeMap::new(),
             purpose: "01234567".into(),
             failures: 0,
             boot_id: "b".into(),
@@ -322,6 +328,28 @@ mod tests {
         let expected = "uninstall --host-root /host --result /dev/termination-log --log-level debug --configuration [runtime] \
                         --prefix /var/lib/sandpod --cri crio --restart-command rc-service containerd restart";
         assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn an_install_is_told_of_every_runtime_class() {
+        let order = Order {
+            runtime_classes: [("kata-debug", "[runtime]\nenable_debug = true"), ("kata-large", "")]
+                .map(|(name, settings)| (name.to_owned(), settings.to_owned()))
+                .into(),
+            ..order()
+        };
+        let words = arguments(&order, &options());
+        let asked: Vec<_> = words
+            .windows(2)
+            .filter(|pair| pair[0] == "--runtime-class")
+            .map(|pair| &pair[1])
+            .collect();
+        assert_eq!(asked, ["kata-debug=[runtime]\nenable_debug = true", "kata-large="]);
+        let verify = Order {
+            verb: Verb::Verify,
+            ..order
+        };
+        assert!(!arguments(&verify, &options()).contains(&"--runtime-class".to_owned()));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     api::{KataConfig, KataConfigSpec},
     decide::{Host, KATA, KataPod, Node, Refused, RuntimeClass, Settings, World},
+    handler::PREFIX,
 };
 
 /// The annotation of the RuntimeClass with the overhead that we gave it.
@@ -65,7 +66,7 @@ impl Eyes {
                 None => unread_runs.push(pod::unread(&made)),
             }
         }
-        let runtime_class = self.runtime_classes.get_opt(KATA).await?;
+        let classes = self.runtime_classes.list(&all).await?.items.into_iter();
         Ok(World {
             configs,
             invalid_specs,
@@ -73,11 +74,7 @@ impl Eyes {
             runs,
             unread_runs,
             kata_pods: None,
-            runtime_class: runtime_class.map(|class| RuntimeClass {
-                ours: class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME),
-                overhead: class.annotations().get(OVERHEAD).cloned(),
-                handler: class.handler,
-            }),
+            runtime_classes: classes.filter_map(runtime_class).collect(),
             feature_gates: BTreeMap::new(),
             told: BTreeSet::new(),
             refused,
@@ -92,15 +89,39 @@ impl Eyes {
     /// The API server's.
     pub(super) async fn with_kata(&self, pods: Vec<ClassPod>) -> Result<Vec<KataPod>, kube::Error> {
         let classes = self.runtime_classes.list(&ListParams::default()).await?.items;
-        let of_kata = classes
+        let handlers = classes.iter().map(|class| (class.name_any(), class.handler.as_str()));
+        let handlers: BTreeMap<String, &str> = handlers.collect();
+        let ours: BTreeSet<String> = classes
             .iter()
-            .filter(|class| class.handler == KATA)
-            .map(ResourceExt::name_any);
-        // A pod may outlive its RuntimeClass.
-        let classes: BTreeSet<String> = of_kata.chain([KATA.to_owned()]).collect();
-        let using = pods.into_iter().filter(|pod| classes.contains(&pod.class));
+            .filter(|class| is_ours(class))
+            .map(ResourceExt::name_any)
+            .collect();
+        // A pod may outlive its RuntimeClass: one that has had a name as ours have counts.
+        let uses = |class: &str| match handlers.get(class) {
+            Some(handler) => *handler == KATA || ours.contains(*handler),
+            None => class == KATA || class.starts_with(PREFIX),
+        };
+        let using = pods.into_iter().filter(|pod| uses(&pod.class));
         Ok(using.map(|pod| pod.pod).collect())
     }
+}
+
+fn is_ours(class: &ApiRuntimeClass) -> bool {
+    class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME)
+}
+
+/// A RuntimeClass that is ours or has a name as ours have, with its name.
+fn runtime_class(class: ApiRuntimeClass) -> Option<(String, RuntimeClass)> {
+    let (name, ours) = (class.name_any(), is_ours(&class));
+    let known = ours || name == KATA || name.starts_with(PREFIX);
+    known.then(|| {
+        let class = RuntimeClass {
+            ours,
+            overhead: class.annotations().get(OVERHEAD).cloned(),
+            handler: class.handler,
+        };
+        (name, class)
+    })
 }
 
 /// A pod that names a RuntimeClass and has not ended.

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     api::KataConfig,
-    decide::{FEATURE_GATES, KATA, Node},
+    decide::{FEATURE_GATES, Node},
 };
 
 /// The longest watch that the client allows, in seconds.
@@ -65,7 +65,7 @@ impl Watches {
         ));
         tasks.spawn(follow(
             Api::<RuntimeClass>::all(client.clone()),
-            all().fields(&format!("metadata.name={KATA}")),
+            all(),
             Arc::clone(&bell),
             |told| told.is_ok(),
         ));

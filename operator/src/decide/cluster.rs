@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision, FINALIZER, KataPod, Node, ONCE, Order, Progress, Refused, Run, World, decide,
+    Action, Decision, FINALIZER, KATA, KataPod, Node, ONCE, Order, Progress, Refused, Run, World, decide,
     fixtures::{self, success},
     turn::LOOKS,
 };
@@ -30,6 +30,8 @@ pub struct Cluster {
     pub refusing: bool,
     /// Hosts, by their nodes' uids, of which a run has said that kata does not work there.
     pub blamed: BTreeSet<String>,
+    /// The handlers beside `kata` that the installer has put on hosts, by their nodes' uids.
+    pub handlers: BTreeMap<String, BTreeSet<String>>,
     /// Every status that was written.
     pub written: Vec<(String, KataConfigStatus)>,
     serial: u32,
@@ -45,6 +47,7 @@ impl Cluster {
             most: 1,
             refusing: false,
             blamed: BTreeSet::new(),
+            handlers: BTreeMap::new(),
             written: Vec::new(),
             serial: 0,
         }
@@ -215,19 +218,39 @@ impl Cluster {
                     .unread_runs
                     .retain(|run| (&run.name, &run.uid) != (name, uid));
             }
-            Action::CreateRuntimeClass { overhead, .. } => {
-                self.world.runtime_class = Some(fixtures::our_class(&overhead.to_string()));
+            Action::CreateRuntimeClass { name, overhead, .. } => {
+                assert!(!self.world.runtime_classes.contains_key(name), "{name} is there");
+                if name != KATA {
+                    self.every_node_has(name);
+                }
+                let class = fixtures::our_class(name, &overhead.to_string());
+                self.world.runtime_classes.insert(name.clone(), class);
             }
-            Action::SetOverhead(overhead) => {
-                let class = self.world.runtime_class.as_mut().unwrap();
+            Action::SetOverhead { name, overhead } => {
+                let class = self.world.runtime_classes.get_mut(name).unwrap();
                 assert!(class.ours);
                 class.overhead = Some(overhead.to_string());
             }
-            Action::DeleteRuntimeClass => {
+            Action::DeleteRuntimeClass(name) => {
                 let skipped = |pod: &KataPod| pod.node.as_ref().is_some_and(|node| self.skipped.contains(node));
-                assert!(self.pods.iter().all(skipped), "pods use the RuntimeClass");
-                self.world.runtime_class = None;
+                let unused = name != KATA || self.pods.iter().all(skipped);
+                assert!(unused, "pods use the RuntimeClass");
+                assert!(self.world.runtime_classes.remove(name).is_some_and(|class| class.ours));
             }
+        }
+    }
+
+    /// No pod of a new RuntimeClass comes to a node without its handler.
+    fn every_node_has(&self, class: &str) {
+        for node in &self.world.nodes {
+            let ours = node.record.ready == Some(true) && !node.record.foreign();
+            let takes_pods = node.ready && !node.unschedulable && ours;
+            let has = self.handlers.get(&node.uid).is_some_and(|has| has.contains(class));
+            assert!(
+                has || !takes_pods || self.skipped.contains(&node.name),
+                "{} has no handler {class}",
+                node.name
+            );
         }
     }
 
@@ -345,6 +368,10 @@ impl Cluster {
             report: success(order.verb, &order.version),
         };
         self.blamed.remove(&order.node_uid);
+        if order.verb != Verb::Verify {
+            let handlers = order.runtime_classes.keys().cloned().collect();
+            self.handlers.insert(order.node_uid.clone(), handlers);
+        }
         match order.verb {
             Verb::Install | Verb::Verify => drop(self.verified.insert(order.node_uid)),
             Verb::Uninstall => drop(self.verified.remove(&order.node_uid)),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
-use super::world::{Host, KATA, Node, Record, RuntimeClass, Settings, World};
+use super::world::{Host, Node, Record, RuntimeClass, Settings, World};
 use crate::{
     api::{KataConfig, KataConfigSpec},
     report::{Code, Phase, Problem, Report, Verb},
@@ -69,7 +69,7 @@ pub fn world(nodes: &[&str]) -> World {
         runs: Vec::new(),
         unread_runs: Vec::new(),
         kata_pods: None,
-        runtime_class: None,
+        runtime_classes: BTreeMap::new(),
         feature_gates: BTreeMap::new(),
         told: BTreeSet::new(),
         refused: None,
@@ -112,11 +112,11 @@ pub fn success(verb: Verb, version: &str) -> Report {
     }
 }
 
-/// The RuntimeClass as we make it.
-pub fn our_class(overhead: &str) -> RuntimeClass {
+/// A RuntimeClass as we make it.
+pub fn our_class(name: &str, overhead: &str) -> RuntimeClass {
     RuntimeClass {
         ours: true,
-        handler: KATA.into(),
+        handler: name.into(),
         overhead: Some(overhead.into()),
     }
 }

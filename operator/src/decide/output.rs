@@ -65,17 +65,24 @@ pub enum Action {
         /// And uid.
         uid: String,
     },
-    /// Makes the RuntimeClass `kata`.
+    /// Makes a RuntimeClass.
     CreateRuntimeClass {
+        /// Its name, and its handler's.
+        name: String,
         /// The KataConfig that owns it.
         owner: String,
         /// What it tells the scheduler.
         overhead: PodOverhead,
     },
-    /// Gives it another overhead.
-    SetOverhead(PodOverhead),
-    /// Deletes it.
-    DeleteRuntimeClass,
+    /// Gives one of ours another overhead.
+    SetOverhead {
+        /// Its name.
+        name: String,
+        /// What it tells the scheduler from now on.
+        overhead: PodOverhead,
+    },
+    /// Deletes one of ours.
+    DeleteRuntimeClass(String),
 }
 
 impl fmt::Display for Action {
@@ -94,9 +101,11 @@ impl fmt::Display for Action {
             Action::Cordon { node, on: false } => write!(out, "uncordoning {node}"),
             Action::StartRun { name, order } => write!(out, "making pod {name} on {}", order.node),
             Action::DeleteRun { name, .. } => write!(out, "deleting pod {name}"),
-            Action::CreateRuntimeClass { .. } => write!(out, "making the RuntimeClass"),
-            Action::SetOverhead(overhead) => write!(out, "giving the RuntimeClass the overhead {overhead}"),
-            Action::DeleteRuntimeClass => write!(out, "deleting the RuntimeClass"),
+            Action::CreateRuntimeClass { name, .. } => write!(out, "making the RuntimeClass {name}"),
+            Action::SetOverhead { name, overhead } => {
+                write!(out, "giving the RuntimeClass {name} the overhead {overhead}")
+            }
+            Action::DeleteRuntimeClass(name) => write!(out, "deleting the RuntimeClass {name}"),
         }
     }
 }

@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::{
     clock::{Clock, after},
-    scene::short_hash,
+    scene::settings_hash,
     world::{LastRun, Node, Order, Progress, Record, Run, Settings},
 };
 use crate::report::{Code, Phase, Report, Verb};
@@ -185,9 +185,7 @@ pub(super) fn record(
             },
             configuration: match order.verb {
                 Verb::Verify => before.configuration.clone(),
-                _ => Some(&order.configuration)
-                    .filter(|text| !text.is_empty())
-                    .map(|text| short_hash(text)),
+                _ => settings_hash(&order.configuration, &order.runtime_classes),
             },
             boot_id: Some(order.boot_id.clone()),
             software: Some(order.software.clone()),

@@ -1,9 +1,10 @@
 //! The KataConfig that is in force: what it asks for, what is there, and the next steps from one to the other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::SignedDuration;
 use kube::ResourceExt;
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use shim::config::Config;
 
@@ -17,7 +18,7 @@ use super::{
     standing::{Measure, Place, Standing},
     status::{self, Facts, Reason},
     tell_status, turn,
-    world::{FEATURE_GATES, KataPod, Node, ONCE, Progress, RETRY, Record, Run, RuntimeClass, SKIP_NODES, World},
+    world::{FEATURE_GATES, KATA, KataPod, Node, ONCE, Progress, RETRY, Record, Run, RuntimeClass, SKIP_NODES, World},
 };
 use crate::{
     api::{KataConfig, KataNodes, PodOverhead},
@@ -47,8 +48,12 @@ pub(super) struct Scene<'a> {
     /// Nodes that are to be left alone.
     skipped: BTreeSet<&'a str>,
     purpose: String,
-    /// Stands for the configuration.
-    configuration: Option<String>,
+    /// The RuntimeClasses that are asked for, `kata` among them, with their overheads; none while `spec` is invalid.
+    classes: BTreeMap<String, PodOverhead>,
+    /// The configurations of those beside `kata`.
+    class_settings: BTreeMap<String, String>,
+    /// Stands for what is laid over the installed configuration.
+    settings_hash: Option<String>,
 }
 
 /// The nodes, each in its place, for a KataConfig that has its finalizer.
@@ -65,6 +70,20 @@ struct Cast<'a> {
 impl<'a> Scene<'a> {
     pub(super) fn new(world: &'a World, config: &'a KataConfig, clock: &'a Clock) -> Scene<'a> {
         let skipped = config.annotations().get(SKIP_NODES).map_or("", String::as_str);
+        let beside = config.spec.classes().unwrap_or_default();
+        let overheads = beside
+            .iter()
+            .map(|(name, class)| (name.clone(), class.overhead.clone()));
+        let kata = config
+            .spec
+            .pod_overhead()
+            .ok()
+            .map(|overhead| (KATA.to_owned(), overhead));
+        let classes = overheads.chain(kata).collect();
+        let class_settings = beside
+            .into_iter()
+            .map(|(name, class)| (name, class.configuration))
+            .collect();
         Scene {
             world,
             config,
@@ -75,7 +94,9 @@ impl<'a> Scene<'a> {
                 .filter(|name| !name.is_empty())
                 .collect(),
             purpose: purpose(config, &world.settings.version),
-            configuration: configuration(config).map(short_hash),
+            settings_hash: settings_hash(configuration(config).unwrap_or_default(), &class_settings),
+            classes,
+            class_settings,
         }
     }
 
@@ -105,12 +126,15 @@ impl<'a> Scene<'a> {
     fn invalid(&self) -> Option<String> {
         let unread = self.world.invalid_specs.get(&self.config.name_any()).cloned();
         // Checked here: the nodes would go out of service over it, one after another.
-        let configuration = configuration(self.config)
-            .and_then(|text| Config::parse("", &[text]).err())
-            .map(|error| format!("configuration: {error}"));
-        unread
-            .or_else(|| self.config.spec.pod_overhead().err())
-            .or(configuration)
+        let configuration = configuration(self.config).unwrap_or_default();
+        let unread = unread.or_else(|| self.config.spec.classes().err());
+        unread.or_else(|| match Config::parse("", &[configuration]) {
+            Err(error) => Some(format!("configuration: {error}")),
+            Ok(common) => self.class_settings.iter().find_map(|(name, settings)| {
+                let error = common.with(settings).err()?;
+                Some(format!("configuration of the RuntimeClass {name}: {error}"))
+            }),
+        })
     }
 
     fn measure(&self) -> Measure<'_> {
@@ -118,7 +142,8 @@ impl<'a> Scene<'a> {
             settings: &self.world.settings,
             log_level: self.config.spec.log_level.name(),
             configuration: configuration(self.config).unwrap_or_default(),
-            configuration_hash: self.configuration.as_deref(),
+            runtime_classes: &self.class_settings,
+            settings_hash: self.settings_hash.as_deref(),
             purpose: &self.purpose,
             clock: self.clock,
             refused: self.world.refused.as_ref(),
@@ -145,7 +170,7 @@ impl<'a> Scene<'a> {
     fn tell(&self, reason: &Reason, lists: KataNodes, waiting: Vec<String>, decision: &mut Decision) {
         decision.nodes = lists.clone();
         let facts = Facts {
-            runtime_class: self.world.runtime_class.is_some(),
+            runtime_classes: self.classes_there(),
             paused: self.config.spec.rollout.paused && !self.deleting(),
             waiting,
         };
@@ -199,7 +224,7 @@ impl<'a> Scene<'a> {
         if cast.hold.is_some() || noted {
             return;
         }
-        if self.mark(&cast, decision) || self.runtime_class(&cast, decision) {
+        if self.mark(&cast, decision) || self.runtime_classes(&cast, decision) {
             return;
         }
         if self.deleting() && !cast.standings.iter().any(|standing| standing.node.record.claimed()) {
@@ -302,12 +327,12 @@ impl<'a> Scene<'a> {
                 text: text.clone(),
             };
         }
-        let class = &self.world.runtime_class;
+        let all_there = self.classes_there().len() == self.classes.len();
         let at_work = |standing: &Standing<'_>| !matches!(standing.place, Place::Nowhere | Place::Installed);
         match (self.deleting(), cast.standings.iter().any(at_work)) {
             (true, _) => Reason::Uninstalling,
             (false, false) if cast.pool.wanted.is_empty() => Reason::NoEligibleNodes(cast.pool.why_empty()),
-            (false, false) if class.is_some() => Reason::Steady,
+            (false, false) if all_there => Reason::Steady,
             _ if self.installed_before() => Reason::Updating,
             _ => Reason::Installing,
         }
@@ -341,9 +366,13 @@ impl<'a> Scene<'a> {
             let text = format!("Node {node} does not get kata: {what}");
             once(&[&About::Node(node.clone()), &config], not_supported, text);
         }
-        if let Some(class) = self.world.runtime_class.as_ref().filter(|class| !class.ours) {
+        for (name, class) in &self.world.runtime_classes {
+            if class.ours || !self.classes.contains_key(name) {
+                continue;
+            }
             let text = format!(
-                "The RuntimeClass kata, with the handler {}, is not this operator's: it is neither changed nor deleted",
+                "The RuntimeClass {name}, with the handler {}, is not this operator's: it is neither changed nor \
+                 deleted",
                 class.handler
             );
             once(&[&config], not_ours, text);
@@ -371,7 +400,13 @@ impl<'a> Scene<'a> {
     }
 
     fn has_our_class(&self) -> bool {
-        self.world.runtime_class.as_ref().is_some_and(|class| class.ours)
+        self.world.runtime_classes.get(KATA).is_some_and(|class| class.ours)
+    }
+
+    /// Of the RuntimeClasses that are asked for, those that are there.
+    fn classes_there(&self) -> Vec<String> {
+        let there = |name: &&String| self.world.runtime_classes.contains_key(*name);
+        self.classes.keys().filter(there).cloned().collect()
     }
 
     /// Ends the cordon of nodes whose change is over. Tells whether there are any.
@@ -488,35 +523,50 @@ impl<'a> Scene<'a> {
         decision.actions.len() > before
     }
 
-    /// The RuntimeClass comes last and goes first. Tells whether it has to.
-    fn runtime_class(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+    /// RuntimeClasses come last and go first. Tells whether one has to.
+    fn runtime_classes(&self, cast: &Cast<'_>, decision: &mut Decision) -> bool {
+        let before = decision.actions.len();
+        let there = &self.world.runtime_classes;
+        let unwanted = |name: &String| self.deleting() || !self.classes.contains_key(name);
+        let gone = there.iter().filter(|(name, class)| class.ours && unwanted(name));
+        let gone = gone.map(|(name, _)| Action::DeleteRuntimeClass(name.clone()));
+        decision.actions.extend(gone);
+        for (name, overhead) in self.classes.iter().filter(|_| !self.deleting()) {
+            let (name, overhead) = (name.clone(), overhead.clone());
+            match there.get(&name) {
+                Some(class) if class.ours && differs(class, &overhead) => {
+                    decision.actions.push(Action::SetOverhead { name, overhead });
+                }
+                None if self.complete(cast, &name) => self.create_class(name, overhead, decision),
+                _ => {}
+            }
+        }
+        decision.actions.len() > before
+    }
+
+    /// Whether the nodes are such that pods can use this RuntimeClass.
+    fn complete(&self, cast: &Cast<'_>, name: &str) -> bool {
         let wanted = || cast.standings.iter().filter(|standing| standing.wanted);
         let installed = |standing: &Standing<'_>| standing.place == Place::Installed;
-        let complete =
-            wanted().any(installed) && wanted().all(|standing| installed(standing) || standing.unable(self.measure()));
-        // One that contradicts itself holds everything up before this.
-        let overhead = self.config.spec.pod_overhead().ok();
-        match (self.deleting(), &self.world.runtime_class, overhead) {
-            (true, Some(class), _) if class.ours => decision.actions.push(Action::DeleteRuntimeClass),
-            (false, Some(class), Some(overhead)) if class.ours && differs(class, &overhead) => {
-                decision.actions.push(Action::SetOverhead(overhead));
-            }
-            (false, None, Some(overhead)) if complete => {
-                let name = self.config.name_any();
-                decision.actions.push(Action::CreateRuntimeClass {
-                    owner: name.clone(),
-                    overhead,
-                });
-                decision.notes.push(Note {
-                    about: About::Config(name),
-                    warning: false,
-                    reason: "RuntimeClassCreated",
-                    text: "Pods can use runtimeClassName: kata".into(),
-                });
-            }
-            _ => return false,
-        }
-        true
+        // A node with former settings runs pods of `kata`, and has no handler for a RuntimeClass that is new.
+        let does_without = |standing: &Standing<'_>| match name == KATA {
+            true => standing.unable(self.measure()),
+            false => !standing.takes_pods(),
+        };
+        wanted().any(installed) && wanted().all(|standing| installed(standing) || does_without(standing))
+    }
+
+    fn create_class(&self, name: String, overhead: PodOverhead, decision: &mut Decision) {
+        let owner = self.config.name_any();
+        decision.notes.push(Note {
+            about: About::Config(owner.clone()),
+            warning: false,
+            reason: "RuntimeClassCreated",
+            text: format!("Pods can use runtimeClassName: {name}"),
+        });
+        decision
+            .actions
+            .push(Action::CreateRuntimeClass { name, owner, overhead });
     }
 
     /// Whether kata may be taken from this node.
@@ -599,6 +649,16 @@ fn purpose(config: &KataConfig, version: &str) -> String {
     let uid = config.uid().unwrap_or_default();
     let generation = config.metadata.generation.unwrap_or_default();
     short_hash(&format!("{uid}\n{generation}\n{retry}\n{version}"))
+}
+
+/// Stands for what is laid over the installed configuration; none where that is nothing.
+pub(super) fn settings_hash(configuration: &str, classes: &BTreeMap<String, String>) -> Option<String> {
+    match (configuration.is_empty(), classes.is_empty()) {
+        (true, true) => None,
+        // As versions without RuntimeClasses beside `kata` have noted it.
+        (false, true) => Some(short_hash(configuration)),
+        (_, false) => Some(short_hash(&json!([configuration, classes]).to_string())),
+    }
 }
 
 /// Eight digits that stand for a text.

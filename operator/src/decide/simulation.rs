@@ -12,7 +12,7 @@ use super::{
     fixtures,
     world::{KATA, KataPod, Node, Progress, Record},
 };
-use crate::{log_level::LogLevel, report::Code};
+use crate::{api::ClassSpec, log_level::LogLevel, report::Code};
 
 #[derive(Debug, Clone)]
 enum Happening {
@@ -50,9 +50,16 @@ enum Happening {
     Skip(usize),
     Upgrade(u8),
     ClassGoes,
+    /// The KataConfig asks for these RuntimeClasses beside `kata`.
+    Classes(Vec<usize>),
 }
 
 const NODES: [&str; 4] = ["worker-0", "worker-1", "worker-2", "worker-3"];
+const CLASSES: [(&str, &str); 3] = [
+    ("kata-large", "[hypervisor.qemu]\ndefault_memory = 4096\n"),
+    ("kata-large", ""),
+    ("kata-debug", "[runtime]\nenable_debug = true\n"),
+];
 const CONFIGS: [&str; 2] = ["cluster-kataconfig", "example-kataconfig"];
 
 fn happening() -> impl Strategy<Value = Happening> {
@@ -91,6 +98,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => node.prop_map(Happening::Skip),
         1 => (0..3_u8).prop_map(Happening::Upgrade),
         1 => Just(Happening::ClassGoes),
+        2 => proptest::collection::vec(0..CLASSES.len(), 0..3).prop_map(Happening::Classes),
     ]
 }
 
@@ -125,7 +133,7 @@ fn happens(cluster: &mut Cluster, happening: &Happening) {
         Happening::Delete(index) => cluster.delete(CONFIGS[*index]),
         Happening::Upgrade(version) => cluster.world.settings.version = format!("0.{version}.0-1a2b3c4d"),
         // Somebody deletes it by hand; pods that run do not mind.
-        Happening::ClassGoes => cluster.world.runtime_class = None,
+        Happening::ClassGoes => cluster.world.runtime_classes.clear(),
         Happening::PodGoes => drop(cluster.pods.pop()),
         other => happens_to_node(cluster, other),
     }
@@ -146,7 +154,7 @@ fn happens_to_node(cluster: &mut Cluster, happening: &Happening) {
             cluster.pods.retain(|pod| pod.node.as_deref() != Some(NODES[index]));
         }
         Happening::PodComes(index) if there(cluster, index) => {
-            let class = cluster.world.runtime_class.is_some();
+            let class = cluster.world.runtime_classes.contains_key(KATA);
             let record = &cluster.node(NODES[index]).record;
             if class && record.member && record.ready == Some(true) {
                 cluster.pods.push(KataPod {
@@ -187,6 +195,17 @@ fn happens_to_configs(cluster: &mut Cluster, happening: &Happening) {
                     serde_json::json!({"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": [NODES[index]]}]})
                 });
                 config.spec.kata_config_pool_selector = expression.map(|json| serde_json::from_value(json).unwrap());
+            }),
+            Happening::Classes(ref classes) => cluster.respec(name, |config| {
+                let (names, settings): (Vec<_>, Vec<_>) = classes.iter().map(|index| CLASSES[*index]).unzip();
+                // The same one twice is refused by the definition.
+                let first = |at: &usize| !names[..*at].contains(&names[*at]);
+                let classes = (0..names.len()).filter(first).map(|at| ClassSpec {
+                    name: names[at].into(),
+                    configuration: Some(settings[at].into()),
+                    ..ClassSpec::default()
+                });
+                config.spec.runtime_classes = classes.collect();
             }),
             Happening::Level(debug) => cluster.respec(name, |config| {
                 config.spec.log_level = if debug { LogLevel::Debug } else { LogLevel::Info };
@@ -310,9 +329,13 @@ fn all_is_well(cluster: &mut Cluster) {
     assert_eq!(lists.node_count, lists.ready_node_count);
     let cordoned = |node: &Node| node.cordoned && !cluster.skipped.contains(&node.name);
     assert!(!cluster.world.nodes.iter().any(cordoned), "a node stays cordoned");
-    assert!(cluster.world.runtime_class.is_some());
+    assert!(cluster.world.runtime_classes.contains_key(KATA));
     let status = cluster.config(&name).unwrap().status.clone().unwrap();
-    assert_eq!(status.runtime_classes, [KATA]);
+    let classes = cluster.config(&name).unwrap().spec.classes().unwrap();
+    let wanted: Vec<String> = [KATA.to_owned()].into_iter().chain(classes.into_keys()).collect();
+    assert_eq!(status.runtime_classes, wanted);
+    let there: Vec<String> = cluster.world.runtime_classes.keys().cloned().collect();
+    assert_eq!(there, wanted);
 }
 
 proptest! {

@@ -1,5 +1,7 @@
 //! Where a node is on its way.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 
 use super::{
@@ -40,7 +42,9 @@ pub(super) struct Measure<'a> {
     pub(super) settings: &'a Settings,
     pub(super) log_level: &'a str,
     pub(super) configuration: &'a str,
-    pub(super) configuration_hash: Option<&'a str>,
+    pub(super) runtime_classes: &'a BTreeMap<String, String>,
+    /// Stands for both.
+    pub(super) settings_hash: Option<&'a str>,
     pub(super) purpose: &'a str,
     pub(super) clock: &'a Clock,
     pub(super) refused: Option<&'a Refused>,
@@ -151,6 +155,13 @@ impl<'a> Standing<'a> {
         self.barred(measure).is_some() || (self.failures(measure) > 0 && last.is_some_and(|last| last.refused))
     }
 
+    /// The scheduler may give it pods with our kata.
+    pub(super) fn takes_pods(&self) -> bool {
+        let record = &self.node.record;
+        let ours = record.ready == Some(true) && !record.foreign();
+        self.node.ready && !self.node.unschedulable && ours
+    }
+
     /// Its turn may come: it is a canary, where there are some.
     pub(super) fn chosen(&self, measure: Measure<'_>) -> bool {
         let mut canary = measure.rollout.canary.iter().flatten();
@@ -234,7 +245,7 @@ impl<'a> Standing<'a> {
         record.ready == Some(true)
             && record.version.as_deref() == Some(&measure.settings.version)
             && record.log_level.as_deref() == Some(measure.log_level)
-            && record.configuration.as_deref() == measure.configuration_hash
+            && record.configuration.as_deref() == measure.settings_hash
     }
 
     /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no

@@ -98,8 +98,8 @@ impl Reason {
 /// What a status tells besides its reason and its lists.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
-    /// The RuntimeClass is there.
-    pub(super) runtime_class: bool,
+    /// The RuntimeClasses that are there, of those that are asked for.
+    pub(super) runtime_classes: Vec<String>,
     /// No node is begun.
     pub(super) paused: bool,
     /// The nodes that are waited for, each with what it waits for.
@@ -134,11 +134,7 @@ pub(super) fn status(
         }
     };
     KataConfigStatus {
-        runtime_classes: if facts.runtime_class {
-            vec![KATA.to_owned()]
-        } else {
-            Vec::new()
-        },
+        runtime_classes: facts.runtime_classes.clone(),
         conditions: vec![
             condition(IN_PROGRESS, reason.words(), None),
             condition(AVAILABLE, available(&kata_nodes, facts), generation),
@@ -152,7 +148,8 @@ pub(super) fn status(
 
 fn available(nodes: &KataNodes, facts: &Facts) -> (bool, &'static str, String) {
     let message = format!("{} of {} nodes have kata", nodes.ready_node_count, nodes.node_count);
-    match (facts.runtime_class, nodes.ready_node_count) {
+    let class = facts.runtime_classes.iter().any(|class| class == KATA);
+    match (class, nodes.ready_node_count) {
         (false, _) => (false, "NoRuntimeClass", message),
         (true, 0) => (false, "NoNodes", message),
         (true, _) => (true, "Installed", message),

@@ -3,6 +3,8 @@
 mod nodes;
 mod refusals;
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use serde_json::json;
@@ -11,7 +13,7 @@ use super::{
     About, Action, Decision, Order, Progress, RETRY, Refused, RuntimeClass, SKIP_NODES,
     cluster::Cluster,
     decide, fixtures,
-    world::{Host, KataPod},
+    world::{Host, KATA, KataPod},
 };
 use crate::{
     api::KataNodes,
@@ -106,7 +108,7 @@ fn table_2_2() {
     assert_eq!(message, "Removing kata from cluster");
     assert!(cluster.world.configs.is_empty());
     assert!(cluster.world.runs.is_empty());
-    assert!(cluster.world.runtime_class.is_none());
+    assert!(cluster.world.runtime_classes.is_empty());
     assert!(
         cluster
             .world
@@ -272,7 +274,7 @@ fn nodes_that_are_not_ready_or_cordoned_wait_and_stop_nobody() {
     let expected = json!({"installed": ["worker-0"], "nodeCount": 3, "readyNodeCount": 1, "waitingToInstall": ["worker-1", "worker-2"]});
     assert_eq!(cluster.lists(NAME), lists(expected));
     // All that can have kata have it.
-    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
+    assert!(cluster.world.runtime_classes.get(KATA).is_some_and(|class| class.ours));
     cluster.node("worker-2").ready = true;
     cluster.node("worker-1").unschedulable = false;
     cluster.run_all();
@@ -326,6 +328,77 @@ fn a_new_version_and_another_log_level_go_from_node_to_node() {
 }
 
 #[test]
+fn a_runtime_class_comes_after_its_handler_and_goes_before_it() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1"]);
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    let classes = |cluster: &Cluster| cluster.world.runtime_classes.keys().cloned().collect::<Vec<_>>();
+    let ask = |cluster: &mut Cluster, classes: serde_json::Value| {
+        cluster.respec(NAME, |config| {
+            config.spec.runtime_classes = serde_json::from_value(classes).unwrap();
+        });
+    };
+    let settings = "[hypervisor.qemu]\ndefault_memory = 4096\n";
+    ask(
+        &mut cluster,
+        json!([{"name": "kata-large", "configuration": settings, "overhead": {"memory": "1Gi"}}]),
+    );
+    cluster.pass(usize::MAX);
+    assert_eq!(cluster.world.runs[0].order.runtime_classes["kata-large"], settings);
+    cluster.run_starts();
+    cluster.run_succeeds();
+    cluster.pass(usize::MAX);
+    // The other node runs pods of `kata` all the while, and has no handler of this name.
+    assert_eq!(classes(&cluster), ["kata"]);
+    assert_eq!(cluster.condition(NAME).1, "Updating");
+    cluster.run_all();
+    assert_eq!(classes(&cluster), ["kata", "kata-large"]);
+    assert_eq!(
+        cluster.config(NAME).unwrap().status.clone().unwrap().runtime_classes,
+        ["kata", "kata-large"]
+    );
+    let overhead = |cluster: &Cluster| cluster.world.runtime_classes["kata-large"].overhead.clone().unwrap();
+    assert_eq!(overhead(&cluster), "cpu 500m, memory 1Gi");
+
+    // Its overhead concerns no node.
+    ask(
+        &mut cluster,
+        json!([{"name": "kata-large", "configuration": settings, "overhead": {"cpu": "1"}}]),
+    );
+    cluster.rest();
+    assert_eq!(overhead(&cluster), "cpu 1, memory 500Mi");
+    assert!(cluster.world.runs.is_empty());
+
+    ask(&mut cluster, json!([]));
+    cluster.pass(usize::MAX);
+    assert_eq!(classes(&cluster), ["kata"]);
+    assert!(cluster.world.runs.is_empty());
+    cluster.run_all();
+    assert!(cluster.handlers.values().all(BTreeSet::is_empty));
+}
+
+#[test]
+fn a_runtime_class_waits_for_nodes_that_keep_former_settings() {
+    let mut cluster = Cluster::new(&["worker-0", "worker-1", "worker-2"]);
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    cluster.node("worker-0").labels.insert("canary".into(), "true".into());
+    cluster.node("worker-1").unschedulable = true;
+    cluster.respec(NAME, |config| {
+        config.spec.runtime_classes = serde_json::from_value(json!([{"name": "kata-debug"}])).unwrap();
+        config.spec.rollout.canary = Some([("canary".to_owned(), "true".to_owned())].into());
+    });
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
+    assert!(!cluster.world.runtime_classes.contains_key("kata-debug"));
+    // No pod comes to the cordoned one.
+    cluster.respec(NAME, |config| config.spec.rollout.canary = None);
+    cluster.run_all();
+    assert_eq!(cluster.lists(NAME).installed, ["worker-0", "worker-2"]);
+    assert!(cluster.world.runtime_classes.contains_key("kata-debug"));
+}
+
+#[test]
 fn a_configuration_goes_from_node_to_node_and_away_again() {
     let mut cluster = installed(&["worker-0", "worker-1"]);
     let text = "[hypervisor.qemu]\naccelerator = \"tcg\"\n";
@@ -363,7 +436,7 @@ fn a_node_is_cordoned_while_it_is_changed_and_not_if_it_was_before() {
 #[test]
 fn the_overhead_is_the_kataconfigs_or_whoevers_changed_it_since() {
     let mut cluster = installed(&["worker-0"]);
-    let overhead = |cluster: &Cluster| cluster.world.runtime_class.clone().unwrap().overhead;
+    let overhead = |cluster: &Cluster| cluster.world.runtime_classes[KATA].overhead.clone();
     assert_eq!(overhead(&cluster).as_deref(), Some("cpu 500m, memory 500Mi"));
     cluster.respec(NAME, |config| config.spec.memory_overhead_mb = Some(350));
     cluster.run_all();
@@ -372,7 +445,7 @@ fn the_overhead_is_the_kataconfigs_or_whoevers_changed_it_since() {
     cluster.run_all();
     assert_eq!(overhead(&cluster).as_deref(), Some("cpu 500m, memory 500Mi"));
     // One that an earlier version has made may have been changed by hand.
-    cluster.world.runtime_class.as_mut().unwrap().overhead = None;
+    cluster.world.runtime_classes.get_mut(KATA).unwrap().overhead = None;
     assert!(cluster.rest().actions.is_empty());
     assert_eq!(overhead(&cluster), None);
 }
@@ -436,7 +509,7 @@ fn deletion_waits_for_pods_and_says_so() {
     assert_eq!(cluster.condition(NAME), blocked);
     assert_eq!(cluster.lists(NAME).ready_node_count, 2);
     assert!(cluster.rest().awaits_pods);
-    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
+    assert!(cluster.world.runtime_classes.get(KATA).is_some_and(|class| class.ours));
     cluster.pods.clear();
     cluster.run_all();
     assert!(cluster.world.configs.is_empty());

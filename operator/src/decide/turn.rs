@@ -111,6 +111,7 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
         version: measure.settings.version.clone(),
         log_level: measure.log_level.to_owned(),
         configuration: measure.configuration.to_owned(),
+        runtime_classes: measure.runtime_classes.clone(),
         purpose: measure.purpose.to_owned(),
         failures: standing.failures_at(verb, measure),
         boot_id: node.host.boot_id.clone(),

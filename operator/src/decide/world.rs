@@ -19,7 +19,7 @@ pub const SKIP_NODES: &str = "sandpod.io/skip-nodes";
 /// The finalizer that keeps a KataConfig until kata is gone from the nodes.
 pub const FINALIZER: &str = "kataconfiguration.openshift.io/finalizer";
 /// The name of the RuntimeClass and of the handler.
-pub const KATA: &str = "kata";
+pub const KATA: &str = crate::handler::KATA;
 
 /// Everything that a decision depends on.
 #[derive(Debug, Clone)]
@@ -39,8 +39,8 @@ pub struct World {
     /// nobody has asked: a decision that depends on them says so ([`super::Decision::awaits_pods`]) and does nothing
     /// that they could forbid.
     pub kata_pods: Option<Result<Vec<KataPod>, String>>,
-    /// The RuntimeClass `kata`.
-    pub runtime_class: Option<RuntimeClass>,
+    /// The RuntimeClasses that are ours, or have a name that ours may have.
+    pub runtime_classes: BTreeMap<String, RuntimeClass>,
     /// The installer's pod that the API server did not take, when it was tried last.
     pub refused: Option<Refused>,
     /// What the ConfigMap `osc-feature-gates` says, which OpenShift sandboxed containers reads since 1.6.
@@ -145,7 +145,8 @@ pub struct Record {
     pub prefix: Option<String>,
     /// The annotation `sandpod.io/log-level`.
     pub log_level: Option<String>,
-    /// The annotation `sandpod.io/configuration`: eight digits that stand for the KataConfig's; none where it has none.
+    /// The annotation `sandpod.io/configuration`: eight digits that stand for the KataConfig's own settings, those of its
+    /// RuntimeClasses among them; none where it has none.
     pub configuration: Option<String>,
     /// The annotation `sandpod.io/boot-id`: the boot in which it was verified last.
     pub boot_id: Option<String>,
@@ -244,6 +245,9 @@ pub struct Order {
     /// The KataConfig's own configuration of pods; empty where it has none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub configuration: String,
+    /// The configurations of its RuntimeClasses beside `kata`, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub runtime_classes: BTreeMap<String, String>,
     /// Changes with the KataConfig's spec, its retry annotation and our version: a failure counts only for its own
     /// purpose.
     pub purpose: String,
@@ -313,7 +317,7 @@ pub struct KataPod {
     pub node: Option<String>,
 }
 
-/// The RuntimeClass `kata`.
+/// A RuntimeClass.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeClass {
     /// We made it. Another one is left as it is, also at the end.

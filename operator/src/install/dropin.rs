@@ -236,9 +236,15 @@ pub fn at_prefix(text: &str, prefix: &Path) -> String {
     text.replace(&format!("{DEFAULT_PREFIX}/current"), &current)
 }
 
+/// A text from its first table on.
+fn first_table(text: &str) -> &str {
+    text.split_once("\n[")
+        .map_or("", |(before, _)| &text[before.len() + 1..])
+}
+
 fn crio(prefix: &Path, classes: &BTreeSet<String>) -> String {
     let text = at_prefix(CRIO, prefix);
-    let table = text.find('[').map_or("", |start| &text[start..]);
+    let table = first_table(&text);
     let of_class = |name: &String| {
         let table = table.replace(&format!("runtimes.{HANDLER}]"), &format!("runtimes.{name}]"));
         let lines = table.lines().map(|line| match line.split_once(" = ") {
@@ -256,7 +262,7 @@ fn crio(prefix: &Path, classes: &BTreeSet<String>) -> String {
 fn containerd(prefix: &Path, classes: &BTreeSet<String>) -> String {
     let text = at_prefix(CONTAINERD, prefix);
     let (head, _) = text.split_once("# No options").unwrap_or((&text, ""));
-    let table = head.find('[').map_or("", |start| &head[start..]);
+    let table = first_table(head);
     let options = |name: &str, path: &str| {
         format!(
             "\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}.options]\nConfigPath = \"{path}\"\n"

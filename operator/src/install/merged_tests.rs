@@ -199,7 +199,7 @@ fn crio_is_asked_with_its_own_files_and_ours() {
     node.program("crio", refusing);
     assert_eq!(
         node.verdict(Daemon::Crio).as_deref(),
-        Some("CRI-O's configuration with the handler `kata` is not valid: invalid runtime_path")
+        Some("CRI-O's configuration with the handlers of Sandpod is not valid: invalid runtime_path")
     );
 }
 

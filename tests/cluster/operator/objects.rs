@@ -56,7 +56,7 @@ fn one_file(rig: &mut Rig<'_>) -> Result {
     };
     let folder = folder.display().to_string();
     let kustomized = objects(&["-k", &folder], None)?;
-    same("the objects", kustomized.len(), 23)?;
+    same("the objects", kustomized.len(), 25)?;
     same(
         "the objects of the one file",
         objects(&["-f", "-"], Some(&install()?))?,

@@ -27,8 +27,7 @@ const CLUSTER: &[&str] = &[
     "kataconfigs.kataconfiguration.openshift.io/status [] [] [patch]",
     "nodes [] [] [list watch patch]",
     "pods [] [] [list watch]",
-    "runtimeclasses.node.k8s.io [] [] [list watch create]",
-    "runtimeclasses.node.k8s.io [] [kata] [get patch delete]",
+    "runtimeclasses.node.k8s.io [] [] [list watch create patch delete]",
 ];
 
 const OWN: &[&str] = &[

@@ -185,7 +185,7 @@ fn another_installation_of_kata_is_left_alone_and_named() {
     );
     // It stops nobody.
     assert_eq!(cluster.lists(NAME).installed, ["worker-0"]);
-    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
+    assert!(cluster.world.runtime_classes.get(KATA).is_some_and(|class| class.ours));
     cluster.delete(NAME);
     cluster.run_all();
     assert_eq!(cluster.ready_nodes()["worker-2"], Some(true));
@@ -251,7 +251,7 @@ fn a_node_that_is_not_fit_stops_nobody() {
     let expected = json!({"installed": ["worker-0", "worker-1"], "failedToInstall": ["worker-2"], "nodeCount": 3, "readyNodeCount": 2});
     assert_eq!(cluster.lists(NAME), lists(expected));
     assert_eq!(cluster.condition(NAME).2, "Node worker-2 Degraded: /dev/kvm is absent");
-    assert!(cluster.world.runtime_class.as_ref().is_some_and(|class| class.ours));
+    assert!(cluster.world.runtime_classes.get(KATA).is_some_and(|class| class.ours));
     // It is tried again when its time has come.
     cluster.run_all();
     assert_eq!(cluster.lists(NAME).ready_node_count, 3);

@@ -153,21 +153,26 @@ fn an_earlier_name_does_not_take_over() {
 #[test]
 fn a_runtime_class_of_somebody_else_is_neither_changed_nor_deleted() {
     let mut cluster = Cluster::new(&["worker-0"]);
-    let theirs = Some(RuntimeClass {
-        handler: "kata-qemu".into(),
-        ..RuntimeClass::default()
+    let theirs = ["kata", "kata-qemu"].map(|name| {
+        let class = RuntimeClass {
+            handler: "kata-qemu".into(),
+            ..RuntimeClass::default()
+        };
+        (name.to_owned(), class)
     });
-    cluster.world.runtime_class.clone_from(&theirs);
+    let theirs = BTreeMap::from(theirs);
+    cluster.world.runtime_classes.clone_from(&theirs);
     cluster.create(NAME, json!({"overhead": {"memory": "1Gi"}}));
     cluster.run_all();
     let told = cluster.world.told.first().unwrap();
     assert!(told.contains("RuntimeClass kata, with the handler kata-qemu"), "{told}");
+    assert_eq!(cluster.world.told.len(), 1, "one that nobody asks for concerns nobody");
     assert_eq!(cluster.condition(NAME).0, "False");
     assert!(cluster.history(NAME).iter().all(|(reason, _)| reason != "Updating"));
     cluster.delete(NAME);
     cluster.run_all();
     assert!(cluster.world.configs.is_empty());
-    assert_eq!(cluster.world.runtime_class, theirs);
+    assert_eq!(cluster.world.runtime_classes, theirs);
 }
 
 #[test]
@@ -228,6 +233,37 @@ fn confidential_machines_are_refused_and_other_feature_gates_are_told_of() {
         .insert("confidential".into(), "false".into());
     cluster.run_all();
     assert_eq!(cluster.condition(NAME).1, "");
+}
+
+#[test]
+fn a_runtime_class_that_cannot_be_is_refused_by_its_name() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    cluster.create(NAME, json!({}));
+    cluster.run_all();
+    for (classes, why) in [
+        (
+            json!([{"name": "runc"}]),
+            "runtimeClasses: \"runc\" is not the name of a RuntimeClass of Sandpod's",
+        ),
+        (
+            json!([{"name": "kata-a"}, {"name": "kata-a"}]),
+            "runtimeClasses: kata-a is there twice; leave one of them out",
+        ),
+        (
+            json!([{"name": "kata-a", "configuration": "[hypervisor.qemu]\nacelerator = 1\n"}]),
+            "configuration of the RuntimeClass kata-a: unknown configuration key `hypervisor.qemu.acelerator`",
+        ),
+    ] {
+        cluster.respec(NAME, |config| {
+            config.spec.runtime_classes = serde_json::from_value(classes).unwrap();
+        });
+        cluster.rest();
+        let (_, reason, message) = cluster.condition(NAME);
+        assert_eq!(reason, "InvalidSpec");
+        assert!(message.contains(why), "{message}");
+        assert!(cluster.world.runs.is_empty());
+        assert_eq!(cluster.world.runtime_classes.len(), 1);
+    }
 }
 
 #[test]
