@@ -15,6 +15,7 @@ use super::{
 pub const STORIES: &[Story] = &[
     ("the_real_installer_on_two_hosts_and_a_new_version", two_hosts),
     ("the_real_installer_is_killed_at_every_step", killed),
+    ("a_runtime_class_comes_with_its_settings_and_goes", runtime_class),
 ];
 
 /// Workers with a containerd each, and a controller that knows the payload's version.
@@ -36,6 +37,64 @@ fn start(rig: &mut Rig<'_>, names: &[&str], retry_first: &'static str) -> Result
     };
     rig.start_controller(&settings)?;
     Ok((hosts, settings))
+}
+
+fn runtime_class(rig: &mut Rig<'_>) -> Result {
+    const FILE: &str = "etc/sandpod/runtime-classes/kata-large.toml";
+    let (hosts, _) = start(rig, &["worker-0"], "1s")?;
+    rig.create(NAME, &json!({}))?;
+    rig.until_installed(NAME, 1)?;
+    let classes = |rig: &Rig<'_>| -> Result<serde_json::Value> {
+        Ok(rig.json(&["get", "kataconfig", NAME])?["status"]["runtimeClasses"].clone())
+    };
+    let settings = "[hypervisor.qemu]\ndefault_memory = 4096\n";
+    let large = json!({"name": "kata-large", "configuration": settings, "overhead": {"memory": "1Gi"}});
+    rig.respec(NAME, &json!({"runtimeClasses": [large]}))?;
+    let status = |name| move |config: &serde_json::Value| config["status"]["runtimeClasses"] == name;
+    let config = ["get", "kataconfig", NAME];
+    rig.until_json(
+        &config,
+        "the class in the status",
+        status(json!(["kata", "kata-large"])),
+    )?;
+    let text = std::fs::read_to_string(hosts[0].root.join(FILE)).map_err(|error| Failure::Claim(error.to_string()))?;
+    contains("the class's file", &text, settings)?;
+    let class = rig.json(&["get", "runtimeclass", "kata-large"])?;
+    same("its handler", class["handler"].as_str(), Some("kata-large"))?;
+    let overhead = json!({"podFixed": {"cpu": "500m", "memory": "1Gi"}});
+    same("its overhead", class["overhead"].clone(), overhead)?;
+    let drop_in = hosts[0].root.join("etc/containerd/conf.d/50-kata.toml");
+    let handlers = || std::fs::read_to_string(&drop_in).map_err(|error| Failure::Claim(error.to_string()));
+    contains("the drop-in", &handlers()?, "runtimes.kata-large.options]")?;
+
+    // What no pod could start with is said before any node sees it.
+    let wrong = json!({"name": "kata-large", "configuration": "[runtime]\nenable_debug = 1\n"});
+    rig.respec(NAME, &json!({"runtimeClasses": [wrong]}))?;
+    rig.history
+        .until("the refusal", SOON, |row| row.condition[1] == "InvalidSpec")?;
+    let refused = rig.respec(NAME, &json!({"runtimeClasses": [{"name": "runc"}]}));
+    claim(refused.is_err(), "the API server should not take a class of this name")?;
+
+    // Other people's RuntimeClasses are not the controller's, whatever its role says.
+    let theirs = json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "runc",
+        "metadata": {"name": "theirs"}});
+    rig.must(&["create", "-f", "-"], Some(&theirs.to_string()))?;
+    let denied = rig.as_controller(&["delete", "runtimeclass", "theirs"], None)?;
+    contains(
+        "the refusal",
+        &denied.errors(),
+        "may change RuntimeClasses with the label",
+    )?;
+    rig.must(&["delete", "runtimeclass", "theirs"], None)?;
+
+    rig.respec(NAME, &json!({"runtimeClasses": []}))?;
+    rig.until_json(&config, "the class gone", status(json!(["kata"])))?;
+    rig.until_installed(NAME, 1)?;
+    claim(!hosts[0].root.join(FILE).exists(), "the class's file is still there")?;
+    claim(!handlers()?.contains("kata-large"), "the drop-in still has the class")?;
+    same("the classes", classes(rig)?, json!(["kata"]))?;
+    let left = rig.kubectl(&["get", "runtimeclass", "kata-large"], None)?;
+    contains("what is left", &left.errors(), "NotFound")
 }
 
 fn two_hosts(rig: &mut Rig<'_>) -> Result {

@@ -1,6 +1,7 @@
 //! A node that has nothing but containerd: Sandpod comes to it, is replaced while pods run, and goes again.
 
 mod bad;
+mod classes;
 mod containerd;
 mod distribution;
 mod imports;
@@ -50,6 +51,8 @@ pub const ON_A_BARE_NODE: &[Story] = &[
         "what_an_earlier_release_has_installed_is_taken_over",
         version::taken_over,
     ),
+    ("a_runtime_class_has_settings_of_its_own", classes::own_settings),
+    ("a_runtime_class_that_cannot_be_is_named", classes::what_cannot_be),
     ("what_is_damaged_goes_too", undo::damaged_goes_too),
     ("the_locks_are_roots_alone", security::locks_are_roots),
 ];
