@@ -13,7 +13,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{
+use agent_protocol::{
     GUEST_SHARE,
     client::{Client, ClientError},
     idmap::IdMaps,

@@ -185,7 +185,7 @@ fn read(spec: &Spec) {
                         && !share.share_path.components().any(|part| part.as_os_str() == "..")
                 );
             }
-            let _ = agent::oci::spec_from_wire(&agent::oci::spec_to_wire(&container.spec));
+            let _ = agent_protocol::oci::spec_from_wire(&agent_protocol::oci::spec_to_wire(&container.spec));
         }
     }
 }

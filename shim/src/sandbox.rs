@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use agent::client::Durations;
+use agent_protocol::client::Durations;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use files::Stuck;
 use oci_spec::runtime::Spec;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{client::Client, protocol::agent::GuestDetailsRequest};
+use agent_protocol::{client::Client, protocol::agent::GuestDetailsRequest};
 use nix::unistd::{SysconfVar, sysconf};
 use tests::{
     config::{self, Guest},
