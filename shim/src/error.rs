@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// Configuration refused.
     #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
+    Config(#[from] config::ConfigError),
     /// The container's specification asks for something this runtime refuses.
     #[error(transparent)]
     Spec(#[from] crate::spec::SpecError),

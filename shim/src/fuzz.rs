@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use config::Config;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use proptest::{
     collection::{hash_map, vec},
@@ -16,7 +17,6 @@ use serde_json::{Value, json};
 
 use crate::{
     annotations::{Role, identify, pod_resources, shares_pid_namespace},
-    config::Config,
     pod::Pod,
     sizing::{Limits, Sizing},
     spec::{self, Context},

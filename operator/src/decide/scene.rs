@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use config::Config;
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use sha2::{Digest, Sha256};
-use shim::config::Config;
 
 use super::{
     clock::Clock,

@@ -59,7 +59,7 @@ impl Bare {
     /// # Errors
     /// When it does not boot.
     pub fn boot(&self, guest: Guest) -> Result<Boot> {
-        let vhost_vsock = vmm::open_device(vmm::VHOST_VSOCK.as_ref()).trying("opening the vsock device")?;
+        let vhost_vsock = vmm_host::open_device(vmm_host::VHOST_VSOCK.as_ref()).trying("opening the vsock device")?;
         let spec = spec(guest, vhost_vsock.is_some())?;
         self.runtime.block_on(async {
             let share = VirtiofsdSpec {
