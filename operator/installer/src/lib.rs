@@ -29,6 +29,8 @@ mod verb_install;
 mod verb_uninstall;
 mod verb_verify;
 
+pub use installer_report::{self as report, log_level};
+
 use std::{
     fmt::Display,
     path::{Path, PathBuf},

@@ -2,8 +2,8 @@ use std::{fs, os::unix::fs::PermissionsExt};
 
 use super::*;
 use crate::{
-    install::{cri::Version, dropin::DropIn, dry_run::validate_with, imports::edit, runtime_folder::RuntimeFolder},
-    log_level::LogLevel,
+    cri::Version, dropin::DropIn, dry_run::validate_with, imports::edit, log_level::LogLevel,
+    runtime_folder::RuntimeFolder,
 };
 
 struct Node {
