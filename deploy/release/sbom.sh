@@ -9,7 +9,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 top=$here/../..
 [ $# = 4 ] || { sed -n '5s/^# *//p' "$0" >&2; exit 2; }
 version=$1 payload=$2 virtiofsd=$3 digests=$4
-programs=(agent/kata-agent shim/{containerd-shim-kata-v2,kata-ctl} operator/sandpod-{operator,installer})
+programs=(agent/kata-agent shim/{containerd-shim-kata-v2,kata-ctl} operator/sandpod-operator
+  operator/installer/sandpod-installer)
 tool=$("$here/build-cyclonedx.sh")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

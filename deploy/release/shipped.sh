@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ $# = 2 ] || { sed -n '4,7s/^# *//p' "$0" >&2; exit 2; }
 target=x86_64-unknown-linux-gnu
 # The packages that have our programs; virtiofsd's is the one in the current folder.
-ours=(--package agent --package operator --package shim)
+ours=(--package agent --package installer --package operator --package shim)
 
 # The crates that are compiled into programs of the package in the current folder, or into what compiles them.
 crates() {

@@ -1,9 +1,7 @@
-//! Installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
+//! The controller: installs Sandpod on the nodes of a cluster and registers the `kata` RuntimeClass.
 
 pub mod api;
 pub mod control;
 pub mod decide;
-pub mod handler;
-pub mod install;
-pub mod log_level;
-pub mod report;
+
+pub use installer_report::{self as report, handler, log_level};

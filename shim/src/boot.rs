@@ -13,12 +13,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{
+use agent_protocol::{
     GUEST_SHARE,
     client::{Client, ClientError},
     idmap::IdMaps,
     protocol::agent::{CreateSandboxRequest, GuestDetailsRequest, KernelModule, Storage},
 };
+use config::{Accelerator, Config, NetworkModel};
 use tokio::{sync::watch, time::timeout};
 use vmm::{
     Child, ExitReason, Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmError, VmFds,
@@ -29,7 +30,6 @@ use vmm::{
 use crate::{
     cgroup::{CpuList, OomKills, Processors, SandboxCgroup},
     clock,
-    config::{self, Accelerator, Config, NetworkModel},
     disks::Disks,
     error::{Context, Error, Result},
     forward,
@@ -329,7 +329,7 @@ fn lend_devices(plan: &Plan<'_>, devices: &Devices, user: &User, state: &mut Sta
     let mut files = vfio::files(&devices.groups);
     if plan.config.hypervisor.accelerator == Accelerator::Kvm {
         // What is missing, if anything, is told better here.
-        vmm::kvm_ready().map_err(VmError::from)?;
+        vmm_host::kvm_ready().map_err(VmError::from)?;
         files.push(KVM.into());
     }
     let folder = dir_of(plan.sandbox).join("devices");
@@ -387,8 +387,8 @@ fn describe(
     user: &User,
 ) -> Result<(VmSpec, VmFds, Placement)> {
     let config = &plan.config.hypervisor;
-    let vsock = Path::new(vmm::VHOST_VSOCK);
-    let vhost_vsock = vmm::open_device(vsock).at("open", vsock)?;
+    let vsock = Path::new(vmm_host::VHOST_VSOCK);
+    let vhost_vsock = vmm_host::open_device(vsock).at("open", vsock)?;
     let spec = VmSpec {
         name: format!("sandbox-{}", plan.sandbox),
         qemu: config.path.clone(),
@@ -451,8 +451,8 @@ fn kernel_params(plan: &Plan<'_>) -> Vec<String> {
 
 /// One vhost-net device per card, where the host has vhost-net.
 pub(crate) fn open_vhost_net(cards: usize) -> Result<Vec<OwnedFd>> {
-    let device = Path::new(vmm::VHOST_NET);
-    let opened = (0..cards).map(|_| vmm::open_device(device).at("open", device));
+    let device = Path::new(vmm_host::VHOST_NET);
+    let opened = (0..cards).map(|_| vmm_host::open_device(device).at("open", device));
     let opened: Option<Vec<OwnedFd>> = opened.collect::<Result<_>>()?;
     Ok(opened.unwrap_or_default())
 }

@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError},
     protocol::agent::{GuestDetailsRequest, SetGuestDateTimeRequest},
 };

@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use agent::{GUEST_PIDS, GUEST_SHARE, client::Client, protocol::agent as wire};
+use agent_protocol::{GUEST_PIDS, GUEST_SHARE, client::Client, protocol::agent as wire};
 use oci_spec::runtime::Spec;
 use serde_json::json;
 use tokio::{
@@ -135,7 +135,7 @@ async fn open(sandbox: &Sandbox, wish: &Wish) -> Result<Console> {
     let mut request = wire::CreateContainerRequest::new();
     request.container_id = id.clone();
     request.exec_id = id.clone();
-    request.OCI = Some(agent::oci::spec_to_wire(&spec(&lender, &id, wish)?)).into();
+    request.OCI = Some(agent_protocol::oci::spec_to_wire(&spec(&lender, &id, wish)?)).into();
     guest.agent.create_container(request).await?;
     let console = Console {
         agent: guest.agent.clone(),

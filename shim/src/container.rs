@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use agent::protocol::agent::StatsContainerResponse;
+use agent_protocol::protocol::agent::StatsContainerResponse;
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -16,7 +16,7 @@ use std::{
     sync::Arc,
 };
 
-use agent::protocol::agent::Device;
+use agent_protocol::protocol::agent::Device;
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_KOBJECT_UEVENT};
 use nix::{
     errno::Errno,

@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// Configuration refused.
     #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
+    Config(#[from] config::ConfigError),
     /// The container's specification asks for something this runtime refuses.
     #[error(transparent)]
     Spec(#[from] crate::spec::SpecError),
@@ -89,7 +89,7 @@ pub enum Error {
     Vm(#[from] vmm::VmError),
     /// The guest agent refused or is gone.
     #[error(transparent)]
-    Agent(#[from] agent::client::ClientError),
+    Agent(#[from] agent_protocol::client::ClientError),
     /// A message could not be read or written.
     #[error("cannot decode {what}: {source}")]
     Decode {
@@ -153,7 +153,7 @@ impl Error {
                 Code::INVALID_ARGUMENT
             }
             Error::Unsupported(_) => Code::UNIMPLEMENTED,
-            Error::Agent(agent::client::ClientError::NotFound(_)) => Code::NOT_FOUND,
+            Error::Agent(agent_protocol::client::ClientError::NotFound(_)) => Code::NOT_FOUND,
             Error::Boot { error, .. } => error.code(),
             Error::Resize(error) => error.code(),
             _ => Code::INTERNAL,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use agent::exposition::braced;
+use agent_protocol::exposition::braced;
 
 /// Families by their name, each with its samples.
 #[derive(Debug, Default, PartialEq, Eq)]

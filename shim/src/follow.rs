@@ -5,12 +5,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{client::ClientError, protocol::agent as wire};
 use containerd_shim_protos::{
     events::task::{TaskExit, TaskOOM},
     topics,
 };
 
+use agent_protocol::{client::ClientError, protocol::agent as wire};
 use tokio::time::timeout;
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc};
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError},
     protocol::relay::{DialRequest, HangUpRequest, ReceiveRequest, SendRequest},
 };

@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use config::Config;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use proptest::{
     collection::{hash_map, vec},
@@ -16,7 +17,6 @@ use serde_json::{Value, json};
 
 use crate::{
     annotations::{Role, identify, pod_resources, shares_pid_namespace},
-    config::Config,
     pod::Pod,
     sizing::{Limits, Sizing},
     spec::{self, Context},
@@ -185,7 +185,7 @@ fn read(spec: &Spec) {
                         && !share.share_path.components().any(|part| part.as_os_str() == "..")
                 );
             }
-            let _ = agent::oci::spec_from_wire(&agent::oci::spec_to_wire(&container.spec));
+            let _ = agent_protocol::oci::spec_from_wire(&agent_protocol::oci::spec_to_wire(&container.spec));
         }
     }
 }

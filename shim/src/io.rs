@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError, LONGEST_READ},
     protocol::agent::{CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest, WriteStreamRequest},
 };

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use agent::client::Client;
+use agent_protocol::client::Client;
 use tokio::sync::Mutex;
 use vmm::Vm;
 

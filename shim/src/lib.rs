@@ -8,7 +8,6 @@ pub mod cgroup;
 pub mod check;
 pub mod cli;
 pub mod clock;
-pub mod config;
 pub mod console;
 pub mod container;
 pub mod ctl;

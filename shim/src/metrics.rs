@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use agent::{
+use agent_protocol::{
     client::{Durations, LONGEST_READ},
     exposition::{Exposition, NETWORK, open_files, read},
     protocol::agent::{GetMetricsRequest, StatsContainerRequest},

@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use agent::{
+use agent_protocol::{
     GUEST_SHARE, KUBELET_DATA,
     client::{Client, ClientError},
     idmap::IdMaps,

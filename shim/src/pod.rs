@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use agent::idmap::IdMaps;
+use agent_protocol::idmap::IdMaps;
 use oci_spec::runtime::Spec;
 
 use crate::{

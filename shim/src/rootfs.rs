@@ -17,7 +17,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use agent::idmap::IdMaps;
+use agent_protocol::idmap::IdMaps;
 use containerd_shim_protos::api::Mount;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},

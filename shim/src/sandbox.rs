@@ -24,7 +24,8 @@ use std::{
     time::Duration,
 };
 
-use agent::client::Durations;
+use agent_protocol::client::Durations;
+use config::Config;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use files::Stuck;
 use oci_spec::runtime::Spec;
@@ -33,7 +34,6 @@ use vmm::Spawner;
 
 use crate::{
     boot::{self, Guest, Plan},
-    config::Config,
     container::Container,
     error::{Context, Error, Result},
     events::Events,

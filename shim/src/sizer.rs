@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use agent::{client::Client, protocol::agent::OnlineCPUMemRequest};
+use agent_protocol::{client::Client, protocol::agent::OnlineCPUMemRequest};
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,

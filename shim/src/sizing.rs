@@ -12,8 +12,8 @@
 
 pub use crate::annotations::PodResources as Limits;
 use crate::annotations::milli_cpus;
-use crate::config::Config;
 use crate::manifest::{Kernel, Manifest};
+use config::Config;
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec};
 use std::io;
 use vmm::spec::{Memory, MemoryPlug, Vcpus};

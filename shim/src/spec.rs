@@ -15,7 +15,7 @@ pub use mounts::{Propagation, ShareMount};
 pub use resources::guest_resources;
 
 use crate::annotations::Role;
-use agent::{GUEST_SHARE, idmap::IdMaps};
+use agent_protocol::{GUEST_SHARE, idmap::IdMaps};
 use oci_spec::runtime::{
     Linux, LinuxNamespace, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
@@ -242,10 +242,10 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestContainer, S
     };
     annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
     if guest_pids {
-        annotations.insert(agent::GUEST_PIDS.into(), "true".into());
+        annotations.insert(agent_protocol::GUEST_PIDS.into(), "true".into());
     }
     if let Some(target) = context.pid_target {
-        annotations.insert(agent::PID_TARGET.into(), target.into());
+        annotations.insert(agent_protocol::PID_TARGET.into(), target.into());
     }
     annotations.insert(
         "io.katacontainers.pkg.oci.bundle_path".into(),

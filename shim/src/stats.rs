@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use agent::protocol::agent::{BlkioStatsEntry, CgroupStats, MemoryData, NetworkStats, StatsContainerResponse};
+use agent_protocol::protocol::agent::{BlkioStatsEntry, CgroupStats, MemoryData, NetworkStats, StatsContainerResponse};
 use containerd_shim_protos::{
     cgroups::metrics as v1,
     cgroups_v2::metrics as v2,

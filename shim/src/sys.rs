@@ -3,7 +3,7 @@
 
 pub mod bpf;
 
-use agent::idmap::IdMaps;
+use agent_protocol::idmap::IdMaps;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;

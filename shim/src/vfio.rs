@@ -21,6 +21,7 @@ use nix::{
     sys::stat::{Mode, SFlag, mknod},
     unistd::{Gid, Uid, chown},
 };
+use node_check::iommu_groups;
 use oci_spec::runtime::Spec;
 use vmm::{
     pcie::{HostFunction, Passthrough, PciAddress},
@@ -215,18 +216,6 @@ fn number(file: &str) -> std::result::Result<u32, VfioError> {
     let digits = !file.is_empty() && file.bytes().all(|byte| byte.is_ascii_digit());
     let number = file.parse().ok().filter(|_| digits);
     number.ok_or_else(|| VfioError::NoNumber(file.to_owned()))
-}
-
-/// How many IOMMU groups the host has.
-///
-/// # Errors
-/// The folder is there and cannot be read.
-pub fn iommu_groups(root: &Path) -> io::Result<usize> {
-    match fs::read_dir(root.join("sys/kernel/iommu_groups")) {
-        Ok(groups) => Ok(groups.count()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(error),
-    }
 }
 
 /// The functions of a group, ready for QEMU, each with its `modalias`.

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent::{GUEST_VOLUMES, idmap::IdMaps};
+use agent_protocol::{GUEST_VOLUMES, idmap::IdMaps};
 use nix::libc;
 
 use crate::{

@@ -114,7 +114,7 @@ fn cures() -> Result {
         true,
     )?;
     known.retain(|word| !["Existing", "Adding", "Removing", "Performing"].contains(&word.as_str()));
-    let codes = names(&read("operator/src/report.rs")?, "pub enum Code {", "\n}", false)?;
+    let codes = names(&read("operator/report/src/lib.rs")?, "pub enum Code {", "\n}", false)?;
     claim(
         known.len() >= 9 && codes.len() >= 20,
         format!("not understood: {known:?} {codes:?}"),

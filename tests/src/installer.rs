@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use installer_report::Report;
 use nix::{
     errno::Errno,
     fcntl::OFlag,
@@ -20,7 +21,6 @@ use nix::{
     },
     unistd::{Pid, mkfifo},
 };
-use operator::report::Report;
 
 use crate::{
     failure::{Failure, Result, Trying, claim},

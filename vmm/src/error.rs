@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use crate::{kvm::KvmError, process::ExitReason, qmp::QmpError, spec::SpecError};
+use vmm_host::KvmError;
+
+use crate::{process::ExitReason, qmp::QmpError, spec::SpecError};
 
 /// Why a VM could not be started, reached or resized.
 #[derive(Debug, thiserror::Error)]

@@ -11,11 +11,9 @@
 pub mod args;
 mod channel;
 mod clock;
-mod device;
 mod disk;
 mod error;
 mod hotplug;
-mod kvm;
 mod nic;
 pub mod pcie;
 mod process;
@@ -27,11 +25,9 @@ mod virtiofsd;
 mod vm;
 
 pub use channel::AgentStream;
-pub use device::{VHOST_NET, VHOST_VSOCK, open_device};
 pub use disk::Disk;
 pub use error::VmError;
 pub use hotplug::MemoryState;
-pub use kvm::{KvmError, kvm_ready, kvm_ready_below};
 pub use process::{Child, ExitReason, Spawner};
 pub use qmp::QmpError;
 pub use virtiofsd::{Virtiofsd, VirtiofsdSpec};

@@ -18,6 +18,7 @@ use std::{
 
 use nix::unistd::{Gid, Uid};
 use tokio::{net::UnixStream, sync::Mutex, time::timeout};
+use vmm_host::kvm_ready;
 
 use crate::{
     args::{self, FdNumbers},
@@ -25,7 +26,6 @@ use crate::{
     clock::Moment,
     disk::Disks,
     error::VmError,
-    kvm::kvm_ready,
     process::{Child, ExitReason, Spawner},
     qmp::Qmp,
     spec::{Accelerator, Channel, VmSpec},

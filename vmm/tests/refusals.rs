@@ -9,9 +9,10 @@ use std::{collections::BTreeSet, fs, os::fd::OwnedFd, path::Path, time::Duration
 use tempfile::TempDir;
 use tokio::time::timeout;
 use vmm::{
-    Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds, kvm_ready,
+    Placement, Spawner, Virtiofsd, VirtiofsdSpec, Vm, VmFds,
     spec::{Accelerator, Channel, VmSpec},
 };
+use vmm_host::kvm_ready;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 

@@ -11,6 +11,7 @@ use std::{
     str::FromStr,
 };
 
+use agent_protocol::oci::name;
 use caps::{CapSet, Capability};
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall, error::SeccompError,
@@ -22,8 +23,6 @@ use oci_spec::runtime::{
 };
 
 use super::sys;
-use crate::oci::name;
-
 /// What `SCMP_ACT_ERRNO` and `SCMP_ACT_TRACE` answer when the profile does not say.
 const DEFAULT_ANSWER: u32 = libc::EPERM as u32;
 

@@ -48,7 +48,7 @@ pub(super) fn complete(mut spec: Spec, id: &str) -> Result<Spec, SpecError> {
     linux.set_rootfs_propagation(linux.rootfs_propagation().as_deref().map(propagation));
     let annotations = spec.annotations().as_ref();
     // Who is to be among the guest's own processes is to see its cgroups too.
-    if annotations.is_none_or(|annotations| !annotations.contains_key(crate::GUEST_PIDS)) {
+    if annotations.is_none_or(|annotations| !annotations.contains_key(agent_protocol::GUEST_PIDS)) {
         add_cgroup_namespace(&mut linux);
     }
     if let Some(resources) = linux.resources_mut() {

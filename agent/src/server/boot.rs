@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use agent_protocol::GUEST_SHARE;
 use nix::{
     fcntl::OFlag,
     mount::{MsFlags, mount},
@@ -24,8 +25,6 @@ use super::{
     memory::Memory,
     modules, namespaces, sys,
 };
-use crate::GUEST_SHARE;
-
 /// The folders of the agent's own root.
 const OWN: [&str; 6] = ["proc", "sys", "dev", "run", "etc", "sbin"];
 /// Those that are the image's, where it has them.

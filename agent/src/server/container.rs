@@ -6,6 +6,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use agent_protocol::{
+    idmap::IdMaps,
+    protocol::agent::{CreateContainerRequest, ExecProcessRequest},
+};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::{
@@ -14,11 +18,6 @@ use super::{
     namespaces,
     process::Process,
 };
-use crate::{
-    idmap::IdMaps,
-    protocol::agent::{CreateContainerRequest, ExecProcessRequest},
-};
-
 /// The most bytes of an id: it becomes the name of a folder.
 const LONGEST_ID: usize = 200;
 
@@ -197,12 +196,12 @@ pub(super) enum Pids {
 /// Whether a container asks for the guest's own PID namespace.
 pub(super) fn wants_guest_pids(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
-    annotations.is_some_and(|all| all.get(crate::GUEST_PIDS).is_some_and(|value| value == "true"))
+    annotations.is_some_and(|all| all.get(agent_protocol::GUEST_PIDS).is_some_and(|value| value == "true"))
 }
 
 /// The container whose PID namespace a container asks for.
 pub(super) fn pid_target(spec: &Spec) -> Option<String> {
-    spec.annotations().as_ref()?.get(crate::PID_TARGET).cloned()
+    spec.annotations().as_ref()?.get(agent_protocol::PID_TARGET).cloned()
 }
 
 /// Puts a container into its pod: the guest is the pod, so its own UTS, IPC and network namespaces are those that

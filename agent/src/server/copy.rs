@@ -15,6 +15,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use agent_protocol::{GUEST_SHARE, KUBELET_DATA, protocol::agent::CopyFileRequest};
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, open, openat, readlinkat, renameat},
@@ -23,8 +24,6 @@ use nix::{
 };
 
 use super::error::{Doing, Error, Result};
-use crate::{GUEST_SHARE, KUBELET_DATA, protocol::agent::CopyFileRequest};
-
 /// What the name of something that is not whole yet ends with.
 const SUFFIX: &str = ".tmp";
 /// The most bytes of a name (`NAME_MAX` of limits.h).

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use agent_protocol::oci::allows_every_device;
 use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
@@ -18,8 +19,6 @@ use super::{
     error::{Doing, Result},
     sys,
 };
-use crate::oci::allows_every_device;
-
 const DEV: &str = "/dev";
 
 /// What a container has of its own, or what is the agent's: terminals, the console and the host's channels.

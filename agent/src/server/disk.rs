@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agent_protocol::protocol::agent::Device;
 use oci_spec::runtime::{LinuxDeviceType, Spec};
 
 use super::{
@@ -18,8 +19,6 @@ use super::{
     modules,
     uevent::Uevents,
 };
-use crate::protocol::agent::Device;
-
 /// How long a device may take to come: upstream's `agent.hotplug_timeout`.
 const APPEARS: Duration = Duration::from_secs(3);
 

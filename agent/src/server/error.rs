@@ -2,9 +2,10 @@
 
 use std::io;
 
+use agent_protocol::oci::OciError;
 use ttrpc::Code;
 
-use crate::{engine::EngineError, oci::OciError};
+use crate::engine::EngineError;
 
 /// Why a call was not done.
 #[derive(Debug, thiserror::Error)]

@@ -7,6 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agent_protocol::protocol::agent::{
+    AgentDetails, GuestDetailsRequest, GuestDetailsResponse, OnlineCPUMemRequest, ReseedRandomDevRequest,
+    SetGuestDateTimeRequest,
+};
 use nix::sys::time::TimeSpec;
 
 use super::{
@@ -15,11 +19,6 @@ use super::{
     storage, sys,
     uevent::Uevents,
 };
-use crate::protocol::agent::{
-    AgentDetails, GuestDetailsRequest, GuestDetailsResponse, OnlineCPUMemRequest, ReseedRandomDevRequest,
-    SetGuestDateTimeRequest,
-};
-
 /// How long processors may take to appear after the host has plugged them; as long as upstream's agent waits.
 const APPEARS: Duration = Duration::from_secs(5);
 const MEMORY: &str = "/sys/devices/system/memory";

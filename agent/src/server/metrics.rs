@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::error::{Doing, Result};
-use crate::exposition::{Exposition, NETWORK, Stat, number, read};
+use agent_protocol::exposition::{Exposition, NETWORK, Stat, number, read};
 
 /// How often somebody has asked.
 static SCRAPES: AtomicU64 = AtomicU64::new(0);

@@ -17,6 +17,7 @@ use std::{
     sync::OnceLock,
 };
 
+use agent_protocol::idmap::IdMaps;
 use futures::TryStreamExt;
 use nix::{
     fcntl::OFlag,
@@ -28,7 +29,7 @@ use nix::{
 use rtnetlink::{LinkUnspec, packet_route::link::LinkAttribute};
 
 use super::error::{Doing, Error, Result};
-use crate::{engine::sys, idmap::IdMaps};
+use crate::engine::sys;
 
 /// Where containers find the pod's user namespace.
 pub(super) const USER: &str = "/run/kata-agent-user-namespace";

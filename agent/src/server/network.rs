@@ -2,6 +2,10 @@
 
 use std::{fs, io, net::IpAddr, path::Path, time::Duration};
 
+use agent_protocol::protocol::{
+    agent::{ARPNeighbors, Interfaces, Sysctl},
+    types::{ARPNeighbor, IPAddress, IPFamily, Interface},
+};
 use futures::TryStreamExt;
 use rtnetlink::{
     Handle, LinkUnspec,
@@ -19,11 +23,6 @@ use super::{
     namespaces,
     uevent::Uevents,
 };
-use crate::protocol::{
-    agent::{ARPNeighbors, Interfaces, Sysctl},
-    types::{ARPNeighbor, IPAddress, IPFamily, Interface},
-};
-
 /// How long an interface may take to appear after the host has named it: it may be one that is being plugged.
 const APPEARS: Duration = Duration::from_secs(3);
 /// The flags of an interface that the host passes on.

@@ -5,6 +5,10 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use agent_protocol::protocol::{
+    agent::Routes,
+    types::{IPFamily, NextHop, Route},
+};
 use futures::{StreamExt, TryStreamExt};
 use rtnetlink::{
     Handle, RouteMessageBuilder,
@@ -23,11 +27,6 @@ use super::{
     error::{Doing, Result},
     network::{Network, bad, device, family, has_ipv6},
 };
-use crate::protocol::{
-    agent::Routes,
-    types::{IPFamily, NextHop, Route},
-};
-
 impl Network {
     /// Adds routes, those to links before those over gateways, which the first make reachable; what is there stays.
     /// Of several to one destination with one metric the first is the one that is taken, as where they come from.

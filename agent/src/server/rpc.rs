@@ -2,6 +2,19 @@
 
 use std::{future::Future, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
+use agent_protocol::{
+    oci,
+    protocol::{
+        agent::*,
+        agent_ttrpc::{AgentService, create_agent_service},
+        csi::VolumeStatsResponse,
+        health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response::ServingStatus},
+        health_ttrpc::{Health, create_health},
+        relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
+        relay_ttrpc::{self, create_relay},
+        types,
+    },
+};
 use async_trait::async_trait;
 use protobuf::well_known_types::empty::Empty;
 use tokio::{
@@ -23,20 +36,7 @@ use super::{
     stdio::Output,
     volume,
 };
-use crate::{
-    engine::sys::set_window_size,
-    oci,
-    protocol::{
-        agent::*,
-        agent_ttrpc::{AgentService, create_agent_service},
-        csi::VolumeStatsResponse,
-        health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response::ServingStatus},
-        health_ttrpc::{Health, create_health},
-        relay::{DialRequest, DialResponse, HangUpRequest, ReceiveRequest, ReceiveResponse, SendRequest},
-        relay_ttrpc::{self, create_relay},
-        types,
-    },
-};
+use crate::engine::sys::set_window_size;
 
 /// The version of the protocol, which upstream's health monitor compares.
 const PROTOCOL_VERSION: &str = "0.0.1";

@@ -15,6 +15,12 @@ use std::{
     time::Duration,
 };
 
+use agent_protocol::{
+    GUEST_SHARE, oci,
+    protocol::agent::{
+        CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest, RemoveContainerRequest, Storage,
+    },
+};
 use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Hooks;
 use tokio::sync::Mutex as AsyncMutex;
@@ -34,14 +40,7 @@ use super::{
     stdio::Prepared,
     storage::Storages,
 };
-use crate::{
-    GUEST_SHARE,
-    engine::{Create, Engine, Exec, Started},
-    oci,
-    protocol::agent::{
-        CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest, RemoveContainerRequest, Storage,
-    },
-};
+use crate::engine::{Create, Engine, Exec, Started};
 
 /// The most characters of a host name that the kernel takes.
 const LONGEST_HOSTNAME: usize = 64;

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fs};
 
+use agent_protocol::protocol::agent::SignalProcessRequest;
 use nix::{
     errno::Errno,
     sys::signal::{Signal, kill},
@@ -14,8 +15,6 @@ use super::{
     sandbox::Sandbox,
     sys,
 };
-use crate::protocol::agent::SignalProcessRequest;
-
 /// The largest number that the kernel knows (`SIGRTMAX`).
 const LARGEST: i32 = 64;
 

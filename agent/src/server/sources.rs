@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use agent_protocol::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES};
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, OFlag},
@@ -24,7 +25,7 @@ use super::{
     copy_up, devices,
     error::{Doing, Error, Result},
 };
-use crate::{GUEST_MEMORY, GUEST_SHARE, GUEST_VOLUMES, engine::is_bind};
+use crate::engine::is_bind;
 
 /// Where sources are mounted while a container is made; each container has a folder there.
 const PINNED: &str = "/run/kata-containers/pinned";

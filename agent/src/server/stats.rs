@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fs, io, path::Path};
 
 use super::error::{Doing, Result};
-use crate::protocol::agent::{
+use agent_protocol::protocol::agent::{
     BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, HugetlbStats, MemoryData, MemoryStats, NetworkStats,
     PidsStats, StatsContainerResponse, ThrottlingData,
 };

@@ -7,6 +7,10 @@ use std::{
     path::Path,
 };
 
+use agent_protocol::protocol::{
+    agent::{FSGroup, Storage},
+    types::FSGroupChangePolicy,
+};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -20,11 +24,6 @@ use super::{
     error::{Doing, Error, Result},
     watchable::Watches,
 };
-use crate::protocol::{
-    agent::{FSGroup, Storage},
-    types::FSGroupChangePolicy,
-};
-
 /// The drivers that there are.
 pub(super) const DRIVERS: [&str; 6] = ["blk", "ephemeral", "local", "scsi", "virtio-fs", "watchable-bind"];
 

@@ -2,14 +2,13 @@
 
 use std::{io, path::Path};
 
+use agent_protocol::protocol::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage, volume_usage::Unit};
 use nix::{errno::Errno, fcntl::OFlag, sys::statvfs::fstatvfs};
 
 use super::{
     beneath,
     error::{Doing, Error, Result},
 };
-use crate::protocol::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage, volume_usage::Unit};
-
 /// Measures the file system that a volume of the guest is on: its bytes and its inodes. Blocks.
 pub(super) fn stats(path: &str) -> Result<VolumeStatsResponse> {
     let volume = Path::new(path);

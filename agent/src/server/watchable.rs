@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+use agent_protocol::KUBELET_DATA;
 use nix::{
     errno::Errno,
     fcntl::{OFlag, readlinkat},
@@ -35,8 +36,6 @@ use super::{
     copy::{FOLDER, Target, mode, path_of},
     error::{Doing, Error, Result},
 };
-use crate::KUBELET_DATA;
-
 /// How often all sources are looked at: as often as upstream's agent does.
 const EVERY: Duration = Duration::from_secs(2);
 /// The folder of the copies.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use agent::{client::ClientError, protocol::agent::*};
+use agent_protocol::{client::ClientError, protocol::agent::*};
 use serde_json::json;
 use ttrpc::Code;
 
@@ -101,7 +101,7 @@ async fn the_guest_ends_with_its_engine(_: Arc<Pod>) {
     let pod = Pod::boot("").await.unwrap();
     let find = "for process in /proc/[0-9]*; do grep -q ^container-engin $process/comm && echo ${process#/proc/}; done";
     let mut spec = base(&format!("kill -9 $({find})"));
-    spec["annotations"] = json!({ agent::GUEST_PIDS: "true" });
+    spec["annotations"] = json!({ agent_protocol::GUEST_PIDS: "true" });
     pod.try_create(create("c", spec)).await.unwrap();
     pod.start("c").await;
     pod.await_console("the container engine's helper process has ended with 137")

@@ -2,11 +2,10 @@
 
 use std::{net::Ipv4Addr, sync::Arc};
 
-use agent::protocol::{
+use agent_protocol::protocol::{
     agent::*,
     types::{ARPNeighbor, IPAddress, IPFamily, Interface, NextHop, Route},
 };
-
 use rtnetlink::{
     packet_core::Emitable,
     packet_route::{

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError, LONGEST_READ},
     oci,
     protocol::agent::*,

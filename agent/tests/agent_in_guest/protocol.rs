@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::symlink, path::PathBuf, sync::Arc};
 
-use agent::{
+use agent_protocol::{
     client::ClientError,
     protocol::{agent::*, csi::volume_usage::Unit},
 };
@@ -198,7 +198,7 @@ async fn resize(pod: &Pod, point: &str, options: &[&str]) -> Result<(), ClientEr
     pod.client.update_ephemeral_mounts(request).await
 }
 
-async fn volume(pod: &Pod, path: &str) -> Result<agent::protocol::csi::VolumeStatsResponse, ClientError> {
+async fn volume(pod: &Pod, path: &str) -> Result<agent_protocol::protocol::csi::VolumeStatsResponse, ClientError> {
     let mut request = VolumeStatsRequest::new();
     request.volume_guest_path = path.into();
     pod.client.get_volume_stats(request).await

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError},
     oci,
     protocol::{

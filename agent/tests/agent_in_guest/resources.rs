@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use agent::protocol::agent::*;
+use agent_protocol::protocol::agent::*;
 use serde_json::json;
 
 use super::pod::{Pod, base, create, storage};
@@ -71,7 +71,7 @@ async fn a_limit_changes(pod: Arc<Pod>) {
     let resources: oci_spec::runtime::LinuxResources = serde_json::from_value(resources).unwrap();
     let mut request = UpdateContainerRequest::new();
     request.container_id = "c".into();
-    request.resources = Some(agent::oci::resources_to_wire(&resources)).into();
+    request.resources = Some(agent_protocol::oci::resources_to_wire(&resources)).into();
     pod.client.update_container(request).await.unwrap();
     assert_eq!(pod.stats("c").await.memory_stats.usage.limit, 134217728);
     assert_eq!(pod.exec("c", "cat /sys/fs/cgroup/cpu.max").await.1, "50000 100000\n");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use agent::{
+use agent_protocol::{
     client::{ClientError, LONGEST_READ},
     protocol::agent::*,
 };

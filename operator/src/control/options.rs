@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use clap::Parser;
 use jiff::SignedDuration;
 
-use crate::install::dropin::DEFAULT_PREFIX;
+use crate::report::DEFAULT_PREFIX;
 
 /// Installs kata on the nodes that a KataConfig asks for.
 #[derive(Debug, Clone, Parser)]

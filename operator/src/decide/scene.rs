@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use config::Config;
 use jiff::SignedDuration;
 use kube::ResourceExt;
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use shim::config::Config;
 
 use super::{
     clock::Clock,

@@ -6,9 +6,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use config::Config;
+use node_check::Verdict;
 use shim::{
-    check::{self, Verdict},
-    config::Config,
+    check,
     ctl::{self, env::Env, exec, gather, monitor, top},
     error::{Context, Result},
     trace::Trace,

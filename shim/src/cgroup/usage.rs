@@ -3,7 +3,7 @@
 //! `Documentation/admin-guide/cgroup-v2.rst`.
 
 use super::{CgroupError, Leaf, SandboxCgroup, file};
-use agent::protocol::agent::{CgroupStats, MemoryData};
+use agent_protocol::protocol::agent::{CgroupStats, MemoryData};
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;

@@ -6,14 +6,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use config::Config;
+use node_check::Finding;
 use procfs::{CpuInfo, Current, Meminfo};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    check::{self, Finding},
-    config::Config,
+    check,
     error::{Error, Result, decode},
     manifest,
 };
@@ -105,7 +106,7 @@ impl Env {
 fn program(path: &Path) -> Program {
     Program {
         path: path.to_owned(),
-        version: check::version_line(path).unwrap_or_else(|error| format!("cannot be started: {error}")),
+        version: node_check::version_line(path).unwrap_or_else(|error| format!("cannot be started: {error}")),
     }
 }
 
@@ -142,7 +143,7 @@ fn host() -> Result<Host> {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let pretty = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="));
     Ok(Host {
-        kernel: check::text("/proc/sys/kernel/osrelease"),
+        kernel: node_check::text("/proc/sys/kernel/osrelease"),
         distribution: pretty.unwrap_or("unknown").trim_matches('"').to_owned(),
         processor: processors.model_name(0).unwrap_or("unknown").to_owned(),
         processors: processors.num_cores(),

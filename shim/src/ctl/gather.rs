@@ -10,13 +10,13 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use config::Config;
 use flate2::{Compression, write::GzEncoder};
 use nix::errno::Errno;
 
 use super::{env::Env, list, sandboxes, top};
 use crate::{
     check,
-    config::Config,
     error::{Context, Result},
     http, metrics,
     trace::Trace,

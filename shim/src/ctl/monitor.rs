@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent::exposition::{Exposition, Histogram};
+use agent_protocol::exposition::{Exposition, Histogram};
 use futures::{StreamExt, stream};
 use tokio::net::TcpListener;
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use agent::{
+use agent_protocol::{
     client::{Client, ClientError},
     protocol::{
         agent::{AddARPNeighborsRequest, Sysctl, UpdateInterfaceRequest, UpdateRoutesRequest},

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-use agent::protocol::agent as wire;
+use agent_protocol::protocol::agent as wire;
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
@@ -184,7 +184,7 @@ impl Sandbox {
             create.sandbox_pidns = guest_spec.sandbox_pidns;
             create.devices = guest.disks.add(&container.id, &guest_spec.disks).await?;
             create.storages = guest_spec.memory.iter().map(MemoryVolume::storage).collect();
-            let mut specification = agent::oci::spec_to_wire(&guest_spec.spec);
+            let mut specification = agent_protocol::oci::spec_to_wire(&guest_spec.spec);
             specification.Process.mut_or_insert_default().NoInput = !container.init.stdio.has_input();
             create.OCI = Some(specification).into();
             guest.agent.with_deadline(patience).create_container(create).await?;

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{client::ClientError, protocol::agent as wire};
+use agent_protocol::{client::ClientError, protocol::agent as wire};
 use containerd_shim_protos::{
     api::ExecProcessRequest,
     events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart},
@@ -98,7 +98,7 @@ impl Sandbox {
         let mut request = wire::ExecProcessRequest::new();
         request.container_id = container.id.clone();
         request.exec_id = id.into();
-        let mut process = agent::oci::process_to_wire(&exec.spec);
+        let mut process = agent_protocol::oci::process_to_wire(&exec.spec);
         process.NoInput = !exec.process.stdio.has_input();
         request.process = Some(process).into();
         guest.agent.exec_process(request).await?;
@@ -361,7 +361,7 @@ impl Sandbox {
         let mut warnings = Vec::new();
         let mut request = wire::UpdateContainerRequest::new();
         request.container_id = id.into();
-        request.resources = Some(agent::oci::resources_to_wire(&spec::guest_resources(
+        request.resources = Some(agent_protocol::oci::resources_to_wire(&spec::guest_resources(
             resources.clone(),
             &mut warnings,
         )))

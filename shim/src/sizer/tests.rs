@@ -2,10 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use config::Config;
 use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::{config::Config, manifest::Kernel, sizing::Host};
+use crate::{manifest::Kernel, sizing::Host};
 
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(5);

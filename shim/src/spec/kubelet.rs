@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent::{GUEST_MEMORY, KUBELET_DATA, idmap::IdMaps, protocol::agent::Storage};
+use agent_protocol::{GUEST_MEMORY, KUBELET_DATA, idmap::IdMaps, protocol::agent::Storage};
 
 use crate::mountinfo::{self, Mount};
 

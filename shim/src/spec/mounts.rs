@@ -6,7 +6,7 @@ use super::{
     unsupported,
 };
 use crate::volumes::{Access, Placed};
-use agent::idmap::{BadMaps, IdMaps};
+use agent_protocol::idmap::{BadMaps, IdMaps};
 use oci_spec::runtime::{Mount, Spec};
 use std::path::{Component, Path, PathBuf};
 

@@ -247,7 +247,7 @@ fn host_pid_is_the_guests_namespace_by_an_annotation_that_others_ignore() {
     let mut spec = spec(CRIO_CONTAINER);
     // What a pod's author writes there is not the shim's word.
     let annotations = spec.annotations_mut().as_mut().unwrap();
-    annotations.insert(agent::GUEST_PIDS.into(), "true".into());
+    annotations.insert(agent_protocol::GUEST_PIDS.into(), "true".into());
     let guest = in_guest(&spec, "c1").unwrap();
     assert!(
         !guest
@@ -255,12 +255,15 @@ fn host_pid_is_the_guests_namespace_by_an_annotation_that_others_ignore() {
             .annotations()
             .as_ref()
             .unwrap()
-            .contains_key(agent::GUEST_PIDS)
+            .contains_key(agent_protocol::GUEST_PIDS)
     );
     let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut().as_mut().unwrap();
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
     let guest = in_guest(&spec, "c1").unwrap();
-    assert_eq!(guest.spec.annotations().as_ref().unwrap()[agent::GUEST_PIDS], "true");
+    assert_eq!(
+        guest.spec.annotations().as_ref().unwrap()[agent_protocol::GUEST_PIDS],
+        "true"
+    );
     assert!(guest.sandbox_pidns, "for an agent that does not know the annotation");
 }
 

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use operator::install::{files::sha256, payload::Payload};
+use installer::{files::sha256, payload::Payload};
 use tests::{
     config::{self, Site},
     failure::{Failure, Result, Trying},

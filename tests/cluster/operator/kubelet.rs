@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures::StreamExt;
+use installer_report::{Report, Verb};
 use k8s_openapi::{
     api::core::v1::{Node, Pod},
     jiff::Timestamp,
@@ -26,7 +27,6 @@ use nix::{
     sys::signal::{self, Signal},
     unistd::Pid,
 };
-use operator::report::{Report, Verb};
 use serde_json::{Value, json};
 use tests::{failure::Result, namespaces::Namespaces, places, procs};
 use tokio::{

@@ -19,7 +19,12 @@ use tests::{
 use super::{VERSION, cluster_folder, desk, digests};
 
 /// Our programs that are shipped, and what their crates are compiled for.
-const SHIPPED: &[&str] = &["--package=agent", "--package=operator", "--package=shim"];
+const SHIPPED: &[&str] = &[
+    "--package=agent",
+    "--package=installer",
+    "--package=operator",
+    "--package=shim",
+];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The bill of materials, as JSON.

@@ -1,6 +1,6 @@
 //! Nodes on which nothing can be installed: each gets one sentence, and nothing is changed.
 
-use operator::report::{Code, Phase};
+use installer_report::{Code, Phase};
 use tests::{
     failure::{Result, contains, same},
     node::Node,

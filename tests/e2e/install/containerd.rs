@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use operator::report::{Code, Phase, Report};
+use installer_report::{Code, Phase, Report};
 use serde_json::Value;
 use tests::{
     failure::{Result, Trying, claim, same},

@@ -5,7 +5,7 @@ use std::{
     process::{Child, Stdio},
 };
 
-use operator::report::{Code, Phase};
+use installer_report::{Code, Phase};
 use tests::{
     config::{self, Site},
     failure::{Result, Trying, claim, contains, same},

@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use operator::report::{Accelerator, Code, Phase};
+use installer_report::{Accelerator, Code, Phase};
 use tests::{
     config,
     failure::{Failure, Result, Trying, claim, contains, same},

@@ -12,7 +12,7 @@ mod version;
 
 use std::{fs, process::Command};
 
-use operator::report::{Code, Report};
+use installer_report::{Code, Report};
 use tests::{
     config,
     failure::{Result, Trying, claim, same},

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use operator::report::{Code, Phase};
+use installer_report::{Code, Phase};
 use tests::{
     failure::{Result, Trying, claim, contains, same},
     installer::Installer,

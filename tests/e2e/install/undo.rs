@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use operator::report::{Code, Phase};
+use installer_report::{Code, Phase};
 use tests::{
     failure::{Failure, Result, Trying, contains, same},
     node::Node,

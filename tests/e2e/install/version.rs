@@ -2,10 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
-use operator::{
-    install::files::sha256,
-    report::{Code, Phase},
-};
+use installer::files::sha256;
+use installer_report::{Code, Phase};
 use serde_json::json;
 use tests::{
     failure::{Result, Trying, claim, contains, same},

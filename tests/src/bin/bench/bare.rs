@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use agent::{client::Client, protocol::agent::GuestDetailsRequest};
+use agent_protocol::{client::Client, protocol::agent::GuestDetailsRequest};
 use nix::unistd::{SysconfVar, sysconf};
 use tests::{
     config::{self, Guest},
@@ -59,7 +59,7 @@ impl Bare {
     /// # Errors
     /// When it does not boot.
     pub fn boot(&self, guest: Guest) -> Result<Boot> {
-        let vhost_vsock = vmm::open_device(vmm::VHOST_VSOCK.as_ref()).trying("opening the vsock device")?;
+        let vhost_vsock = vmm_host::open_device(vmm_host::VHOST_VSOCK.as_ref()).trying("opening the vsock device")?;
         let spec = spec(guest, vhost_vsock.is_some())?;
         self.runtime.block_on(async {
             let share = VirtiofsdSpec {

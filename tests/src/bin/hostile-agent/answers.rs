@@ -1,6 +1,6 @@
 //! Answers that are too much for whoever reads them.
 
-use agent::{
+use agent_protocol::{
     client::LONGEST_READ,
     protocol::{
         agent::{BlkioStatsEntry, GuestDetailsResponse, StatsContainerResponse},

@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use agent::{
+use agent_protocol::{
     GUEST_SHARE,
     protocol::agent::{
         CreateContainerRequest, Metrics, OOMEvent, ReadStreamResponse, SignalProcessRequest, WaitProcessRequest,

@@ -154,7 +154,7 @@ fn a_guest_runs_virtual_machines_only_where_the_node_says_so() {
 /// `docs/configuration.md` is the table that the code goes by; `SANDPOD_REWRITE_GOLDEN=1` writes it anew.
 #[test]
 fn the_documentation_has_every_key() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/configuration.md");
     let text = std::fs::read_to_string(&path).unwrap();
     let (introduction, _) = text.split_once("\n| key |").unwrap();
     let wanted = format!("{introduction}\n{}", keys::table(&file::defaults()));

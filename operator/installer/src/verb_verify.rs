@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use shim::config::Config;
+use config::Config;
 
 use super::{
     Run, classes, dropin,

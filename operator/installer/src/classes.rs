@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use shim::config::{Config, ConfigError, EXTENDS};
+use config::{Config, ConfigError, EXTENDS};
 
 use super::{
     cri::HANDLER,

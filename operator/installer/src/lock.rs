@@ -104,7 +104,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::install::files;
+    use crate::files;
 
     fn node() -> (tempfile::TempDir, Host) {
         let root = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use shim::config::Config;
+use config::Config;
 
 use super::{
     Run, classes,

@@ -30,16 +30,16 @@ mod verb_install;
 mod verb_uninstall;
 mod verb_verify;
 
+pub use installer_report::{self as report, handler, log_level};
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
     path::{Path, PathBuf},
 };
 
-use shim::{
-    check::{self, Finding, text},
-    config::{self, Config},
-};
+use config::Config;
+use node_check::{Finding, text};
 
 use self::{
     cri::{Cri, HANDLER},
@@ -158,7 +158,7 @@ impl<'r> Run<'r> {
             return Err(InstallError::OtherBoot { now, asked });
         }
         let defaults = Config::parse("", &[]).map_err(|error| InstallError::Payload(error.to_string()))?;
-        let findings = check::node(&options.host_root, &defaults);
+        let findings = node_check::node(&options.host_root, &defaults);
         if options.host_root != Path::new("/") {
             nix::unistd::chroot(&options.host_root).at("enter", &options.host_root)?;
             nix::unistd::chdir("/").at("enter", &options.host_root)?;

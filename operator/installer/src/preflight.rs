@@ -5,15 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use config::Config;
 use nix::{
     errno::Errno,
     sys::statvfs::statvfs,
     unistd::{AccessFlags, access},
 };
-use shim::{
-    check::{Finding, Verdict},
-    config::{self, Config},
-};
+use node_check::{Finding, Verdict};
 
 use super::{
     cri::Cri,
@@ -97,7 +95,7 @@ pub fn configuration(layout: &Layout, kind: Kind, payload: Option<&str>, new: Op
     Config::parse(payload.unwrap_or_default(), &drop_ins).map_err(|error| invalid(Path::new(CONFIG_FOLDER), &error))
 }
 
-/// Judges what `shim::check` found on the node. Returns warnings.
+/// Judges what `node_check::node` found on the node. Returns warnings.
 ///
 /// # Errors
 /// No pod would run: no KVM, though pods are to have it, or a kernel that is too old.
@@ -154,7 +152,7 @@ pub fn refuse_full(layout: &Layout, payload: &Payload) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shim::config::Accelerator as Wanted;
+    use config::Accelerator as Wanted;
     use std::fs;
 
     fn layout(root: &Path, prefix: &str) -> Layout {

@@ -286,7 +286,7 @@ pub fn remove(layout: &Layout, name: &str) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::install::{files::Host, payload::tests::payload};
+    use crate::{files::Host, payload::tests::payload};
 
     struct Place {
         _root: tempfile::TempDir,

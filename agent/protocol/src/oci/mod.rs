@@ -10,7 +10,7 @@ mod to_wire;
 mod tests;
 
 pub use from_wire::{process_from_wire, resources_from_wire, spec_from_wire};
-pub(crate) use to_wire::name;
+pub use to_wire::name;
 pub use to_wire::{process_to_wire, resources_to_wire, spec_to_wire};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, Process, Spec};

@@ -3,11 +3,7 @@
 use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
-use operator::{
-    install::{Options, classes, daemon::Kind, dropin::DEFAULT_PREFIX, run},
-    log_level::LogLevel,
-    report::Verb,
-};
+use installer::{Options, classes, daemon::Kind, dropin::DEFAULT_PREFIX, log_level::LogLevel, report::Verb, run};
 
 /// Puts Sandpod on this node, looks after it, or takes it away.
 #[derive(Debug, Parser)]

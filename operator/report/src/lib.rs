@@ -1,7 +1,13 @@
-//! What the installer says about a node: the JSON that its pod leaves as termination message.
+//! What the installer says about a node: the JSON that its pod leaves as termination message. And the words in which
+//! the controller asks it.
+
+pub mod handler;
+pub mod log_level;
 
 use serde::{Deserialize, Serialize};
 
+/// Where the packages, and the payload's own files, expect the installation.
+pub const DEFAULT_PREFIX: &str = "/opt/sandpod";
 /// The longest termination message that a kubelet keeps, in bytes (Kubernetes, `terminationMessagePath`).
 pub const MAX_BYTES: usize = 4096;
 

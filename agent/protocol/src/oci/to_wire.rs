@@ -283,7 +283,7 @@ fn capabilities(set: &Option<oci::Capabilities>) -> Vec<String> {
 }
 
 /// The name that an enumeration's value has in `config.json`.
-pub(crate) fn name<T: Serialize>(value: &T) -> String {
+pub fn name<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(name)) => name,
         other => unreachable!("OCI's enumerations are strings, not {other:?}"),

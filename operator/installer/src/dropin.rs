@@ -15,11 +15,10 @@ use super::{
     daemon::{Daemon, Folder, Kind},
 };
 use crate::log_level::LogLevel;
+pub use crate::report::DEFAULT_PREFIX;
 
 /// What the first line of each of our files begins with.
 pub const MARK: &str = "# Sandpod: ";
-/// Where the packages, and the payload's own files, expect the installation.
-pub const DEFAULT_PREFIX: &str = "/opt/sandpod";
 /// The administrator's folder of the shim's configuration.
 pub const CONFIG_FOLDER: &str = "/etc/sandpod/config.d";
 

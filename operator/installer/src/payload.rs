@@ -56,7 +56,7 @@ impl Manifest {
         let mut lines = text.lines();
         let version = lines.next().and_then(|line| line.strip_prefix("sandpod "));
         let version = version
-            .filter(|version| shim::cli::is_name(version))
+            .filter(|version| is_name(version))
             .ok_or_else(|| broken("the first line of its manifest is not `sandpod <version>`".into()))?;
         let entries: Result<Vec<_>> = lines.map(entry).collect();
         Ok(Self {
@@ -100,6 +100,12 @@ impl Manifest {
         folders.dedup();
         folders
     }
+}
+
+/// A version is part of a folder's name, so nothing but a plain one is taken.
+fn is_name(version: &str) -> bool {
+    let plain = |letter: u8| letter.is_ascii_alphanumeric() || b"._-".contains(&letter);
+    (1..=128).contains(&version.len()) && !version.starts_with('.') && version.bytes().all(plain)
 }
 
 fn entry(line: &str) -> Result<Entry> {

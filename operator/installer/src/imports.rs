@@ -136,7 +136,7 @@ pub fn mode(path: &Path) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::install::daemon::Daemon;
+    use crate::daemon::Daemon;
 
     const PATTERN: &str = "/etc/containerd/conf.d/*.toml";
 

@@ -2,14 +2,12 @@ use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 
 use super::*;
 use crate::{
-    install::{
-        cri::Version,
-        dropin::{DropIn, Wanted},
-        dry_run::validate_with,
-        imports::edit,
-        runtime_folder::RuntimeFolder,
-    },
+    cri::Version,
+    dropin::{DropIn, Wanted},
+    dry_run::validate_with,
+    imports::edit,
     log_level::LogLevel,
+    runtime_folder::RuntimeFolder,
 };
 
 struct Node {
