@@ -1,4 +1,4 @@
-//! Installs Sandpod on one node, without Kubernetes: see `operator::install`.
+//! Installs Sandpod on one node, without Kubernetes: see the crate `installer`.
 
 use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
