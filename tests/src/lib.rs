@@ -4,6 +4,8 @@
 //! with `ctr`, and claims what it sees. [`stage`] plays stories one after another on a node and fails those that leave
 //! anything behind.
 
+#[cfg(test)]
+mod architecture;
 pub mod browser;
 pub mod census;
 pub mod cluster;
