@@ -82,6 +82,19 @@ pub enum InstallError {
         /// What is wrong with it.
         how: String,
     },
+    /// Others could change what root would run.
+    #[error(
+        "{path} {how}, who could replace what root runs in {prefix}: give it to root and take the others' right to \
+         write (`chown root`, `chmod go-w`), or choose another --prefix"
+    )]
+    UnsafePrefix {
+        /// The prefix or a folder above it, as the node sees it.
+        path: PathBuf,
+        /// What is wrong with it.
+        how: String,
+        /// The prefix.
+        prefix: PathBuf,
+    },
     /// The handler is ours, below another prefix.
     #[error("Sandpod is installed in {prefix}: uninstall it there first, or use --prefix {prefix}")]
     OtherPrefix {
@@ -309,6 +322,7 @@ impl InstallError {
                 Code::ConfigInvalid
             }
             Self::ReadOnlyPrefix { .. } => Code::ReadOnlyPrefix,
+            Self::UnsafePrefix { .. } => Code::UnsafePrefix,
             Self::DiskFull { .. } => Code::DiskFull,
             Self::Label { .. } => Code::SeLinux,
             Self::Payload(_) => Code::Payload,

@@ -1,12 +1,13 @@
 //! Files of the node: written whole or not at all, and on the disk before the next step begins.
 
 use std::{
-    fs::{self, File, Permissions},
+    fs::{self, File, Metadata, Permissions},
     io::{self, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
     path::{Component, Path, PathBuf},
 };
 
+use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
 use super::error::{Context, Result};
@@ -184,6 +185,21 @@ pub fn missing_folders(path: &Path) -> Vec<PathBuf> {
 pub fn nearest_existing(path: &Path) -> PathBuf {
     let exists = |folder: &&Path| folder.exists();
     path.ancestors().find(exists).unwrap_or(Path::new("/")).to_owned()
+}
+
+/// How others than root could put something of their own into a folder, if they could.
+#[must_use]
+pub fn how_open(folder: &Metadata) -> Option<String> {
+    const ROOT: u32 = 0;
+    let by_group = folder.mode() & 0o020 != 0 && folder.gid() != ROOT;
+    let user = folder.uid();
+    if user != ROOT && user != geteuid().as_raw() {
+        Some(format!("belongs to the user {user} instead of root"))
+    } else if by_group || folder.mode() & 0o002 != 0 {
+        Some("can be written by others than root".to_owned())
+    } else {
+        None
+    }
 }
 
 /// The names in a folder, sorted; none when there is no such folder.

@@ -2,6 +2,8 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -17,7 +19,7 @@ use super::{
     cri::Cri,
     daemon::Kind,
     dropin::{CONFIG_FOLDER, CONFIGURATION_NAME, DEFAULT_PREFIX},
-    error::{InstallError, Result},
+    error::{Context, InstallError, Result},
     files::{self, Host},
     payload::Payload,
     state::Layout,
@@ -67,7 +69,8 @@ fn theirs(layout: &Layout, kind: Kind) -> Option<PathBuf> {
     theirs.find(|path| searched && layout.host.at(path).exists())
 }
 
-/// The configuration that pods will start with: that of [`base`], with the administrator's drop-ins. `new` stands for what is to be written for the KataConfig.
+/// The configuration that pods will start with: that of [`base`], with the administrator's drop-ins. `new` stands for
+/// what is to be written for the KataConfig.
 ///
 /// # Errors
 /// It is not valid.
@@ -121,6 +124,29 @@ pub fn judge(findings: &[Finding], accelerator: Accelerator) -> Result<Vec<Strin
     Ok(warnings)
 }
 
+/// Refuses a prefix in which, or above which, others than root could put something in place of what root runs: QEMU,
+/// virtiofsd, the shim. Others may have files of their own in a folder above it that is sticky, as `/tmp` is.
+///
+/// # Errors
+/// They could.
+pub fn refuse_open(layout: &Layout) -> Result<()> {
+    let canonical = |path: &Path| path.canonicalize().at("look at", path);
+    let root = canonical(&layout.host.at("/"))?;
+    let last = canonical(&files::nearest_existing(&layout.root()))?;
+    for folder in last.ancestors().take_while(|folder| folder.starts_with(&root)) {
+        let found = fs::metadata(folder).at("look at", folder)?;
+        let is_shared = folder != last && found.uid() == 0 && found.mode() & 0o1000 != 0;
+        if let Some(how) = files::how_open(&found).filter(|_| !is_shared) {
+            return Err(InstallError::UnsafePrefix {
+                path: Host::new(&root).name(folder),
+                how,
+                prefix: layout.prefix.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a prefix that cannot be written, or a file system without room for the payload.
 ///
 /// # Errors
@@ -153,7 +179,7 @@ pub fn refuse_full(layout: &Layout, payload: &Payload) -> Result<()> {
 mod tests {
     use super::*;
     use config::Accelerator as Wanted;
-    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, chown};
 
     fn layout(root: &Path, prefix: &str) -> Layout {
         Layout {
@@ -214,6 +240,50 @@ mod tests {
         );
         let error = configuration(&layout, Kind::Crio, None, None).unwrap_err().to_string();
         assert!(error.contains("`hypervisor.qemu.acelerator`"), "{error}");
+    }
+
+    #[test]
+    fn a_prefix_is_roots_alone_up_to_the_root_folder() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = layout(root.path(), "/opt/vendor/sandpod");
+        put(&layout, "/opt/vendor/README", "");
+        let folder = |name: &str| layout.host.at(name);
+        let mode = |name: &str, mode| fs::set_permissions(folder(name), fs::Permissions::from_mode(mode)).unwrap();
+        let refused = || refuse_open(&layout).map_err(|error| error.to_string());
+        refused().unwrap();
+        // The group root is root.
+        mode("/opt", 0o775);
+        refused().unwrap();
+        chown(folder("/opt"), None, Some(50)).unwrap();
+        let error = refused().unwrap_err();
+        assert!(error.starts_with("/opt can be written by others than root"), "{error}");
+        assert!(error.contains("/opt/vendor/sandpod"), "{error}");
+        mode("/opt", 0o1777);
+        refused().unwrap();
+        // Whoever is first in a shared folder has the name.
+        mode("/opt/vendor", 0o1777);
+        refused().unwrap_err();
+        mode("/opt/vendor", 0o755);
+        chown(folder("/opt/vendor"), Some(1000), None).unwrap();
+        let error = refused().unwrap_err();
+        assert!(error.starts_with("/opt/vendor belongs to the user 1000"), "{error}");
+        chown(folder("/opt/vendor"), Some(0), None).unwrap();
+        // What is there already is no better.
+        put(&layout, "/opt/vendor/sandpod/current", "");
+        mode("/opt/vendor/sandpod", 0o777);
+        refused().unwrap_err();
+    }
+
+    #[test]
+    fn a_link_is_followed_to_the_folder_that_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = layout(root.path(), "/opt/sandpod");
+        fs::create_dir_all(layout.host.at("/var/opt")).unwrap();
+        std::os::unix::fs::symlink("var/opt", layout.host.at("/opt")).unwrap();
+        refuse_open(&layout).unwrap();
+        chown(layout.host.at("/var"), Some(1000), None).unwrap();
+        let error = refuse_open(&layout).unwrap_err().to_string();
+        assert!(error.starts_with("/var belongs"), "{error}");
     }
 
     fn finding(part: &'static str, verdict: Verdict) -> Finding {

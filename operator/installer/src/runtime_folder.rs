@@ -6,11 +6,10 @@
 use std::{
     fs::{self, DirBuilder},
     io::ErrorKind,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
-use nix::unistd::geteuid;
 use tempfile::TempDir;
 
 use super::{
@@ -90,21 +89,18 @@ fn refuse_unsafe(path: &Path) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error).at("look at", path),
     };
-    let how = if !found.is_dir() {
-        "is not a folder".to_owned()
-    } else if found.uid() != geteuid().as_raw() {
-        format!("belongs to the user {} instead of root", found.uid())
-    } else if found.mode() & 0o022 != 0 {
-        "can be written by others than root".to_owned()
-    } else {
-        return Ok(());
+    let how = match found.is_dir() {
+        true => files::how_open(&found),
+        false => Some("is not a folder".to_owned()),
     };
-    Err(InstallError::UnsafeFolder { path: PATH.into(), how })
+    how.map_or(Ok(()), |how| Err(InstallError::UnsafeFolder { path: PATH.into(), how }))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
+    use nix::unistd::geteuid;
 
     use super::*;
 

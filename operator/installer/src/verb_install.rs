@@ -93,6 +93,7 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
     let configuration = run.options.configuration.clone();
     let config = run.judge(cri.daemon.kind(), base.as_deref(), Some(&configuration))?;
     run.refuse_other_prefix()?;
+    preflight::refuse_open(&run.layout)?;
     let had = run.handlers()?;
     let classes = class_files(run, &cri, &config, &had)?;
     let handlers = classes::handlers(classes.keys());

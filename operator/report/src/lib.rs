@@ -117,6 +117,8 @@ pub enum Code {
     ConfigInvalid,
     /// The prefix cannot be written.
     ReadOnlyPrefix,
+    /// Others than root could change what is installed below the prefix.
+    UnsafePrefix,
     /// Too little space.
     DiskFull,
     /// The host's SELinux refuses the labels that our files need.
@@ -167,6 +169,7 @@ impl Code {
             | Self::Damaged => true,
             Self::NoCri
             | Self::ReadOnlyPrefix
+            | Self::UnsafePrefix
             | Self::DiskFull
             | Self::Payload
             | Self::Busy

@@ -61,14 +61,21 @@ const BAD: &[Bad] = &[
         sentence: "containerd's configuration is not valid: ",
     },
     Bad {
-        what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro tmpfs /opt/read-only",
+        what: "mkdir -p /opt/read-only && mount -t tmpfs -o ro,mode=755 tmpfs /opt/read-only",
         right: "umount /opt/read-only && rmdir /opt/read-only",
         arguments: &["--prefix", "/opt/read-only/sandpod"],
         code: Code::ReadOnlyPrefix,
         sentence: "/opt/read-only cannot be written: Read-only file system",
     },
     Bad {
-        what: "mkdir -p /opt/full && mount -t tmpfs -o size=8m tmpfs /opt/full",
+        what: "mkdir -p /opt/open && chmod 777 /opt/open",
+        right: "rmdir /opt/open",
+        arguments: &["--prefix", "/opt/open/sandpod"],
+        code: Code::UnsafePrefix,
+        sentence: "/opt/open can be written by others than root",
+    },
+    Bad {
+        what: "mkdir -p /opt/full && mount -t tmpfs -o size=8m,mode=755 tmpfs /opt/full",
         right: "umount /opt/full && rmdir /opt/full",
         arguments: &["--prefix", "/opt/full/sandpod"],
         code: Code::DiskFull,
