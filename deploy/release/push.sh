@@ -1,7 +1,7 @@
 #!/bin/sh
 # Pushes both images and the chart of this release to a registry, and writes into the folder `pushed` what installs from
-# there: install.yaml for kubectl, helm.sh for Helm, and, in a release that is signed, the signatures as that registry's
-# names have them.
+# there: install.yaml and monitor.yaml for kubectl, helm.sh for Helm, and, in a release that is signed, the signatures as
+# that registry's names have them.
 #   push.sh <registry>[/<path>] [<flag of skopeo copy> ...]
 # such as: push.sh registry.example.com/sandpod --dest-creds user:password
 set -eu
@@ -37,7 +37,9 @@ while read -r archive reference digest; do
     cp -r "signatures/$signatures" "pushed/signatures/$whole"
   fi
 done <digests
-sed "s#sandpod\.io/\(operator\|installer\)@#$registry/\1@#" install.yaml >pushed/install.yaml
+for manifest in install.yaml monitor.yaml; do
+  sed "s#sandpod\.io/\(operator\|installer\)@#$registry/\1@#" "$manifest" >"pushed/$manifest"
+done
 cat >pushed/helm.sh <<END
 #!/bin/sh
 exec helm install sandpod oci://$registry/charts/sandpod --version $version --set registry=$registry "\$@"

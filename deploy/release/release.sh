@@ -49,6 +49,7 @@ mapfile -t digests < <(cut -d' ' -f3 "$cluster/digests")
 "$here/chart.sh" "${digests[@]}" "$cluster" "$cluster/images"
 line chart.tar >>"$cluster/digests"
 sh "$here/../operator/render.sh" sandpod.io "${digests[@]}" >"$cluster/install.yaml"
+sh "$here/../operator/render.sh" --monitor sandpod.io "${digests[@]}" >"$cluster/monitor.yaml"
 "$here/sbom.sh" "$version" "$payload" "$virtiofsd" "$cluster/digests" >"$cluster/$name.cdx.json"
 cp -r "$licences" "$cluster/licences"
 # What the nodes' annotation says when they have it.

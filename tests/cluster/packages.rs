@@ -25,6 +25,8 @@ type Story = (&'static str, fn(&ApiServer) -> Result);
 const STORIES: &[Story] = &[
     ("the_chart_says_what_the_manifest_says", chart),
     ("the_charts_values_reach_the_controller", values),
+    ("several_controllers_outlive_a_drain", several),
+    ("the_chart_brings_the_monitors_as_their_manifests_do", monitors),
     ("one_registry_is_that_of_both_images", registry),
     ("helm_installs_upgrades_and_leaves_no_node_behind", helm_installs),
     ("the_manifest_stays_while_there_is_a_kataconfig", deleted_too_early),
@@ -198,6 +200,9 @@ fn values(server: &ApiServer) -> Result {
         ("imagePullSecrets={registry}", "imagePullSecrets"),
         ("registry=https://registry.example.com", "registry"),
         ("digests.operator=1a2b3c4d", "operator"),
+        ("monitor.enable=true", "enable"),
+        // Nothing would be there to be scraped.
+        ("monitor.podMonitor=true", "enabled"),
     ] {
         let chart = deploy("chart").display().to_string();
         let output = finish(
@@ -223,6 +228,78 @@ fn values(server: &ApiServer) -> Result {
         ("SANDPOD_VERSION", "0.2.0-1a2b3c4d"),
     ];
     same("the variables", set, BTreeMap::from(expected))
+}
+
+/// One controller may be evicted at a time, whichever leads; they are on several nodes where there are several. With one
+/// alone nothing keeps its node from being drained.
+fn several(server: &ApiServer) -> Result {
+    let name = format!("PodDisruptionBudget {NAMESPACE}/sandpod-operator");
+    let alone = rendered(server, &["replicas=1"])?;
+    claim(!alone.contains_key(&name), "one controller cannot be evicted")?;
+    let made = rendered(server, &["replicas=3"])?;
+    let deployment = &made[&format!("Deployment {NAMESPACE}/sandpod-operator")];
+    let pod = &deployment["spec"]["template"];
+    let budget = made.get(&name).cloned().unwrap_or_default();
+    let wanted = json!({
+        "maxUnavailable": 1,
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        "selector": deployment["spec"]["selector"],
+    });
+    same("the budget", &budget["spec"], &wanted)?;
+    same(
+        "the budget's labels",
+        &budget["metadata"]["labels"],
+        &deployment["metadata"]["labels"],
+    )?;
+    let spread = &pod["spec"]["topologySpreadConstraints"][0];
+    same(
+        "what they are spread over",
+        &spread["topologyKey"],
+        "kubernetes.io/hostname",
+    )?;
+    same(
+        "whom it spreads",
+        &spread["labelSelector"]["matchLabels"],
+        &pod["metadata"]["labels"],
+    )
+}
+
+/// The chart's monitors are those of `deploy/monitoring`, where the values say nothing else.
+fn monitors(server: &ApiServer) -> Result {
+    let without = rendered(server, &[])?;
+    let added = |settings: &[&str]| -> Result<BTreeMap<String, Value>> {
+        let mut made = rendered(server, &[&["monitor.enabled=true"][..], settings].concat())?;
+        made.retain(|name, _| !without.contains_key(name));
+        Ok(made)
+    };
+    let daemon_set = format!("DaemonSet {NAMESPACE}/sandpod-monitor");
+    let mut wanted = objects("daemonset.yaml", &read("monitoring/daemonset.yaml")?)?;
+    claim(wanted.contains_key(&daemon_set), "daemonset.yaml has no DaemonSet")?;
+    same("the monitors", &added(&[])?, &wanted)?;
+    wanted.extend(objects("podmonitor.yaml", &read("monitoring/podmonitor.yaml")?)?);
+    same("the monitors", &added(&["monitor.podMonitor=true"])?, &wanted)?;
+
+    let digest = format!("sha256:{}", "1".repeat(64));
+    let pinned = format!("digests.installer={digest}");
+    let settings = [
+        "registry=registry.example.com/sandpod",
+        &pinned,
+        "imagePullPolicy=Always",
+        "imagePullSecrets[0].name=registry",
+        "prefix=/var/lib/sandpod",
+    ];
+    let changed = added(&settings)?;
+    let mut template = wanted[&daemon_set]["spec"]["template"].clone();
+    let pod = &mut template["spec"];
+    pod["containers"][0]["image"] = json!(format!("registry.example.com/sandpod/installer@{digest}"));
+    pod["containers"][0]["imagePullPolicy"] = json!("Always");
+    pod["imagePullSecrets"] = json!([{ "name": "registry" }]);
+    // Where it is in the pod does not change: `deploy/must-gather.sh` calls it there.
+    pod["volumes"][0]["hostPath"]["path"] = json!("/var/lib/sandpod");
+    same("the changed pods", &changed[&daemon_set]["spec"]["template"], &template)?;
+    let named = added(&["installerImage=registry.example.com/other:1"])?;
+    let image = &named[&daemon_set]["spec"]["template"]["spec"]["containers"][0]["image"];
+    same("the named image", image, "registry.example.com/other:1")
 }
 
 /// One value of the chart, or one word to what makes the manifest, names where both images are; digests take the place
@@ -262,12 +339,30 @@ fn registry(server: &ApiServer) -> Result {
         named(&manifest(&[place, &one, &two])?),
         by_digest,
     )?;
-    let printed = succeed(Command::new("sh").arg(deploy("operator/render.sh")), run::ORDINARY)?;
+    let monitor = |words: &[&str]| -> Result<Value> {
+        let made = manifest(&[&["--monitor"][..], words].concat())?;
+        let pod = &made[&format!("DaemonSet {NAMESPACE}/sandpod-monitor")]["spec"]["template"]["spec"];
+        Ok(pod["containers"][0]["image"].clone())
+    };
     same(
-        "what render.sh prints",
-        printed.text().as_str(),
-        read("install.yaml")?.trim_end(),
-    )
+        "the monitors' image",
+        monitor(&[place])?,
+        json!(format!("{place}/installer:{version}")),
+    )?;
+    same(
+        "the monitors' image",
+        monitor(&[place, &one, &two])?,
+        json!(format!("{place}/installer@{two}")),
+    )?;
+    for (words, file) in [
+        (vec![], "install.yaml"),
+        (vec!["--monitor"], "monitoring/daemonset.yaml"),
+    ] {
+        let mut script = Command::new("sh");
+        let printed = succeed(script.arg(deploy("operator/render.sh")).args(words), run::ORDINARY)?;
+        same("what render.sh prints", printed.text().as_str(), read(file)?.trim_end())?;
+    }
+    Ok(())
 }
 
 /// A release comes, is upgraded, stays as long as there is a KataConfig, and goes; the definition stays.
@@ -275,9 +370,17 @@ fn helm_installs(server: &ApiServer) -> Result {
     let chart = deploy("chart").display().to_string();
     let run = |words: &[&str]| succeed(&mut helm(server, words)?, run::ORDINARY);
     run(&["install", "sandpod", &chart])?;
-    run(&["upgrade", "sandpod", &chart, "--set", "replicas=2"])?;
-    let replicas = server.json(["get", "deployment", "sandpod-operator", "--namespace", NAMESPACE])?;
-    same("the replicas", &replicas["spec"]["replicas"], &json!(2))?;
+    let more = ["--set", "replicas=2", "--set", "monitor.enabled=true"];
+    run(&[&["upgrade", "sandpod", &chart][..], &more].concat())?;
+    let get = |kind, name| server.json(["get", kind, name, "--namespace", NAMESPACE]);
+    let deployment = get("deployment", "sandpod-operator")?;
+    same("the replicas", &deployment["spec"]["replicas"], &json!(2))?;
+    same(
+        "the budget",
+        &get("poddisruptionbudget", "sandpod-operator")?["spec"]["maxUnavailable"],
+        &json!(1),
+    )?;
+    get("daemonset", "sandpod-monitor")?;
     let config = json!({ "apiVersion": "kataconfiguration.openshift.io/v1", "kind": "KataConfig", "metadata": { "name": "packaged" } });
     server.apply(&config.to_string())?;
     let refused = finish(&mut helm(server, &["uninstall", "sandpod"])?, None, run::ORDINARY)?;

@@ -37,6 +37,7 @@ pub const STORIES: &[Story] = &[
         contents::bill_of_materials,
     ),
     ("all_that_is_shipped_has_its_licence_and_its_source", contents::licences),
+    ("the_manifests_name_the_images_that_are_shipped", contents::manifests),
     ("the_same_inputs_give_the_same_bytes", contents::reproducible),
     ("a_signed_release_is_told_from_a_changed_one", signed),
     ("from_an_archive_to_a_pod", from_an_archive_to_a_pod),
@@ -274,7 +275,11 @@ fn from_an_archive_to_a_pod() -> Result {
     };
     helm(
         "sh",
-        &[&unpacked.join("pushed/helm.sh").display().to_string(), "--plain-http"],
+        &[
+            &unpacked.join("pushed/helm.sh").display().to_string(),
+            "--plain-http",
+            "--set=monitor.enabled=true",
+        ],
     )?;
     cluster.explained(cluster.await_controller())?;
     cluster.create_kata_config()?;
@@ -289,21 +294,38 @@ fn from_an_archive_to_a_pod() -> Result {
         !images.contains("sandpod.io/"),
         format!("somebody brought images to the node: {images}"),
     )?;
-    // The manifest for the registry says the same, which would change nothing now.
-    let manifest = unpacked.join("pushed/install.yaml").display().to_string();
-    let change = api
-        .kubectl(["apply", "--dry-run=server", "--filename", &manifest, "--output", "json"])?
-        .text();
-    contains(
-        "the manifest's images",
-        &change,
-        &format!("\"image\": \"{registry}/operator@sha256:"),
-    )?;
-    contains(
-        "the manifest's images",
-        &change,
-        &format!("\"value\": \"{registry}/installer@sha256:"),
-    )?;
+    // The monitors' image is pulled from there as well.
+    let namespace = "--namespace=openshift-sandboxed-containers-operator";
+    cluster.explained(api.kubectl([
+        "rollout",
+        "status",
+        "daemonset/sandpod-monitor",
+        namespace,
+        "--timeout=100s",
+    ]))?;
+    // The manifests for the registry say the same, which would change nothing now.
+    for (file, images) in [
+        (
+            "install.yaml",
+            &[
+                "\"image\": \"REGISTRY/operator@sha256:",
+                "\"value\": \"REGISTRY/installer@sha256:",
+            ][..],
+        ),
+        ("monitor.yaml", &["\"image\": \"REGISTRY/installer@sha256:"]),
+    ] {
+        let manifest = unpacked.join("pushed").join(file).display().to_string();
+        let change = api
+            .kubectl(["apply", "--dry-run=server", "--filename", &manifest, "--output", "json"])?
+            .text();
+        for image in images {
+            contains(
+                &format!("the images of {file}"),
+                &change,
+                &image.replace("REGISTRY", &registry),
+            )?;
+        }
+    }
 
     api.kubectl(["delete", "pod", "pulled"])?;
     api.kubectl(["delete", KATA_CONFIG_NAME, "--wait=false"])?;

@@ -87,7 +87,8 @@ pub struct Site {
     pub author: Author,
     /// The folders of drop-ins.
     pub folders: &'static [Folder],
-    /// A file that the distribution makes of its own configuration and of the drop-ins, and that the main file imports.
+    /// A file that the distribution makes of its own configuration and of the drop-ins, and that the main file imports;
+    /// later ones of k0s import the folder itself and have none.
     pub merged: Option<&'static str>,
     /// Where its program is, besides the usual folders.
     pub programs: &'static [&'static str],

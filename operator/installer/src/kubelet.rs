@@ -1,7 +1,11 @@
 //! Which container runtime the node's kubelet uses.
 //!
-//! A node may run several that serve the CRI; only the kubelet's counts. Its own command line or configuration file
-//! says which one that is, and so does a distribution that has the kubelet inside its own program.
+//! A node may run several that serve the CRI; only the kubelet's counts. Its own command line or configuration says
+//! which one that is, and so does a distribution that has the kubelet inside its own program.
+//!
+//! The kubelet reads its configuration file and then every file that ends with `.conf` in its configuration folder and
+//! below, in the order of their names; the last one that has a field wins, and the command line wins over all
+//! (<https://kubernetes.io/docs/reference/node/kubelet-config-directory-merging/>).
 
 use std::path::{Path, PathBuf};
 
@@ -50,16 +54,14 @@ impl Process {
 /// The socket of the CRI that the node's kubelet talks to, as the node sees it; none where nothing tells.
 ///
 /// # Errors
-/// The kubelet's configuration file is there and no YAML.
+/// A file of the kubelet's configuration is there and no YAML.
 pub fn socket(host: &Host) -> Result<Option<PathBuf>> {
     let processes = processes(host)?;
     for kubelet in processes.iter().filter(|process| process.program() == "kubelet") {
         if let Some(endpoint) = kubelet.option(OPTION) {
             return Ok(local(endpoint));
         }
-        if let Some(file) = kubelet.option("--config")
-            && let Some(endpoint) = configured(host, Path::new(file))?
-        {
+        if let Some(endpoint) = configured(host, kubelet)? {
             return Ok(local(&endpoint));
         }
     }
@@ -88,12 +90,40 @@ fn of_distribution(process: &Process) -> Option<PathBuf> {
     }
 }
 
-/// The endpoint in a kubelet's configuration file.
-fn configured(host: &Host, file: &Path) -> Result<Option<String>> {
+/// The endpoint in a kubelet's configuration, of which the last file counts that has one.
+fn configured(host: &Host, kubelet: &Process) -> Result<Option<String>> {
+    let mut files: Vec<_> = kubelet.option("--config").map(PathBuf::from).into_iter().collect();
+    if let Some(folder) = kubelet.option("--config-dir") {
+        walk(host, Path::new(folder), &mut files)?;
+    }
+    let mut last = None;
+    for file in files {
+        last = endpoint(host, &file)?.or(last);
+    }
+    Ok(last.filter(|endpoint| !endpoint.is_empty()))
+}
+
+/// The files that the kubelet reads in a folder, in its order.
+fn walk(host: &Host, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for name in files::names(&host.at(folder))? {
+        let path = folder.join(name);
+        let found = std::fs::symlink_metadata(host.at(&path));
+        // As the kubelet does, a link to a folder is not followed.
+        if found.is_ok_and(|found| found.is_dir()) {
+            walk(host, &path, files)?;
+        } else if path.extension().is_some_and(|extension| extension == "conf") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The endpoint in a file of a kubelet's configuration. An empty one takes back what an earlier file has.
+fn endpoint(host: &Host, file: &Path) -> Result<Option<String>> {
     #[derive(Deserialize)]
     struct Kubelet {
-        #[serde(rename = "containerRuntimeEndpoint", default)]
-        endpoint: String,
+        #[serde(rename = "containerRuntimeEndpoint")]
+        endpoint: Option<String>,
     }
     let Some(text) = files::read_text(&host.at(file))? else {
         return Ok(None);
@@ -102,7 +132,7 @@ fn configured(host: &Host, file: &Path) -> Result<Option<String>> {
         what: format!("the kubelet's configuration {}", file.display()),
         why: error.to_string().lines().next().unwrap_or_default().to_owned(),
     })?;
-    Ok(Some(kubelet.endpoint).filter(|endpoint| !endpoint.is_empty()))
+    Ok(kubelet.endpoint)
 }
 
 /// The path of a Unix socket's endpoint. `/var/run` is a link to `/run` wherever there is a kubelet.
@@ -199,6 +229,54 @@ mod tests {
             ),
         ] {
             assert_eq!(told(&["init", line], &[(CONFIG, text)]).as_deref(), socket, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_last_file_of_the_kubelets_folder_counts() {
+        const FOLDER: &str = "/etc/kubelet.conf.d";
+        let of = |socket: &str| format!("kind: KubeletConfiguration\ncontainerRuntimeEndpoint: unix:///run/{socket}\n");
+        let texts = ["main", "k3s/containerd/containerd.sock", "crio/crio.sock"].map(of);
+        let [main, k3s, crio] = texts.each_ref().map(String::as_str);
+        let line = "kubelet --config=/main.yaml --config-dir=/etc/kubelet.conf.d --v=1";
+        let cases: [(&str, &[(&str, &str)], Option<&str>); 9] = [
+            // As RKE2 starts it.
+            (
+                "kubelet --config-dir=/etc/kubelet.conf.d",
+                &[("00-rke2-defaults.conf", k3s)],
+                Some("/run/k3s/containerd/containerd.sock"),
+            ),
+            (line, &[], Some("/run/main")),
+            (
+                line,
+                &[("00.conf", k3s), ("90.conf", crio)],
+                Some("/run/crio/crio.sock"),
+            ),
+            (line, &[("90.conf", "kind: KubeletConfiguration\n")], Some("/run/main")),
+            // Names are compared within a folder, so what is in a folder comes where its name is.
+            (
+                line,
+                &[("50/99.conf", k3s), ("60.conf", crio)],
+                Some("/run/crio/crio.sock"),
+            ),
+            (
+                line,
+                &[("70/00.conf", crio), ("60.conf", k3s)],
+                Some("/run/crio/crio.sock"),
+            ),
+            (line, &[("90.yaml", crio), ("91.conf.bak", k3s)], Some("/run/main")),
+            (line, &[("90.conf", "containerRuntimeEndpoint: \"\"\n")], None),
+            (
+                "kubelet --config-dir /etc/kubelet.conf.d --container-runtime-endpoint=/run/line",
+                &[("90.conf", crio)],
+                Some("/run/line"),
+            ),
+        ];
+        for (line, files, socket) in cases {
+            let paths: Vec<_> = files.iter().map(|(name, _)| format!("{FOLDER}/{name}")).collect();
+            let texts = paths.iter().zip(files).map(|(path, (_, text))| (path.as_str(), *text));
+            let texts: Vec<_> = texts.chain([("/main.yaml", main)]).collect();
+            assert_eq!(told(&[line], &texts).as_deref(), socket, "{line}: {files:?}");
         }
     }
 

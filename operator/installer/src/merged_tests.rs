@@ -342,6 +342,12 @@ fn what_k0s_makes_of_our_drop_in_is_ours_too() {
     let theirs = "/etc/k0s/containerd.d/99-theirs.toml";
     node.put(theirs, CONTAINERD_HANDLER);
     assert_eq!(node.refusal(Daemon::K0s), foreign(theirs));
+    // Later ones have the main file import the folder.
+    let later = "# k0s_managed=true\nversion = 3\nimports = [\"/etc/k0s/containerd.d/*.toml\"]\n";
+    let node = Node::new(&[(main, later), (OF_K0S, &text)]);
+    assert_eq!(node.refusal(Daemon::K0s), None);
+    node.put(theirs, CONTAINERD_HANDLER);
+    assert_eq!(node.refusal(Daemon::K0s), foreign(theirs));
     // One that its administrator has taken over reads what it imports.
     let node = Node::new(&[(main, "version = 3\n")]);
     assert_eq!(

@@ -225,6 +225,30 @@ fn listed(script: &str, archive: &Path, word: &str) -> Result<String> {
     Ok(format!("\n{}\n", output.text()))
 }
 
+/// Both manifests have each image by the digest that the archive has, and none by its tag.
+pub fn manifests() -> Result {
+    let folder = cluster_folder(&places::release()?);
+    let shipped = digests(&folder)?;
+    for (file, expected) in [
+        ("install.yaml", &["sandpod.io/operator", "sandpod.io/installer"][..]),
+        ("monitor.yaml", &["sandpod.io/installer"]),
+    ] {
+        let text = fs::read_to_string(folder.join(file)).trying(format!("reading {file} of the release"))?;
+        let named: BTreeSet<_> = text
+            .split_whitespace()
+            .filter(|word| word.starts_with("sandpod.io/") && word.contains([':', '@']))
+            .map(str::to_owned)
+            .collect();
+        let by_digest = shipped
+            .iter()
+            .filter(|[name, _]| expected.contains(&name.as_str()))
+            .map(|[name, digest]| format!("{name}@{digest}"))
+            .collect();
+        same(&format!("the images of {file}"), named, by_digest)?;
+    }
+    Ok(())
+}
+
 /// Made once more of the same, every file is the same.
 pub fn reproducible() -> Result {
     let folder = desk()?;
