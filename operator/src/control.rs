@@ -11,7 +11,10 @@
 
 mod act;
 mod cache;
+mod client;
 mod events;
+#[cfg(test)]
+mod fake;
 mod lease;
 mod metrics;
 mod options;
@@ -19,34 +22,32 @@ mod pod;
 mod read;
 mod record;
 mod serve;
+#[cfg(test)]
+mod unkind;
 mod watch;
 
 use std::{collections::BTreeSet, process::ExitCode, sync::Arc, time::Duration};
 
-use http_body_util::BodyExt;
 use jiff::Timestamp;
-use kube::{
-    Client, ResourceExt,
-    client::{Body, ClientBuilder, DynBody},
-};
+use kube::{Client, ResourceExt, client::ClientBuilder};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
     time::{sleep, timeout},
 };
-use tower::util::{MapRequestLayer, MapResponseLayer};
 use tracing::{error, info, warn};
 
 pub use self::options::Options;
 use self::{
     act::{ActError, Hands},
+    client::Wish,
     lease::Leadership,
     metrics::Metrics,
     read::Eyes,
     serve::Health,
     watch::Watches,
 };
-use crate::decide::{About, Action, KataPod, Note, ONCE, Refused, Settings, World, decide};
+use crate::decide::{About, Action, KataPod, Note, ONCE, Refused, Settings, Step, World, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -58,6 +59,10 @@ const LONGEST: Duration = Duration::from_secs(30);
 const RESYNC: Duration = Duration::from_secs(600);
 /// Passes in a row that found something to do, after which one pauses: many more than any story needs.
 const BUSY: u32 = 50;
+/// How long after a look something is looked at again of which no watch tells.
+const SOON: jiff::SignedDuration = jiff::SignedDuration::from_secs(5);
+/// How many events are kept that could not be told.
+const KEPT: usize = 100;
 
 /// Why the controller ends.
 #[derive(Debug, thiserror::Error)]
@@ -90,20 +95,21 @@ pub enum ControlError {
 /// What keeps it from starting, and [`ControlError::Lost`]: whoever sees that has to end the process, because another
 /// controller acts from then on.
 pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
-    let config = kube::Config::infer().await?;
+    let config = client::configuration().await?;
     let metrics = Arc::new(Metrics::new(&options.version));
-    let client = counted(config, &metrics)?;
+    let builder = ClientBuilder::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;
+    let (client, wish) = client::counted(builder, &metrics);
     let health = Arc::new(Health::default());
     let leadership = Leadership::new(client.clone(), &options, Arc::clone(&health));
     let mut terminate = signal(SignalKind::terminate()).map_err(ControlError::Signal)?;
     let served = serve::serve(options.listen, Arc::clone(&metrics), Arc::clone(&health)).await?;
     let work = async {
-        let lease = leadership.acquire().await;
+        let held = leadership.acquire().await;
         info!(identity = options.identity, "leading");
         metrics.leader.set(1);
         select! {
-            () = leadership.hold(lease) => {}
-            () = Controller::new(client, options, metrics).go() => {}
+            () = leadership.hold(held) => {}
+            () = Controller::new(client, wish, options, metrics).go() => {}
         }
     };
     let ended = select! {
@@ -115,28 +121,6 @@ pub async fn run(options: Options) -> Result<ExitCode, ControlError> {
         leadership.release().await;
     }
     ended
-}
-
-/// A client that counts its requests and what it receives.
-fn counted(config: kube::Config, metrics: &Arc<Metrics>) -> Result<Client, ControlError> {
-    let builder = ClientBuilder::try_from(config).map_err(|error| ControlError::Client(Box::new(error)))?;
-    let sent = Arc::clone(metrics);
-    let requests = MapRequestLayer::new(move |request: http::Request<Body>| {
-        sent.api_requests.inc();
-        request
-    });
-    let received = Arc::clone(metrics);
-    let answers = MapResponseLayer::new(move |answer: http::Response<Box<DynBody>>| {
-        let metrics = Arc::clone(&received);
-        answer.map(|body| {
-            body.map_frame(move |frame| {
-                let length = frame.data_ref().map_or(0, |data| data.len());
-                metrics.api_received_bytes.inc_by(length as u64);
-                frame
-            })
-        })
-    });
-    Ok(builder.with_layer(&answers).with_layer(&requests).build())
 }
 
 struct Controller {
@@ -151,6 +135,9 @@ struct Controller {
     denied: Option<String>,
     /// Known to this process alone, likewise.
     told: BTreeSet<String>,
+    /// Events that the API server had no time for.
+    untold: Vec<Note>,
+    wish: Arc<Wish>,
     api_timeout: Duration,
 }
 
@@ -163,11 +150,10 @@ enum Pass {
 }
 
 impl Controller {
-    fn new(client: Client, options: Options, metrics: Arc<Metrics>) -> Controller {
+    fn new(client: Client, wish: Arc<Wish>, options: Options, metrics: Arc<Metrics>) -> Controller {
         let watches = Watches::new(client.clone(), &options.namespace, options.api_timeout);
         Controller {
             eyes: Eyes::new(client.clone(), &options.namespace),
-            metrics,
             settings: Settings {
                 version: options.version.clone(),
                 retry_first: options.retry_first,
@@ -177,9 +163,12 @@ impl Controller {
             refused: None,
             denied: None,
             told: BTreeSet::new(),
+            untold: Vec::new(),
+            wish,
             api_timeout: options.api_timeout,
-            hands: Hands::new(client, watches.nodes(), options),
+            hands: Hands::new(client, watches.nodes(), Arc::clone(&metrics), options),
             watches,
+            metrics,
         }
     }
 
@@ -210,7 +199,8 @@ impl Controller {
                     errors = errors.saturating_add(1);
                     warn!(%error, "a pass failed");
                     let factor = 1_u32 << errors.saturating_sub(1).min(6);
-                    sleep(PATIENCE.saturating_mul(factor).min(LONGEST)).await;
+                    let pause = PATIENCE.saturating_mul(factor).min(LONGEST);
+                    sleep(pause.max(self.wish.left())).await;
                     continue;
                 }
             };
@@ -223,7 +213,7 @@ impl Controller {
     }
 
     /// Once for each thing that the API server says: the pod is tried again and again.
-    async fn tell_of_refusal(&self, refused: &Refused, world: &World) {
+    async fn tell_of_refusal(&mut self, refused: &Refused, world: &World) {
         if self.refused.as_ref().is_some_and(|before| before.text == refused.text) {
             return;
         }
@@ -246,17 +236,32 @@ impl Controller {
     }
 
     /// Tells the KataConfigs, and somebody else.
-    async fn warn_all(&self, world: &World, and: Option<About>, reason: &'static str, text: &str) {
+    async fn warn_all(&mut self, world: &World, and: Option<About>, reason: &'static str, text: &str) {
         let configs = world.configs.iter().map(|config| About::Config(config.name_any()));
-        for about in configs.chain(and) {
-            let note = Note {
-                about,
-                warning: true,
-                reason,
-                text: text.to_owned(),
-            };
-            self.hands.tell(&note, world).await;
+        let notes = configs.chain(and).map(|about| Note {
+            about,
+            warning: true,
+            reason,
+            text: text.to_owned(),
+            after: Step::Statuses(0),
+        });
+        self.tell(notes.collect(), world).await;
+    }
+
+    /// Tells events, those first that could not be told before. After one that fails for now no other is tried: all are
+    /// kept for the next pass. An event is news, not state, so that one that is not let in stops nothing.
+    async fn tell(&mut self, notes: Vec<Note>, world: &World) {
+        self.untold.extend(notes);
+        while let Some(note) = self.untold.first() {
+            if let Err(error) = self.hands.tell(note, world).await {
+                warn!(%error, reason = note.reason, "an event could not be told");
+                if passes(&error) {
+                    break;
+                }
+            }
+            self.untold.remove(0);
         }
+        self.untold.truncate(KEPT);
     }
 
     /// The pods that use kata, or why nobody knows.
@@ -278,7 +283,14 @@ impl Controller {
             self.watches.leave_pods();
         }
         self.metrics.show(&decision.nodes, !world.configs.is_empty());
-        match self.hands.carry_out(&world, &decision).await {
+        let mut done = Step::Statuses(0);
+        let carried_out = self.hands.carry_out(&world, &decision, &mut done).await;
+        // What was done is not decided again, so that nobody would tell of it later.
+        let notes: Vec<_> = decision.told(done).cloned().collect();
+        let once = notes.iter().filter(|note| ONCE.contains(&note.reason));
+        self.told.extend(once.map(|note| note.text.clone()));
+        self.tell(notes, &world).await;
+        match carried_out {
             Err(ActError::Refused(refused)) => {
                 warn!(node = refused.node, "the installer's pod is refused: {}", refused.text);
                 self.tell_of_refusal(&refused, &world).await;
@@ -299,16 +311,21 @@ impl Controller {
         {
             self.refused = None;
         }
-        let once = decision.notes.iter().filter(|note| ONCE.contains(&note.reason));
-        self.told.extend(once.map(|note| note.text.clone()));
-        self.metrics.count(&decision.ends);
         if decision.statuses.is_empty() && decision.actions.is_empty() {
-            // A RuntimeClass that could not be listed rings no bell.
-            let unlisted = matches!(world.kata_pods, Some(Err(_)));
-            let soon = unlisted.then(|| Timestamp::now() + jiff::SignedDuration::from_secs(5));
+            // A RuntimeClass that could not be listed rings no bell, nor does an event that could not be told.
+            let left = matches!(world.kata_pods, Some(Err(_))) || !self.untold.is_empty();
+            let soon = left.then(|| Timestamp::now() + SOON);
             return Ok(Pass::Rest(soon.or(decision.wake)));
         }
         Ok(Pass::Busy)
+    }
+}
+
+/// Whether the API server may take the same request later.
+fn passes(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code == 429 || status.code >= 500,
+        _ => true,
     }
 }
 

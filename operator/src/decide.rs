@@ -39,7 +39,7 @@ mod turn;
 mod world;
 
 #[cfg(test)]
-mod cluster;
+pub(crate) mod cluster;
 #[cfg(test)]
 pub(crate) mod fixtures;
 #[cfg(test)]
@@ -55,7 +55,7 @@ use self::{
     status::{Facts, Reason},
 };
 pub use self::{
-    output::{About, Action, Decision, End, Note},
+    output::{About, Action, Decision, End, Note, Step},
     pool::ELIGIBLE,
     selector::{Selector, SelectorError},
     world::{
@@ -118,13 +118,14 @@ fn tell_status(
     }
     let before = config.status.as_ref().and_then(|status| status.in_progress());
     let known = before.map_or("", |condition| condition.reason.as_str());
+    decision.statuses.push((config.name_any(), status));
     if let Some((word, text)) = reason.calls_for_help().filter(|(word, _)| *word != known) {
         decision.notes.push(Note {
             about: About::Config(config.name_any()),
             warning: true,
             reason: word,
             text,
+            after: Step::Statuses(decision.statuses.len()),
         });
     }
-    decision.statuses.push((config.name_any(), status));
 }

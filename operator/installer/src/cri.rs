@@ -24,11 +24,14 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{
+    crio::Configuration,
     daemon::{Daemon, Kind},
     effective::{self, Baseline},
     error::{Context, InstallError, Result},
     files::Host,
     kubelet,
+    served::Served,
+    step,
 };
 
 /// The handler with the settings of the nodes.
@@ -167,14 +170,37 @@ impl Cri {
         }
     }
 
-    /// The handlers that it lists; none when it lists none at all, as CRI-O does before 1.30.
+    /// The handlers that it serves: those that its status lists, or where that has none, as CRI-O's before 1.30, those
+    /// of CRI-O's configuration; none when it tells of none at all.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn handlers(&self) -> Result<Option<BTreeSet<String>>> {
+    pub fn handlers(&self) -> Result<Option<Served>> {
         let listed = self.status(false)?.runtime_handlers.into_iter();
         let listed: BTreeSet<_> = listed.map(|handler| handler.name).collect();
-        Ok((!listed.is_empty()).then_some(listed))
+        if !listed.is_empty() {
+            return Ok(Some(Served::Listed(listed)));
+        }
+        let configuration = self.configuration();
+        Ok(configuration.map(|configuration| Served::Configured(configuration.handlers())))
+    }
+
+    /// CRI-O's configuration as it is in force; none of another CRI, and of one that does not tell it.
+    fn configuration(&self) -> Option<Configuration> {
+        if self.daemon.kind() != Kind::Crio {
+            return None;
+        }
+        let asked = async { timeout(ANSWER, Configuration::of(&self.socket)).await };
+        let why = match self.runtime.block_on(asked) {
+            Ok(Ok(configuration)) => return Some(configuration),
+            Ok(Err(why)) => why.to_string(),
+            Err(_) => format!("no answer within {ANSWER:?}"),
+        };
+        step(format_args!(
+            "{} does not tell its configuration: {why}",
+            self.daemon.name()
+        ));
+        None
     }
 
     /// What it is like now, without our handlers: to be compared with what it is like after a change.
@@ -189,6 +215,7 @@ impl Cri {
         let conditions = conditions(answer.status).into_iter();
         Ok(Baseline {
             config: config.map(|config| effective::told(config, ours)),
+            handlers: self.configuration().map(|configuration| configuration.others(ours)),
             ready: conditions
                 .filter_map(|(name, holds)| holds.is_ok().then_some(name))
                 .collect(),

@@ -14,6 +14,8 @@ use serde_json::Value;
 pub struct Baseline {
     /// Its configuration without our handler; none where it does not tell.
     pub config: Option<Value>,
+    /// Of CRI-O, the handlers that are not ours; likewise.
+    pub handlers: Option<Value>,
     /// The conditions that held, such as `NetworkReady`.
     pub ready: BTreeSet<String>,
 }
@@ -200,8 +202,8 @@ mod tests {
     #[test]
     fn only_a_condition_that_held_is_missed() {
         let baseline = Baseline {
-            config: None,
             ready: ["NetworkReady".to_owned()].into(),
+            ..Baseline::default()
         };
         let now = |network: Result<(), String>| {
             BTreeMap::from([

@@ -226,6 +226,32 @@ pub enum InstallError {
         /// Which handler.
         handler: String,
     },
+    /// CRI-O has not taken the handler, and goes on without it.
+    #[error(
+        "{cri} runs and has left out the handler `{handler}`, as it does with one whose program it does not find or \
+         whose keys it refuses; its log says why"
+    )]
+    HandlerLeftOut {
+        /// Which CRI.
+        cri: &'static str,
+        /// Which handler.
+        handler: String,
+    },
+    /// A handler of our name is there, and not as we wrote it.
+    #[error(
+        "{cri} runs pods of the handler `{handler}` by {path:?} of the `runtime_type` {kind:?}, as Sandpod did not write \
+         it: another part of its configuration must say so"
+    )]
+    HandlerOfOthers {
+        /// Which CRI.
+        cri: &'static str,
+        /// Which handler.
+        handler: String,
+        /// The program.
+        path: String,
+        /// How it is run.
+        kind: String,
+    },
     /// The handler is still there although its file is gone.
     #[error(
         "{cri} still lists a handler `{handler}` after its restart; another file of its configuration must define one"
@@ -328,7 +354,9 @@ impl InstallError {
             Self::Payload(_) => Code::Payload,
             Self::Busy => Code::Busy,
             Self::Restart { .. } | Self::NotReady { .. } => Code::RestartFailed,
-            Self::HandlerAbsent { .. } => Code::HandlerAbsent,
+            Self::HandlerAbsent { .. } | Self::HandlerLeftOut { .. } | Self::HandlerOfOthers { .. } => {
+                Code::HandlerAbsent
+            }
             Self::SandboxesExist { .. } | Self::InUse { .. } => Code::SandboxesExist,
             Self::OtherBoot { .. } => Code::OtherBoot,
             Self::NotInstalled { .. } => Code::NotInstalled,

@@ -6,6 +6,7 @@
 
 pub mod classes;
 pub mod cri;
+pub mod crio;
 pub mod daemon;
 pub mod dropin;
 pub mod dry_run;
@@ -22,6 +23,7 @@ pub mod preflight;
 pub mod restart;
 pub mod runtime_folder;
 pub mod selinux;
+pub mod served;
 pub mod state;
 pub mod versions;
 

@@ -21,6 +21,7 @@ use super::{
     merged, preflight,
     restart::restart,
     selinux,
+    served::Served,
     state::{Edit, Pending, State},
     step,
     verb_uninstall::clear,
@@ -35,16 +36,16 @@ struct Job {
     handlers: BTreeSet<String>,
     /// Those and the ones that it has had of us.
     ours: BTreeSet<String>,
-    /// Whether it has the handlers already; none where it does not tell.
-    listed: Option<bool>,
+    /// Whether it serves the handlers already; none where it does not tell.
+    served: Option<bool>,
     /// What it is like before anything is changed.
     baseline: Baseline,
     /// The name of the version to install.
     version: String,
     /// It is there already, as it should be.
     intact: bool,
-    /// The `version` that the drop-in of the handler has to have; none where the CRI knows no versions.
-    drop_in_version: Option<i64>,
+    /// The text of the drop-in with the handlers.
+    drop_in: String,
     /// What containerd's main file has to import.
     pattern: String,
     /// Files outside the prefix that are not as they should be.
@@ -136,11 +137,13 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
         dry_run::validate(&run.layout.host, &lock.folder, &cri, &wanted)?;
     }
     let names = classes.keys().cloned().collect();
-    let handler = dropin::handler(cri.daemon, format, &run.layout.prefix, &names);
+    let drop_in = dropin::handler(cri.daemon, format, &run.layout.prefix, &names);
+    let drop_in = drop_in.text.unwrap_or_default();
     let ours = had.union(&handlers).cloned().collect();
-    let listed = cri.handlers()?;
+    let served = cri.handlers()?;
+    let proven = |served: Served| served.prove(cri.daemon.name(), &handlers, &drop_in).is_ok();
     Ok(Job {
-        listed: listed.map(|listed| handlers.is_subset(&listed)),
+        served: served.map(proven),
         baseline: cri.baseline(&ours)?,
         handlers,
         ours,
@@ -148,7 +151,7 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
         cri,
         version,
         intact,
-        drop_in_version: handler.text.as_deref().and_then(dropin::version_of),
+        drop_in,
         changes,
     })
 }
@@ -303,8 +306,8 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     let owed = left
         .as_ref()
         .is_some_and(|left| left.restart && left.boot_id == run.boot_id());
-    let restart = owed || job.listed == Some(false) || job.changes.iter().any(|change| change.file.place.of_cri);
-    run.report.handler_seen = job.listed;
+    let restart = owed || job.served == Some(false) || job.changes.iter().any(|change| change.file.place.of_cri);
+    run.report.handler_seen = job.served;
     if !flip && !restart && job.changes.is_empty() && left.is_none() {
         return Ok(false);
     }
@@ -358,8 +361,7 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
         restart(&job.cri, run.options.restart.as_deref())?;
     }
     step(format_args!("asking {name} for the handler {HANDLER}"));
-    let listed = job.cri.handlers()?;
-    let Some(listed) = listed else {
+    let Some(served) = job.cri.handlers()? else {
         run.warn(Some(format!(
             "{} does not tell its handlers; that it has `{HANDLER}` shows when a pod asks for it",
             job.cri.describe()
@@ -367,14 +369,12 @@ fn advance(run: &mut Run, job: &Job, state: &mut State, flip: bool, restart_it: 
         run.report.handler_seen = None;
         return Ok(());
     };
-    let absent = job.handlers.difference(&listed).next().cloned();
-    run.report.handler_seen = Some(absent.is_none());
-    absent.map_or(Ok(()), |handler| {
-        Err(InstallError::HandlerAbsent { cri: name, handler })
-    })
+    let proof = served.prove(name, &job.handlers, &job.drop_in);
+    run.report.handler_seen = Some(proof.is_ok());
+    proof
 }
 
-/// After the restart: the CRI is what it was before it, but for our handler.
+/// After the restart: the CRI is what it was before it, but for our handlers.
 fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) -> Result<()> {
     let cri = job.cri.daemon.name();
     if misread(job, pending) {
@@ -382,10 +382,15 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) 
             "what {cri} makes of its configuration was not compared: the drop-in of an earlier Sandpod had another version \
              than the rest of it"
         )));
-    } else if let (Some(before), Some(now)) = (&before.config, job.cri.baseline(&job.ours)?.config)
-        && let Some(path) = effective::difference(before, &now)
-    {
-        return Err(InstallError::Differs { cri, path });
+    } else {
+        let now = job.cri.baseline(&job.ours)?;
+        let parts = [(&before.config, &now.config), (&before.handlers, &now.handlers)];
+        let mut told = parts
+            .into_iter()
+            .filter_map(|(before, now)| before.as_ref().zip(now.as_ref()));
+        if let Some(path) = told.find_map(|(before, now)| effective::difference(before, now)) {
+            return Err(InstallError::Differs { cri, path });
+        }
     }
     job.cri.await_conditions(before)
 }
@@ -393,11 +398,12 @@ fn refuse_worse(run: &mut Run, job: &Job, pending: &Pending, before: &Baseline) 
 /// Whether the drop-in that was there before had another version than belongs to the node: then the CRI may have left
 /// out other files' sections, which it reads now.
 fn misread(job: &Job, pending: &Pending) -> bool {
+    let wanted = dropin::version_of(&job.drop_in);
     let mut folders = job.cri.daemon.site().folders.iter();
     folders.any(|folder| {
         let before = pending.files.get(Path::new(&*folder.handler.path)).cloned().flatten();
         let before = before.as_deref().and_then(dropin::version_of);
-        before.is_some_and(|before| Some(before) != job.drop_in_version)
+        before.is_some() && before != wanted
     })
 }
 

@@ -156,10 +156,9 @@ fn refuse_in_use(run: &mut Run, cri: Option<&Cri>, handlers: &BTreeSet<String>) 
     Ok(())
 }
 
-/// Those of our handlers that the CRI lists; none where it lists none at all.
+/// Those of our handlers that the CRI serves; none where it does not tell.
 fn still_listed(cri: &Cri, ours: &BTreeSet<String>) -> Result<Option<BTreeSet<String>>> {
-    let listed = cri.handlers()?;
-    Ok(listed.map(|listed| listed.intersection(ours).cloned().collect()))
+    Ok(cri.handlers()?.map(|served| served.among(ours)))
 }
 
 /// Takes the handlers away from the CRI. From here on only forward: a node without them is what was asked for.

@@ -29,8 +29,8 @@ pub struct Report {
     /// The CRI was restarted.
     #[serde(default)]
     pub restarted: bool,
-    /// Whether the running CRI listed our handler when it was asked last. None when it was not asked, or does not tell:
-    /// CRI-O does from 1.30 on, containerd from 2.0.
+    /// Whether the running CRI had our handlers when it was asked last: containerd lists them from 2.0 on, CRI-O from
+    /// 1.30 on, and an earlier CRI-O tells its configuration. None when it was not asked, or does not tell.
     #[serde(default)]
     pub handler_seen: Option<bool>,
     /// Why the phase is [`Phase::Refused`] or [`Phase::Failed`]; otherwise none.

@@ -12,19 +12,20 @@ use kube::{
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions},
 };
 use serde_json::{Value, json};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::{
     NAME, Options,
     cache::Cache,
     events::Voice,
+    metrics::Metrics,
     pod,
     read::{self, MANAGED_BY, OVERHEAD},
     record::{self, CORDONED, MEMBER, READY},
 };
 use crate::{
     api::{GROUP, KIND, KataConfig, KataConfigStatus, PodOverhead, VERSION},
-    decide::{Action, Decision, FINALIZER, Node, Note, Refused, World},
+    decide::{Action, Decision, FINALIZER, Node, Note, Refused, Step, World},
 };
 
 /// Why not everything was done.
@@ -60,12 +61,13 @@ pub(super) struct Hands {
     runs: Api<Pod>,
     runtime_classes: Api<ApiRuntimeClass>,
     voice: Voice,
+    metrics: Arc<Metrics>,
     options: Options,
 }
 
 impl Hands {
     /// `known_nodes` hears of what is written on nodes.
-    pub(super) fn new(client: Client, known_nodes: Arc<Cache<Node>>, options: Options) -> Hands {
+    pub(super) fn new(client: Client, known_nodes: Arc<Cache<Node>>, metrics: Arc<Metrics>, options: Options) -> Hands {
         Hands {
             configs: Api::all_with(client.clone(), &ApiResource::erase::<KataConfig>(&())),
             nodes: Api::all(client.clone()),
@@ -73,44 +75,47 @@ impl Hands {
             runs: Api::namespaced(client.clone(), &options.namespace),
             runtime_classes: Api::all(client.clone()),
             voice: Voice::new(client, options.identity.clone()),
+            metrics,
             options,
         }
     }
 
-    /// Writes the statuses, takes the actions in their order, and tells the events.
+    /// Writes the statuses and takes the actions in their order, as far as `done` says then; what ends with a step is
+    /// counted with it.
     ///
     /// # Errors
     /// The API server's first one; what comes after it is left out.
-    pub(super) async fn carry_out(&self, world: &World, decision: &Decision) -> Result<(), ActError> {
+    pub(super) async fn carry_out(&self, world: &World, decision: &Decision, done: &mut Step) -> Result<(), ActError> {
         let mut configs: BTreeMap<String, KataConfig> = world
             .configs
             .iter()
             .map(|config| (config.name_any(), config.clone()))
             .collect();
-        for (name, status) in &decision.statuses {
+        for (number, (name, status)) in decision.statuses.iter().enumerate() {
             let reason = status.in_progress().map_or("", |condition| condition.reason.as_str());
             info!(config = name, reason, "writing the status");
             if let Some(written) = self.write_status(name, status).await? {
                 configs.insert(name.clone(), written);
             }
+            *done = Step::Statuses(number + 1);
         }
-        for action in &decision.actions {
+        for (number, action) in decision.actions.iter().enumerate() {
             info!("acting: {action}");
             self.act(action, &configs)
                 .await
                 .map_err(|error| failed(action, error))?;
-        }
-        for note in &decision.notes {
-            self.tell(note, world).await;
+            *done = Step::Actions(number + 1);
+            self.metrics.count(decision.ends_with(*done));
         }
         Ok(())
     }
 
-    /// Tells an event. One is news, not state: a lost one stops nothing.
-    pub(super) async fn tell(&self, note: &Note, world: &World) {
-        if let Err(error) = self.voice.tell(note, world).await {
-            warn!(%error, reason = note.reason, "an event could not be told");
-        }
+    /// Tells an event.
+    ///
+    /// # Errors
+    /// The API server's.
+    pub(super) async fn tell(&self, note: &Note, world: &World) -> Result<(), kube::Error> {
+        self.voice.tell(note, world).await
     }
 
     /// By server-side apply: lists that we leave out are removed, and nobody else's fields are touched.

@@ -24,6 +24,11 @@ struct Reason {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Answer {
+    code: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Build {
     version: String,
 }
@@ -45,6 +50,8 @@ pub(super) struct Metrics {
     pub(super) passes: Counter<u64, AtomicU64>,
     /// Requests to the API server.
     pub(super) api_requests: Counter<u64, AtomicU64>,
+    /// Those that were refused or not answered.
+    api_failures: Family<Answer, Counter>,
     /// Bytes of its answers.
     pub(super) api_received_bytes: Counter<u64, AtomicU64>,
     build: Family<Build, Gauge>,
@@ -69,6 +76,7 @@ impl Metrics {
             reconcile_errors: Counter::default(),
             passes: Counter::default(),
             api_requests: Counter::default(),
+            api_failures: Family::default(),
             api_received_bytes: Counter::default(),
             build,
         }
@@ -125,6 +133,11 @@ impl Metrics {
             self.api_requests.clone(),
         );
         registry.register(
+            "kata_operator_api_failures",
+            "Requests that the API server refused, by the code of its answer, 404 and 409 among them, or did not answer (none)",
+            self.api_failures.clone(),
+        );
+        registry.register(
             "kata_operator_api_received_bytes",
             "Bytes of the API server's answers",
             self.api_received_bytes.clone(),
@@ -161,8 +174,14 @@ impl Metrics {
         self.success.set(i64::from(all));
     }
 
+    /// Counts a request that the API server has refused with a code, or not answered.
+    pub(super) fn failed(&self, code: Option<u16>) {
+        let code = code.map_or_else(|| "none".to_owned(), |code| code.to_string());
+        self.api_failures.get_or_create(&Answer { code }).inc();
+    }
+
     /// Counts runs that have ended.
-    pub(super) fn count(&self, ends: &[End]) {
+    pub(super) fn count<'e>(&self, ends: impl IntoIterator<Item = &'e End>) {
         for end in ends {
             match &end.failure {
                 Some(code) => {
@@ -197,7 +216,7 @@ mod tests {
     use jiff::SignedDuration;
 
     use super::*;
-    use crate::report::Code;
+    use crate::{decide::Step, report::Code};
 
     /// The names in a text that begin as ours do.
     fn names(text: &str) -> BTreeSet<&str> {
@@ -213,6 +232,7 @@ mod tests {
             verb,
             took: SignedDuration::from_secs(1),
             failure: Some(Code::Io),
+            after: Step::Actions(1),
         }));
         metrics.text().unwrap()
     }

@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use tokio::{
     sync::Notify,
     task::{AbortHandle, JoinSet},
+    time::sleep,
 };
 use tracing::warn;
 
@@ -35,6 +36,10 @@ use crate::{
 
 /// The longest watch that the client allows, in seconds.
 const LONGEST: u32 = 290;
+/// How long until a watch is begun anew with a list.
+const ANEW: Duration = Duration::from_secs(1);
+/// HTTP's code of what the API server has forgotten.
+const GONE: u16 = 410;
 
 pub(super) struct Watches {
     client: Client,
@@ -141,7 +146,9 @@ impl Watches {
     }
 }
 
-/// Hands on what a watch tells, and rings when that is worth a look. After an error the watcher goes on by itself.
+/// Hands on what a watch tells, and rings when that is worth a look. After an error the watcher goes on by itself; but
+/// one that could not be begun where the list ended, because the API server has forgotten that version, would ask for
+/// the same one for ever, so that it is begun anew with a list.
 async fn follow<K>(
     api: Api<K>,
     config: Config,
@@ -150,13 +157,25 @@ async fn follow<K>(
 ) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
-    let mut events = pin!(watcher(api, config).default_backoff());
-    while let Some(told) = events.next().await {
-        if let Err(error) = &told {
-            warn!(error = sources(error), "a watch was interrupted");
+    loop {
+        let mut events = pin!(watcher(api.clone(), config.clone()).default_backoff());
+        while let Some(told) = events.next().await {
+            if let Err(error) = &told {
+                warn!(error = sources(error), "a watch was interrupted");
+            }
+            let forgotten = told.as_ref().is_err_and(is_forgotten);
+            if rings(told) {
+                bell.notify_one();
+            }
+            if forgotten {
+                break;
+            }
         }
-        if rings(told) {
-            bell.notify_one();
-        }
+        sleep(ANEW).await;
     }
+}
+
+/// Whether a watch could not begin because its version is too old.
+fn is_forgotten(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == GONE)
 }

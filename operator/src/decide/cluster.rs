@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 
 use super::{
-    Action, Decision, FINALIZER, KATA, KataPod, Node, ONCE, Order, Progress, Refused, Run, World, decide,
+    Action, Decision, FINALIZER, KATA, KataPod, Node, ONCE, Order, Progress, Refused, Run, Step, World, decide,
     fixtures::{self, success},
     turn::LOOKS,
 };
@@ -34,6 +34,11 @@ pub struct Cluster {
     pub handlers: BTreeMap<String, BTreeSet<String>>,
     /// Every status that was written.
     pub written: Vec<(String, KataConfigStatus)>,
+    /// Runs whose end a node's record has begun to tell of, and those that were counted.
+    noted: usize,
+    counted: usize,
+    /// What was written since something happened last.
+    writes: usize,
     serial: u32,
 }
 
@@ -49,6 +54,9 @@ impl Cluster {
             blamed: BTreeSet::new(),
             handlers: BTreeMap::new(),
             written: Vec::new(),
+            noted: 0,
+            counted: 0,
+            writes: 0,
             serial: 0,
         }
     }
@@ -122,7 +130,8 @@ impl Cluster {
         decision
     }
 
-    /// Reads, decides and acts, and is killed after so many steps. Returns the decision.
+    /// Reads, decides and acts, and is killed after so many steps, or the API server refuses the next one. Returns the
+    /// decision.
     pub fn pass(&mut self, steps: usize) -> Decision {
         let decision = self.decide();
         let written = decision.statuses.iter().take(steps);
@@ -130,12 +139,12 @@ impl Cluster {
             .actions
             .iter()
             .take(steps.saturating_sub(decision.statuses.len()));
-        for (name, status) in written {
+        let mut done = Step::Statuses(0);
+        for (number, (name, status)) in written.enumerate() {
             self.write(name, status);
+            done = Step::Statuses(number + 1);
         }
-        let once = decision.notes.iter().filter(|note| ONCE.contains(&note.reason));
-        self.world.told.extend(once.map(|note| note.text.clone()));
-        for action in taken {
+        for (number, action) in taken.enumerate() {
             if let (true, Action::StartRun { order, .. }) = (self.refusing, action) {
                 self.refuse(order);
                 break;
@@ -143,15 +152,45 @@ impl Cluster {
             self.excuse(action, &decision);
             self.act(action);
             self.watch_over();
+            done = Step::Actions(number + 1);
+            self.counted += decision.ends_with(done).count();
         }
+        let once = decision.told(done).filter(|note| ONCE.contains(&note.reason));
+        self.world.told.extend(once.map(|note| note.text.clone()));
+        assert_eq!(
+            self.counted, self.noted,
+            "the ends of runs are counted when they are noted"
+        );
         decision
+    }
+
+    /// The same, but the API server does the step after those, and its answer is lost: the controller takes it for
+    /// refused.
+    pub fn pass_with_a_lost_answer(&mut self, steps: usize) {
+        let counted = self.counted;
+        self.pass(steps.saturating_add(1));
+        self.noted -= self.counted - counted;
+        self.counted = counted;
+    }
+
+    /// What is to be done at a moment at which nothing happens is little: of every object a few writes.
+    fn few_writes(&self) {
+        let objects = self.world.nodes.len() + self.world.configs.len() + self.world.runs.len();
+        assert!(
+            self.writes <= 10 * (objects + 1),
+            "{} writes: {:?}",
+            self.writes,
+            self.world
+        );
     }
 
     /// Passes until there is nothing to do.
     pub fn rest(&mut self) -> Decision {
+        self.writes = 0;
         for _ in 0..50 {
             let decision = self.pass(usize::MAX);
             if decision.statuses.is_empty() && decision.actions.is_empty() {
+                self.few_writes();
                 return decision;
             }
         }
@@ -159,6 +198,7 @@ impl Cluster {
     }
 
     fn write(&mut self, name: &str, status: &KataConfigStatus) {
+        self.writes += 1;
         if let Some(config) = self.config(name) {
             let before = config.status.replace(status.clone());
             let now = status.in_progress().unwrap().clone();
@@ -173,6 +213,7 @@ impl Cluster {
     }
 
     fn act(&mut self, action: &Action) {
+        self.writes += 1;
         match action {
             Action::AddFinalizer(name) => {
                 let config = self.config(name).unwrap();
@@ -302,7 +343,14 @@ impl Cluster {
             );
         }
         assert_ne!(node.record, *record, "marked without need");
+        let run = |record: &super::Record| record.last_run.as_ref().map(|last| last.run.clone());
+        let noted = match run(record) {
+            // Nothing stays on a node that kata was taken from.
+            None => node.record.claimed() && !record.claimed(),
+            told => told != run(&node.record),
+        };
         node.record = record.clone();
+        self.noted += usize::from(noted);
     }
 
     /// Never more nodes in flight than the KataConfigs have ever allowed, and never two runs on one.

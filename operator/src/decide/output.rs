@@ -11,16 +11,16 @@ use crate::{
 };
 
 /// What to do now. Whoever acts writes the statuses first and takes the actions in their order; after a failure it
-/// stops, reads the world again and decides anew.
+/// stops, tells what belongs to what was done, reads the world again and decides anew.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     /// By the name of the KataConfig; only those that differ from what is there. They describe the world that was read.
     pub statuses: Vec<(String, KataConfigStatus)>,
     /// In order.
     pub actions: Vec<Action>,
-    /// To be told when all actions have succeeded.
+    /// Each to be told once the step that it belongs to was done: the next decision does not know of it any more.
     pub notes: Vec<Note>,
-    /// Runs whose end was taken note of for the first time.
+    /// Runs whose end is taken note of for the first time, each by its step.
     pub ends: Vec<End>,
     /// The lists of the KataConfig that is in force, written or not.
     pub nodes: KataNodes,
@@ -28,6 +28,35 @@ pub struct Decision {
     pub wake: Option<Timestamp>,
     /// Pods that use kata are waited for: their ends have to be watched.
     pub awaits_pods: bool,
+}
+
+impl Decision {
+    /// What is to be told when so much was done.
+    pub(crate) fn told(&self, done: Step) -> impl Iterator<Item = &Note> {
+        self.notes.iter().filter(move |note| note.after <= done)
+    }
+
+    /// Of the ends of runs, those that are noted with this step.
+    pub(crate) fn ends_with(&self, step: Step) -> impl Iterator<Item = &End> {
+        self.ends.iter().filter(move |end| end.after == step)
+    }
+
+    /// The step after everything that is said to be done so far.
+    pub(super) fn written(&self) -> Step {
+        match self.actions.len() {
+            0 => Step::Statuses(self.statuses.len()),
+            actions => Step::Actions(actions),
+        }
+    }
+}
+
+/// How much of a decision was done: the statuses come before the actions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// So many statuses were written.
+    Statuses(usize),
+    /// All were, and so many actions taken.
+    Actions(usize),
 }
 
 /// One step. Each is idempotent.
@@ -119,6 +148,8 @@ pub struct End {
     pub took: SignedDuration,
     /// Why it failed, where it failed; [`Code::Other`] where it did not say.
     pub failure: Option<Code>,
+    /// The step that takes note of it.
+    pub after: Step,
 }
 
 /// An event.
@@ -132,6 +163,8 @@ pub struct Note {
     pub reason: &'static str,
     /// A sentence.
     pub text: String,
+    /// The step that makes it true.
+    pub after: Step,
 }
 
 /// What an event is about.

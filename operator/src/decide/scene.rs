@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::{
     clock::Clock,
     has_finalizer,
-    output::{About, Action, Decision, End, Note},
+    output::{About, Action, Decision, End, Note, Step},
     pool::Pool,
     results::{self, Outcome},
     selector::SelectorError,
@@ -467,6 +467,7 @@ impl<'a> Scene<'a> {
             verb: run.order.verb,
             took: outcome.ended.duration_since(run.created).max(SignedDuration::ZERO),
             failure: outcome.failure.as_ref().map(|failure| failure.code),
+            after: decision.written(),
         });
         let (word, text) = match (&outcome.failure, run.order.verb) {
             (None, Verb::Verify) => return,
@@ -489,6 +490,7 @@ impl<'a> Scene<'a> {
                 warning: outcome.failure.is_some(),
                 reason: word,
                 text: text.clone(),
+                after: decision.written(),
             });
         };
         tell(About::Node(node.clone()));
@@ -558,15 +560,18 @@ impl<'a> Scene<'a> {
 
     fn create_class(&self, name: String, overhead: PodOverhead, decision: &mut Decision) {
         let owner = self.config.name_any();
-        decision.notes.push(Note {
-            about: About::Config(owner.clone()),
-            warning: false,
-            reason: "RuntimeClassCreated",
-            text: format!("Pods can use runtimeClassName: {name}"),
-        });
+        let text = format!("Pods can use runtimeClassName: {name}");
+        let about = About::Config(owner.clone());
         decision
             .actions
             .push(Action::CreateRuntimeClass { name, owner, overhead });
+        decision.notes.push(Note {
+            about,
+            warning: false,
+            reason: "RuntimeClassCreated",
+            text,
+            after: decision.written(),
+        });
     }
 
     /// Whether kata may be taken from this node.
@@ -634,12 +639,14 @@ fn delete(run: &Run) -> Action {
     }
 }
 
+/// What is so already.
 fn warning(about: About, reason: &'static str, text: String) -> Note {
     Note {
         about,
         warning: true,
         reason,
         text,
+        after: Step::Statuses(0),
     }
 }
 

@@ -18,6 +18,9 @@ use crate::{api::ClassSpec, log_level::LogLevel, report::Code};
 enum Happening {
     /// The controller reads, decides, acts, and dies after so many steps.
     Pass(usize),
+    /// The API server refuses the write after so many steps: somebody was faster (409), there are too many requests
+    /// (429), or it is not well (500), and then it may have done it all the same. The controller waits a little.
+    WriteIsRefused(usize, bool),
     RunStarts,
     RunSucceeds,
     RunFails(bool),
@@ -66,6 +69,7 @@ fn happening() -> impl Strategy<Value = Happening> {
     let node = 0..NODES.len();
     prop_oneof![
         12 => prop_oneof![3 => Just(usize::MAX), 1 => 0..6_usize].prop_map(Happening::Pass),
+        6 => (0..6_usize, any::<bool>()).prop_map(|(steps, done)| Happening::WriteIsRefused(steps, done)),
         5 => Just(Happening::RunStarts),
         6 => Just(Happening::RunSucceeds),
         2 => any::<bool>().prop_map(Happening::RunFails),
@@ -105,6 +109,13 @@ fn happening() -> impl Strategy<Value = Happening> {
 fn happens(cluster: &mut Cluster, happening: &Happening) {
     match happening {
         Happening::Pass(steps) => drop(cluster.pass(*steps)),
+        Happening::WriteIsRefused(steps, done) => {
+            match done {
+                true => cluster.pass_with_a_lost_answer(*steps),
+                false => drop(cluster.pass(*steps)),
+            }
+            cluster.tick(SignedDuration::from_millis(500));
+        }
         Happening::RunStarts => cluster.run_starts(),
         Happening::RunSucceeds => cluster.run_succeeds(),
         Happening::RunFails(sandboxes) => cluster.run_fails(sandboxes.then_some(Code::SandboxesExist), "no"),

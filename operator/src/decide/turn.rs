@@ -145,6 +145,7 @@ fn start(config: &str, standing: &Standing<'_>, verb: Verb, measure: Measure<'_>
             warning: false,
             reason: word,
             text: text.clone(),
+            after: decision.written(),
         });
     }
 }

@@ -3,6 +3,7 @@
 mod bad;
 mod classes;
 mod containerd;
+mod crio;
 mod distribution;
 mod imports;
 mod life;
@@ -55,6 +56,18 @@ pub const ON_A_BARE_NODE: &[Story] = &[
     ("a_runtime_class_that_cannot_be_is_named", classes::what_cannot_be),
     ("what_is_damaged_goes_too", undo::damaged_goes_too),
     ("the_locks_are_roots_alone", security::locks_are_roots),
+    (
+        "a_cri_o_that_lists_no_handlers_proves_them",
+        crio::proves_by_its_configuration,
+    ),
+    (
+        "a_handler_that_cri_o_leaves_out_fails_the_install",
+        crio::a_handler_that_is_left_out_fails,
+    ),
+    (
+        "a_cri_o_that_tells_nothing_is_believed",
+        crio::one_that_tells_nothing_is_believed,
+    ),
 ];
 
 /// Stories of a node whose containerd is inside k3s.
