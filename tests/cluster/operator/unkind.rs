@@ -1,0 +1,84 @@
+//! An API server that has no time for the operator.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use tests::{
+    failure::{Result, claim, same},
+    wait::Bell,
+};
+
+use super::{
+    Story,
+    ground::SOON,
+    rig::{NAME, Rig},
+};
+
+pub const STORIES: &[Story] = &[(
+    "an_api_server_with_too_many_requests_is_left_alone_between_two_tries",
+    too_many_requests,
+)];
+
+/// What the API server counts as failed with this code.
+const REFUSED: &str = "kata_operator_api_failures_total{code=\"429\"}";
+
+/// The API server's own way to refuse: a level of priority at which nothing is served, for what service accounts write
+/// on nodes.
+fn closed() -> Value {
+    let metadata = json!({"name": "closed"});
+    let level = json!({
+        "apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "PriorityLevelConfiguration", "metadata": metadata,
+        "spec": {"type": "Limited", "limited": {
+            "nominalConcurrencyShares": 0, "lendablePercent": 0, "borrowingLimitPercent": 0,
+            "limitResponse": {"type": "Reject"},
+        }},
+    });
+    let schema = json!({
+        "apiVersion": "flowcontrol.apiserver.k8s.io/v1", "kind": "FlowSchema", "metadata": metadata,
+        "spec": {
+            "matchingPrecedence": 10,
+            "priorityLevelConfiguration": metadata,
+            "rules": [{
+                "subjects": [{"kind": "Group", "group": {"name": "system:serviceaccounts"}}],
+                "resourceRules": [{"verbs": ["patch"], "apiGroups": [""], "resources": ["nodes"], "clusterScope": true}],
+            }],
+        },
+    });
+    json!({"apiVersion": "v1", "kind": "List", "items": [level, schema]})
+}
+
+fn too_many_requests(rig: &mut Rig<'_>) -> Result {
+    rig.start(&["worker-0"])?;
+    rig.controller()?.until_said("leading", SOON)?;
+    let closed = closed().to_string();
+    rig.must(&["create", "-f", "-"], Some(&closed))?;
+    let refused = refused_for_a_while(rig);
+    rig.must(&["delete", "-f", "-"], Some(&closed))?;
+    refused?;
+    rig.until_installed(NAME, 1)
+}
+
+/// Each try ends a pass, and the server's own wish, a second or more, lies between two.
+fn refused_for_a_while(rig: &mut Rig<'_>) -> Result {
+    rig.ground
+        .server
+        .wait_for("condition=Dangling=False", &["flowschema/closed"], SOON)?;
+    let began = Instant::now();
+    rig.create(NAME, &json!({}))?;
+    let controller = rig.controller()?;
+    let count = || controller.metric(REFUSED).map_err(|failure| failure.to_string());
+    let refused = Bell::default().until("refusals", SOON, || match count()? {
+        refused if refused >= 3.0 => Ok(refused),
+        refused => Err(format!("{refused}")),
+    })?;
+    let took = began.elapsed().as_secs_f64();
+    claim(refused <= took + 1.0, format!("{refused} refusals in {took} s"))?;
+    let failed = controller.metric("kata_operator_reconcile_errors_total")?;
+    claim(
+        failed >= refused,
+        format!("{failed} passes have failed, and {refused} requests"),
+    )?;
+    let node = rig.json(&["get", "node", "worker-0"])?;
+    let label = &node["metadata"]["labels"]["katacontainers.io/kata-runtime"];
+    same("the label that pods go by", label, &Value::Null)
+}
