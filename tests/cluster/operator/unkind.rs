@@ -74,8 +74,9 @@ fn refused_for_a_while(rig: &mut Rig<'_>) -> Result {
     let took = began.elapsed().as_secs_f64();
     claim(refused <= took + 1.0, format!("{refused} refusals in {took} s"))?;
     let failed = controller.metric("kata_operator_reconcile_errors_total")?;
+    // The pass with the last of them may be about to end.
     claim(
-        failed >= refused,
+        failed >= refused - 1.0,
         format!("{failed} passes have failed, and {refused} requests"),
     )?;
     let node = rig.json(&["get", "node", "worker-0"])?;
