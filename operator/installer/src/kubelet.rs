@@ -235,11 +235,13 @@ mod tests {
     #[test]
     fn the_last_file_of_the_kubelets_folder_counts() {
         const FOLDER: &str = "/etc/kubelet.conf.d";
+        /// A command line, the folder's files with their texts, and the socket.
+        type Case<'t> = (&'t str, &'t [(&'t str, &'t str)], Option<&'t str>);
         let of = |socket: &str| format!("kind: KubeletConfiguration\ncontainerRuntimeEndpoint: unix:///run/{socket}\n");
         let texts = ["main", "k3s/containerd/containerd.sock", "crio/crio.sock"].map(of);
         let [main, k3s, crio] = texts.each_ref().map(String::as_str);
         let line = "kubelet --config=/main.yaml --config-dir=/etc/kubelet.conf.d --v=1";
-        let cases: [(&str, &[(&str, &str)], Option<&str>); 9] = [
+        let cases: [Case<'_>; 9] = [
             // As RKE2 starts it.
             (
                 "kubelet --config-dir=/etc/kubelet.conf.d",
