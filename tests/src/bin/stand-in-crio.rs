@@ -71,6 +71,8 @@ fn start() -> Result {
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        // Whoever waits for all that this command says would wait for the server.
+        .stderr(Stdio::null())
         .spawn()?;
     let mut line = String::new();
     BufReader::new(server.stdout.take().ok_or("no output")?).read_line(&mut line)?;
