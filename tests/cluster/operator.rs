@@ -22,6 +22,7 @@ mod rights;
 mod scale;
 mod singleton;
 mod tables;
+mod unkind;
 
 /// A story and its name.
 type Story = (&'static str, fn(&mut Rig<'_>) -> Result);
@@ -37,6 +38,7 @@ const STORIES: &[&[Story]] = &[
     objects::STORIES,
     rights::STORIES,
     scale::STORIES,
+    unkind::STORIES,
 ];
 
 /// All stories of the operator, and the ground that they play on one after another.
