@@ -1,5 +1,5 @@
 //! `make bench`: pods of Sandpod, in turns with runc's, and the same virtual machine without a pod. Prints tables for
-//! the README.
+//! `docs/performance.md`.
 //!
 //! `bench [rounds]`; ten rounds when it is not told.
 
