@@ -38,7 +38,8 @@ while read -r archive reference digest; do
   fi
 done <digests
 for manifest in install.yaml monitor.yaml; do
-  sed "s#sandpod\.io/\(operator\|installer\)@#$registry/\1@#" "$manifest" >"pushed/$manifest"
+  sed -e "s#sandpod\.io/operator@#$registry/operator@#" -e "s#sandpod\.io/installer@#$registry/installer@#" \
+    "$manifest" >"pushed/$manifest"
 done
 cat >pushed/helm.sh <<END
 #!/bin/sh

@@ -28,12 +28,12 @@ mod watch;
 
 use std::{collections::BTreeSet, process::ExitCode, sync::Arc, time::Duration};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::{Client, ResourceExt, client::ClientBuilder};
 use tokio::{
     select,
     signal::unix::{SignalKind, signal},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tracing::{error, info, warn};
 
@@ -47,7 +47,7 @@ use self::{
     serve::Health,
     watch::Watches,
 };
-use crate::decide::{About, Action, KataPod, Note, ONCE, Refused, Settings, Step, World, decide};
+use crate::decide::{About, Action, Decision, KataPod, Note, ONCE, Refused, Settings, Step, World, decide};
 
 /// The name under which we write: field manager, reporting controller, lease, managed-by label.
 const NAME: &str = "sandpod-operator";
@@ -60,7 +60,7 @@ const RESYNC: Duration = Duration::from_secs(600);
 /// Passes in a row that found something to do, after which one pauses: many more than any story needs.
 const BUSY: u32 = 50;
 /// How long after a look something is looked at again of which no watch tells.
-const SOON: jiff::SignedDuration = jiff::SignedDuration::from_secs(5);
+const SOON: SignedDuration = SignedDuration::from_secs(5);
 /// How many events are kept that could not be told.
 const KEPT: usize = 100;
 
@@ -139,6 +139,8 @@ struct Controller {
     untold: Vec<Note>,
     wish: Arc<Wish>,
     api_timeout: Duration,
+    /// When the pass has to be over.
+    end: Instant,
 }
 
 /// What a pass came to.
@@ -166,6 +168,7 @@ impl Controller {
             untold: Vec::new(),
             wish,
             api_timeout: options.api_timeout,
+            end: Instant::now() + options.api_timeout,
             hands: Hands::new(client, watches.nodes(), Arc::clone(&metrics), options),
             watches,
             metrics,
@@ -177,11 +180,7 @@ impl Controller {
         let mut busy = 0_u32;
         loop {
             self.metrics.passes.inc();
-            // A connection that is silently dead would hold a pass for as long as the kernel sends again, or for ever.
-            let pass = timeout(self.api_timeout, self.pass())
-                .await
-                .unwrap_or(Err(ActError::Silent));
-            let pause = match pass {
+            let pause = match self.pass().await {
                 Ok(Pass::Busy) if busy < BUSY => {
                     (errors, busy) = (0, busy + 1);
                     continue;
@@ -253,9 +252,23 @@ impl Controller {
     async fn tell(&mut self, notes: Vec<Note>, world: &World) {
         self.untold.extend(notes);
         while let Some(note) = self.untold.first() {
-            if let Err(error) = self.hands.tell(note, world).await {
-                warn!(%error, reason = note.reason, "an event could not be told");
-                if passes(&error) {
+            let told = match self.end.saturating_duration_since(Instant::now()) {
+                left if left.is_zero() || !self.wish.left().is_zero() => break,
+                left => timeout(left, self.hands.tell(note, world)).await,
+            };
+            match told {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    warn!(%error, reason = note.reason, "an event could not be told");
+                    if passes(&error) {
+                        break;
+                    }
+                }
+                Err(_) => {
+                    warn!(
+                        reason = note.reason,
+                        "an event could not be told: the API server does not answer"
+                    );
                     break;
                 }
             }
@@ -270,7 +283,8 @@ impl Controller {
         self.eyes.with_kata(pods).await.map_err(|error| error.to_string())
     }
 
-    async fn pass(&mut self) -> Result<Pass, ActError> {
+    /// What is there, and what to do about it.
+    async fn look(&mut self) -> Result<(World, Decision), ActError> {
         let nodes = self.watches.nodes().all().await.map_err(ActError::Nodes)?;
         let mut world = self.eyes.read(nodes, &self.settings, self.refused.clone()).await?;
         world.told.clone_from(&self.told);
@@ -282,9 +296,20 @@ impl Controller {
         } else {
             self.watches.leave_pods();
         }
+        Ok((world, decision))
+    }
+
+    /// Looks once and does what there is to do. A connection that is silently dead would hold this up for as long as the
+    /// kernel sends again, or for ever; so it has an end, before which what was done is still known.
+    async fn pass(&mut self) -> Result<Pass, ActError> {
+        let end = Instant::now() + self.api_timeout;
+        self.end = end;
+        let looked = timeout_at(end, self.look()).await;
+        let (world, decision) = looked.unwrap_or(Err(ActError::Silent))?;
         self.metrics.show(&decision.nodes, !world.configs.is_empty());
         let mut done = Step::Statuses(0);
-        let carried_out = self.hands.carry_out(&world, &decision, &mut done).await;
+        let carried_out = timeout_at(end, self.hands.carry_out(&world, &decision, &mut done)).await;
+        let carried_out = carried_out.unwrap_or(Err(ActError::Silent));
         // What was done is not decided again, so that nobody would tell of it later.
         let notes: Vec<_> = decision.told(done).cloned().collect();
         let once = notes.iter().filter(|note| ONCE.contains(&note.reason));
@@ -314,8 +339,9 @@ impl Controller {
         if decision.statuses.is_empty() && decision.actions.is_empty() {
             // A RuntimeClass that could not be listed rings no bell, nor does an event that could not be told.
             let left = matches!(world.kata_pods, Some(Err(_))) || !self.untold.is_empty();
-            let soon = left.then(|| Timestamp::now() + SOON);
-            return Ok(Pass::Rest(soon.or(decision.wake)));
+            let wish = SignedDuration::try_from(self.wish.left()).unwrap_or(SOON);
+            let soon = left.then(|| Timestamp::now() + SOON.max(wish));
+            return Ok(Pass::Rest(soon.into_iter().chain(decision.wake).min()));
         }
         Ok(Pass::Busy)
     }

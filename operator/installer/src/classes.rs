@@ -10,7 +10,7 @@ use config::{Config, ConfigError, EXTENDS};
 
 use super::{
     cri::HANDLER,
-    dropin::{MARK, Place},
+    dropin::Place,
     error::{InstallError, Result},
     files::{self, Host, SCRATCH},
 };
@@ -18,6 +18,9 @@ use crate::handler;
 
 /// Where their configuration files are.
 pub const FOLDER: &str = "/etc/sandpod/runtime-classes";
+
+/// What their files begin with, after which they are known.
+const FIRST_LINE: &str = "# Sandpod: the settings of a RuntimeClass. The installer writes this file anew.";
 
 /// The texts of their files, by their names.
 pub type Files = BTreeMap<String, String>;
@@ -56,10 +59,13 @@ pub fn name_of(path: &Path) -> Option<String> {
 #[must_use]
 pub fn text(base: &Path, settings: &str) -> String {
     let base = toml::Value::from(base.display().to_string());
-    format!(
-        "{MARK}the settings of a RuntimeClass.\n{EXTENDS} = {base}\n{}\n",
-        settings.trim_end()
-    )
+    format!("{FIRST_LINE}\n{EXTENDS} = {base}\n{}\n", settings.trim_end())
+}
+
+/// Whether a text in such a place is one of ours, edited or not: an administrator's settings have another place.
+#[must_use]
+pub fn is_ours(place: &Place, text: &str) -> bool {
+    name_of(Path::new(&*place.path)).is_some() && text.starts_with(FIRST_LINE)
 }
 
 /// Our handlers, where these RuntimeClasses have settings of their own.
@@ -68,17 +74,16 @@ pub fn handlers<'n>(names: impl Iterator<Item = &'n String>) -> BTreeSet<String>
     names.cloned().chain([HANDLER.to_owned()]).collect()
 }
 
-/// The files of ours that are there although nobody remembers them, for an installation below `prefix`.
+/// The files of ours that are there although nobody remembers them.
 ///
 /// # Errors
 /// The folder cannot be read.
-pub fn found(host: &Host, prefix: &Path) -> Result<Vec<(PathBuf, String)>> {
-    let base = text(&prefix.join("current/configuration.toml"), "");
+pub fn found(host: &Host) -> Result<Vec<(PathBuf, String)>> {
     let mut found = Vec::new();
     for name in files::names(&host.at(FOLDER))? {
         let path = Path::new(FOLDER).join(name);
         let text = files::read_text(&host.at(&path))?.unwrap_or_default();
-        if text.starts_with(base.trim_end()) {
+        if name_of(&path).is_some_and(|name| is_ours(&place(&name), &text)) {
             found.push((path, text));
         }
     }
@@ -128,7 +133,7 @@ mod tests {
         assert_eq!(name_of(Path::new("/etc/sandpod/config.d/kata-large.toml")), None);
         assert_eq!(
             text(Path::new("/opt/sandpod/current/configuration.toml"), &settings),
-            "# Sandpod: the settings of a RuntimeClass.\nextends = \"/opt/sandpod/current/configuration.toml\"\n\
+            "# Sandpod: the settings of a RuntimeClass. The installer writes this file anew.\nextends = \"/opt/sandpod/current/configuration.toml\"\n\
              [hypervisor.qemu]\ndefault_memory = 4096\n"
         );
         assert_eq!(parse("kata-debug=").unwrap(), ("kata-debug".into(), String::new()));
@@ -141,12 +146,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let host = Host::new(root.path());
         std::fs::create_dir_all(host.at(FOLDER)).unwrap();
-        let prefix = Path::new("/opt/sandpod");
-        let ours = text(
-            &prefix.join("current/configuration.toml"),
-            "[runtime]\nenable_debug = true",
-        );
-        let theirs = ours.replace("/opt", "/usr");
+        let base = Path::new("/etc/kata-containers/configuration.toml");
+        let ours = text(base, "[runtime]\nenable_debug = true");
+        let theirs = "extends = \"/opt/sandpod/current/configuration.toml\"\n".to_owned();
         for (name, text) in [
             ("kata-a.toml", &ours),
             ("kata-b.toml", &theirs),
@@ -156,6 +158,6 @@ mod tests {
         }
         assert!(sweep(&host).unwrap() && !sweep(&host).unwrap());
         let path = Path::new(FOLDER).join("kata-a.toml");
-        assert_eq!(found(&host, prefix).unwrap(), [(path, ours)]);
+        assert_eq!(found(&host).unwrap(), [(path, ours)]);
     }
 }

@@ -1,13 +1,14 @@
 //! Files of the node: written whole or not at all, and on the disk before the next step begins.
 
 use std::{
+    ffi::OsString,
     fs::{self, File, Metadata, Permissions},
     io::{self, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
     path::{Component, Path, PathBuf},
 };
 
-use nix::unistd::geteuid;
+use nix::{errno::Errno, unistd::geteuid};
 use sha2::{Digest, Sha256};
 
 use super::error::{Context, Result};
@@ -185,6 +186,56 @@ pub fn missing_folders(path: &Path) -> Vec<PathBuf> {
 pub fn nearest_existing(path: &Path) -> PathBuf {
     let exists = |folder: &&Path| folder.exists();
     path.ancestors().find(exists).unwrap_or(Path::new("/")).to_owned()
+}
+
+/// The folders of a node that the kernel looks into on the way to a path, as far as there are any, by the node's names;
+/// the last one is the path's nearest that exists. Links are followed, and the folders on their way are among them.
+///
+/// # Errors
+/// The kernel's; links that lead to each other.
+pub fn way(host: &Host, path: &Path) -> Result<Vec<PathBuf>> {
+    // As many as the kernel follows.
+    let mut links = 40;
+    let mut here = PathBuf::from("/");
+    let mut way = vec![here.clone()];
+    let mut left: Vec<OsString> = parts(path);
+    while let Some(part) = left.pop() {
+        if part == ".." {
+            here.pop();
+            continue;
+        }
+        let next = here.join(part);
+        let place = host.at(&next);
+        let found = match fs::symlink_metadata(&place) {
+            Err(error) if is_absent(&error) => break,
+            found => found.at("look at", &place)?,
+        };
+        if found.is_symlink() {
+            links -= 1;
+            if links == 0 {
+                return Err(io::Error::from_raw_os_error(Errno::ELOOP as i32)).at("follow the link", &place);
+            }
+            let target = fs::read_link(&place).at("read the link", &place)?;
+            if target.is_absolute() {
+                here = PathBuf::from("/");
+            }
+            left.extend(parts(&target));
+        } else {
+            here = next;
+            way.push(here.clone());
+        }
+    }
+    Ok(way)
+}
+
+/// The names in a path, the last one first.
+fn parts(path: &Path) -> Vec<OsString> {
+    let names = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    names.rev().collect()
 }
 
 /// How others than root could put something of their own into a folder, if they could.

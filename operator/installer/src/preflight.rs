@@ -124,21 +124,21 @@ pub fn judge(findings: &[Finding], accelerator: Accelerator) -> Result<Vec<Strin
     Ok(warnings)
 }
 
-/// Refuses a prefix in which, or above which, others than root could put something in place of what root runs: QEMU,
-/// virtiofsd, the shim. Others may have files of their own in a folder above it that is sticky, as `/tmp` is.
+/// Refuses a prefix in which, or on the way to which, others than root could put something in place of what root runs:
+/// QEMU, virtiofsd, the shim. Others may have files of their own in a folder on the way that is sticky, as `/tmp` is.
 ///
 /// # Errors
 /// They could.
 pub fn refuse_open(layout: &Layout) -> Result<()> {
-    let canonical = |path: &Path| path.canonicalize().at("look at", path);
-    let root = canonical(&layout.host.at("/"))?;
-    let last = canonical(&files::nearest_existing(&layout.root()))?;
-    for folder in last.ancestors().take_while(|folder| folder.starts_with(&root)) {
-        let found = fs::metadata(folder).at("look at", folder)?;
-        let is_shared = folder != last && found.uid() == 0 && found.mode() & 0o1000 != 0;
+    let way = files::way(&layout.host, &layout.prefix)?;
+    for (number, folder) in way.iter().enumerate() {
+        let place = layout.host.at(folder);
+        let found = fs::metadata(&place).at("look at", &place)?;
+        let is_last = number + 1 == way.len();
+        let is_shared = !is_last && found.uid() == 0 && found.mode() & 0o1000 != 0;
         if let Some(how) = files::how_open(&found).filter(|_| !is_shared) {
             return Err(InstallError::UnsafePrefix {
-                path: Host::new(&root).name(folder),
+                path: folder.clone(),
                 how,
                 prefix: layout.prefix.clone(),
             });
@@ -284,6 +284,18 @@ mod tests {
         chown(layout.host.at("/var"), Some(1000), None).unwrap();
         let error = refuse_open(&layout).unwrap_err().to_string();
         assert!(error.starts_with("/var belongs"), "{error}");
+        chown(layout.host.at("/var"), Some(0), None).unwrap();
+        // Whoever can write to the folder of a link can make it another one.
+        let open = layout.host.at("/open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        std::os::unix::fs::symlink("/var/opt", open.join("apps")).unwrap();
+        let by_link = Layout {
+            prefix: "/open/apps/sandpod".into(),
+            ..layout
+        };
+        let error = refuse_open(&by_link).unwrap_err().to_string();
+        assert!(error.starts_with("/open can be written"), "{error}");
     }
 
     fn finding(part: &'static str, verdict: Verdict) -> Finding {

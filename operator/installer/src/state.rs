@@ -64,6 +64,8 @@ pub struct Pending {
     pub current: Option<String>,
     /// The files that are changed, as they were; none for one that was not there.
     pub files: BTreeMap<PathBuf, Option<String>>,
+    /// Of these files, the sums of those that were ours and known as such ([`State::written`]).
+    pub written: BTreeMap<PathBuf, String>,
     /// The CRI has to be restarted for it.
     pub restart: bool,
     /// What the CRI was like before the change.

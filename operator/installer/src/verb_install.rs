@@ -126,6 +126,12 @@ fn check(run: &mut Run, lock: &NodeLock) -> Result<Job> {
         match verdict(&file, before.as_deref(), &written) {
             Verdict::Same => {}
             Verdict::Change => changes.push(Change { file, before }),
+            // Pods of the RuntimeClass would have other settings than it says.
+            Verdict::Theirs if classes::name_of(Path::new(&*file.place.path)).is_some() => {
+                return Err(InstallError::ForeignFile {
+                    path: PathBuf::from(&*file.place.path),
+                });
+            }
             Verdict::Theirs => run.warn(Some(format!("{} was edited; it stays as it is", file.place.path))),
         }
     }
@@ -209,13 +215,15 @@ enum Verdict {
     Theirs,
 }
 
-/// What is to be done about a file. The CRI's are ours alone; the others lie among the administrator's.
+/// What is to be done about a file. The CRI's and those of RuntimeClasses are ours alone; the others lie among the
+/// administrator's.
 fn verdict(file: &DropIn, before: Option<&str>, written: &BTreeMap<PathBuf, String>) -> Verdict {
     match (before, &file.text) {
         (None, None) => Verdict::Same,
         (Some(before), Some(text)) if before == text => Verdict::Same,
         (None, Some(_)) => Verdict::Change,
         (Some(before), _) if file.place.of_cri && before.starts_with(MARK) => Verdict::Change,
+        (Some(before), _) if classes::is_ours(&file.place, before) => Verdict::Change,
         (Some(before), _) if written.get(Path::new(&*file.place.path)) == Some(&files::sha256(before.as_bytes())) => {
             Verdict::Change
         }
@@ -318,9 +326,13 @@ fn change(run: &mut Run, job: &Job, state: &mut State) -> Result<bool> {
     pending.boot_id = run.boot_id();
     pending.restart = restart;
     for change in &job.changes {
-        let before = || change.before.clone();
         let path = PathBuf::from(&*change.file.place.path);
-        pending.files.entry(path).or_insert_with(before);
+        if pending.files.contains_key(&path) {
+            continue;
+        }
+        let known = state.written.get(&path).map(|sum| (path.clone(), sum.clone()));
+        pending.written.extend(known);
+        pending.files.insert(path, change.before.clone());
     }
     // After a death it is the one before that death: the CRI may have been restarted since.
     let baseline = pending.baseline.get_or_insert_with(|| job.baseline.clone()).clone();
@@ -455,6 +467,7 @@ fn roll_back(run: &mut Run, job: &Job, state: &mut State) -> Result<()> {
         state.written.remove(path);
         state.edited.remove(path);
     }
+    state.written.extend(pending.written);
     versions::make_current(&run.layout, pending.current.as_deref())?;
     // One that cannot be restarted now starts with the right files whenever it does.
     let restarted = match of_cri {

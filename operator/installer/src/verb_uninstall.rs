@@ -113,9 +113,11 @@ fn guess(run: &mut Run) -> Result<State> {
             state.written.insert(path, files::sha256(text.as_bytes()));
         }
     }
-    for (path, text) in classes::found(&run.layout.host, &prefix)? {
+    for (path, text) in classes::found(&run.layout.host)? {
         state.written.insert(path, files::sha256(text.as_bytes()));
+        state.made.push(classes::FOLDER.into());
     }
+    state.made.dedup();
     Ok(state)
 }
 

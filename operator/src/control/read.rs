@@ -106,8 +106,9 @@ impl Eyes {
     }
 }
 
+/// A copy that somebody has made of one of ours has our label, and a handler that is not its name.
 fn is_ours(class: &ApiRuntimeClass) -> bool {
-    class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME)
+    class.labels().get(MANAGED_BY).is_some_and(|value| value == NAME) && class.name_any() == class.handler
 }
 
 /// A RuntimeClass that is ours or has a name as ours have, with its name.

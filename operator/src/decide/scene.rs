@@ -54,6 +54,8 @@ pub(super) struct Scene<'a> {
     class_settings: BTreeMap<String, String>,
     /// Stands for what is laid over the installed configuration.
     settings_hash: Option<String>,
+    /// `spec` makes sense.
+    understood: bool,
 }
 
 /// The nodes, each in its place, for a KataConfig that has its finalizer.
@@ -84,10 +86,11 @@ impl<'a> Scene<'a> {
             .into_iter()
             .map(|(name, class)| (name, class.configuration))
             .collect();
-        Scene {
+        let mut scene = Scene {
             world,
             config,
             clock,
+            understood: true,
             skipped: skipped
                 .split(',')
                 .map(str::trim)
@@ -97,7 +100,9 @@ impl<'a> Scene<'a> {
             settings_hash: settings_hash(configuration(config).unwrap_or_default(), &class_settings),
             classes,
             class_settings,
-        }
+        };
+        scene.understood = scene.invalid().is_none();
+        scene
     }
 
     pub(super) fn play(&self, decision: &mut Decision) {
@@ -144,6 +149,7 @@ impl<'a> Scene<'a> {
             configuration: configuration(self.config).unwrap_or_default(),
             runtime_classes: &self.class_settings,
             settings_hash: self.settings_hash.as_deref(),
+            understood: self.understood,
             purpose: &self.purpose,
             clock: self.clock,
             refused: self.world.refused.as_ref(),
@@ -403,10 +409,17 @@ impl<'a> Scene<'a> {
         self.world.runtime_classes.get(KATA).is_some_and(|class| class.ours)
     }
 
-    /// Of the RuntimeClasses that are asked for, those that are there.
+    /// Of the RuntimeClasses that are asked for, those that are there; of ours, while nobody knows what is asked for.
     fn classes_there(&self) -> Vec<String> {
-        let there = |name: &&String| self.world.runtime_classes.contains_key(*name);
-        self.classes.keys().filter(there).cloned().collect()
+        let there = self.world.runtime_classes.iter();
+        let counts = |name: &String, ours: bool| match self.understood {
+            true => self.classes.contains_key(name),
+            false => ours,
+        };
+        there
+            .filter(|(name, class)| counts(name, class.ours))
+            .map(|(name, _)| name.clone())
+            .collect()
     }
 
     /// Ends the cordon of nodes whose change is over. Tells whether there are any.

@@ -45,6 +45,8 @@ pub(super) struct Measure<'a> {
     pub(super) runtime_classes: &'a BTreeMap<String, String>,
     /// Stands for both.
     pub(super) settings_hash: Option<&'a str>,
+    /// What is asked for is known.
+    pub(super) understood: bool,
     pub(super) purpose: &'a str,
     pub(super) clock: &'a Clock,
     pub(super) refused: Option<&'a Refused>,
@@ -244,8 +246,9 @@ impl<'a> Standing<'a> {
         let record = &self.node.record;
         record.ready == Some(true)
             && record.version.as_deref() == Some(&measure.settings.version)
-            && record.log_level.as_deref() == Some(measure.log_level)
-            && record.configuration.as_deref() == measure.settings_hash
+            && (!measure.understood
+                || record.log_level.as_deref() == Some(measure.log_level)
+                    && record.configuration.as_deref() == measure.settings_hash)
     }
 
     /// How often in a row it failed at what it needs now. A failure at something else, or for another purpose, is no

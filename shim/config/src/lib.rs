@@ -27,6 +27,8 @@ pub const SEARCH_PATHS: &[&str] = &[
 /// The key, above all sections, of a file that is laid over another one and its drop-ins: the other one's absolute path.
 /// A handler with a few settings of its own has such a file.
 pub const EXTENDS: &str = "extends";
+/// So many files may be laid one over the other: that of a handler, an administrator's, and the one that is installed.
+const CHAIN: usize = 3;
 
 /// Names a configuration file in the shim's environment.
 pub const FILE_VARIABLE: &str = "KATA_CONF_FILE";
@@ -358,21 +360,29 @@ impl Config {
     }
 }
 
-/// A file, its drop-ins, and before them those of the file that it extends.
+/// A file, its drop-ins, and before them those of the file that it extends, of [`CHAIN`] files at most.
 fn layers(path: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
-    let mut table = parse_table(&read(path)?, path)?;
-    let base = table.remove(EXTENDS).map(|base| base_of(&base)).transpose()?;
-    // A base that has the key, too, is refused for it: nobody needs more than two layers.
-    let mut layers = base.as_deref().map(with_drop_ins).transpose()?.unwrap_or_default();
-    layers.push((path.to_owned(), table));
-    layers.extend(drop_ins(path)?);
-    Ok(layers)
-}
-
-fn with_drop_ins(path: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
-    let mut layers = vec![(path.to_owned(), parse_table(&read(path)?, path)?)];
-    layers.extend(drop_ins(path)?);
-    Ok(layers)
+    let mut layers = Vec::new();
+    let mut next = Some(path.to_owned());
+    for _ in 0..CHAIN {
+        let Some(path) = next else {
+            return Ok(layers);
+        };
+        let mut table = parse_table(&read(&path)?, &path)?;
+        next = table.remove(EXTENDS).map(|base| base_of(&base)).transpose()?;
+        let drop_ins = drop_ins(&path)?;
+        layers.splice(0..0, [(path, table)].into_iter().chain(drop_ins));
+    }
+    match next {
+        None => Ok(layers),
+        Some(base) => Err(ConfigError::Invalid {
+            key: EXTENDS,
+            problem: format!(
+                "goes on from file to file as far as {}; {CHAIN} files may be laid one over the other",
+                base.display()
+            ),
+        }),
+    }
 }
 
 fn base_of(value: &Value) -> Result<PathBuf, ConfigError> {

@@ -151,6 +151,15 @@ fn a_guest_runs_virtual_machines_only_where_the_node_says_so() {
     }
 }
 
+#[test]
+fn the_file_that_is_installed_says_what_holds_without_it() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/configuration.toml");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (installed, none) = (Config::parse(&text, &[]).unwrap(), Config::parse("", &[]).unwrap());
+    let parts = |config: &Config| format!("{:#?}\n{:#?}\n{:#?}", config.hypervisor, config.agent, config.runtime);
+    assert_eq!(parts(&installed), parts(&none));
+}
+
 /// `docs/configuration.md` is the table that the code goes by; `SANDPOD_REWRITE_GOLDEN=1` writes it anew.
 #[test]
 fn the_documentation_has_every_key() {
@@ -283,11 +292,15 @@ fn a_file_that_extends_another_is_laid_over_it_and_its_drop_ins() {
     assert_eq!(config.files().unwrap(), [base, drop_in, large.clone()]);
 
     let refusal = |path: &Path| Config::load(Some(path)).unwrap_err().to_string();
-    let chained = put("classes/chained.toml", &text(&large));
-    assert!(
-        refusal(&chained).starts_with("unknown configuration key `extends`"),
-        "{}",
-        refusal(&chained)
+    let third = put("classes/third.toml", &text(&large));
+    assert_eq!(Config::load(Some(&third)).unwrap().hypervisor.memory_slots, 3);
+    let fourth = put("classes/fourth.toml", &text(&third));
+    assert_eq!(
+        refusal(&fourth),
+        format!(
+            "configuration key `extends` goes on from file to file as far as {}; 3 files may be laid one over the other",
+            folder.path().join("configuration.toml").display()
+        )
     );
     let relative = put("classes/relative.toml", &text(Path::new("configuration.toml")));
     assert_eq!(

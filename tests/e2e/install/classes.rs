@@ -79,6 +79,55 @@ pub fn own_settings(node: &Node) -> Result {
     })
 }
 
+/// A change of settings that fails is undone, and still known as the installer's own: the next try makes it.
+pub fn undone_and_made(node: &Node) -> Result {
+    play(node, |installer| {
+        let payload = installer.payload("1.0.0", super::small)?;
+        let install = |configuration: &str, class: &str, more: &[&str]| {
+            let words = ["--configuration", configuration, "--runtime-class", class];
+            installer.run(&[&["install", "--payload", &payload], &words[..], more].concat())
+        };
+        let (one, two) = ("[runtime]\nenable_debug = true\n", "[runtime]\nenable_debug = false\n");
+        done("a first install", &install(one, &word("size=large"), &[])?, true, true)?;
+        let before = installer.tree()?;
+        // Another class is a change of the drop-in, for which containerd is restarted.
+        let more = ["--runtime-class", "kata-debug=", "--restart-command", "false"];
+        let failed = install(two, &word("size=larger"), &more)?;
+        sentence(&failed, Code::RestartFailed, "`false` ended with exit status: 1")?;
+        installer.tree()?.same_as(&before)?;
+        let made = install(two, &word("size=larger"), &more[..2])?;
+        done("the next try", &made, true, true)?;
+        same("warnings", made.warnings, Vec::<String>::new())?;
+        let file = node.inside(FILE);
+        let text = || fs::read_to_string(&file).trying("reading the class's file");
+        contains("the class's file", &text()?, "size=larger")?;
+        same("the phase", installer.succeed(&["verify"])?.phase, Phase::Verified)?;
+
+        // The file is the installer's, whoever has edited it.
+        let right = text()?;
+        fs::write(&file, right.clone() + "# edited\n").trying("editing the class's file")?;
+        done(
+            "a repair",
+            &install(two, &word("size=larger"), &more[..2])?,
+            true,
+            false,
+        )?;
+        same("the class's file", text()?, right)?;
+        fs::write(&file, "[runtime]\n").trying("replacing the class's file")?;
+        let foreign = install(two, &word("size=larger"), &more[..2])?;
+        let why = "/etc/sandpod/runtime-classes/kata-large.toml exists and is not Sandpod's: move it away";
+        sentence(&foreign, Code::ForeignFile, why)?;
+        fs::remove_file(&file).trying("moving the class's file away")?;
+        done(
+            "a last install",
+            &install(two, &word("size=larger"), &more[..2])?,
+            true,
+            false,
+        )?;
+        installer.succeed(&["uninstall"]).map(drop)
+    })
+}
+
 pub fn what_cannot_be(node: &Node) -> Result {
     play(node, |installer| {
         let payload = installer.payload("1.0.0", super::small)?;

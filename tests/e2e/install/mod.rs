@@ -54,6 +54,10 @@ pub const ON_A_BARE_NODE: &[Story] = &[
     ),
     ("a_runtime_class_has_settings_of_its_own", classes::own_settings),
     ("a_runtime_class_that_cannot_be_is_named", classes::what_cannot_be),
+    (
+        "settings_that_were_undone_are_made_the_next_time",
+        classes::undone_and_made,
+    ),
     ("what_is_damaged_goes_too", undo::damaged_goes_too),
     ("the_locks_are_roots_alone", security::locks_are_roots),
     (

@@ -103,6 +103,36 @@ fn a_spec_that_cannot_be_understood_is_said_and_changes_nothing() {
 }
 
 #[test]
+fn what_works_is_available_while_a_spec_makes_no_sense() {
+    let mut cluster = Cluster::new(&["worker-0"]);
+    let spec = json!({
+        "configuration": "[runtime]\nenable_debug = true\n",
+        "runtimeClasses": [{"name": "kata-large", "configuration": "[hypervisor.qemu]\ndefault_memory = 4096\n"}],
+    });
+    cluster.create(NAME, spec);
+    cluster.run_all();
+    let classes = |cluster: &mut Cluster| cluster.config(NAME).unwrap().status.clone().unwrap().runtime_classes;
+    let before = (classes(&mut cluster), cluster.lists(NAME).ready_node_count);
+    assert_eq!(before.1, 1);
+    let spoil: [fn(&mut crate::api::KataConfig); 2] = [
+        |config| config.spec.memory_overhead_mb = Some(1),
+        |config| {
+            config.spec.memory_overhead_mb = None;
+            config.spec.configuration = Some("[nonsense]".to_owned());
+        },
+    ];
+    for spoil in spoil {
+        cluster.respec(NAME, |config| {
+            config.spec.overhead.memory = Some("350Mi".to_owned());
+            spoil(config);
+        });
+        cluster.run_all();
+        assert_eq!(cluster.condition(NAME).1, "InvalidSpec");
+        assert_eq!((classes(&mut cluster), cluster.lists(NAME).ready_node_count), before);
+    }
+}
+
+#[test]
 fn peer_pods_are_refused_by_name() {
     let mut cluster = Cluster::new(&["worker-0"]);
     cluster.create(NAME, json!({"enablePeerPods": true}));
