@@ -20,6 +20,8 @@ pub mod events;
 pub mod failure;
 pub mod footprint;
 pub mod images;
+#[cfg(test)]
+mod imports;
 pub mod installer;
 pub mod kubernetes;
 pub mod machine;
