@@ -34,6 +34,7 @@ pub mod procs;
 pub mod registry;
 pub mod run;
 pub mod stage;
+pub mod suite;
 pub mod tasks;
 pub mod tree;
 pub mod wait;
