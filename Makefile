@@ -91,9 +91,10 @@ screenshots: deps-test ## docs/images: the page of `kata-ctl monitor`, light and
 	$(MAKE) suite-e2e FLAGS='--ignored --exact containerd-2.4/own/a_picture_of_the_page'
 	install -D -m 644 -t docs/images target/screenshots/monitor-light.png target/screenshots/monitor-dark.png
 
-lint: ## formatting, clippy and documentation, warnings denied
-	echo 'lint: rustfmt, clippy and rustdoc, usually 2 minutes the first time'
+lint: ## formatting, clippy, documentation and scripts, warnings denied
+	echo 'lint: rustfmt, shellcheck, clippy and rustdoc, usually 2 minutes the first time'
 	cargo fmt --all --check
+	git ls-files -- '*.sh' .ci/run | xargs shellcheck --severity=warning
 	cargo clippy --quiet --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --release --workspace --no-deps
 

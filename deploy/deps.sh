@@ -14,7 +14,7 @@ run=(qemu-system-x86 containerd runc containernetworking-plugins iproute2 iptabl
 payload=(qemu-system-x86 patchelf binutils)
 images=(buildah binutils jq)
 release=(gpg gpg-agent jq skopeo)
-test=(attr busybox-static chromium curl e2fsprogs etcd-server openssl procps qemu-utils w3m)
+test=(attr busybox-static chromium curl e2fsprogs etcd-server openssl procps qemu-utils shellcheck w3m)
 fresh=(mmdebstrap)
 
 only_list=''

@@ -3,7 +3,6 @@
 # `source`, `pci`, and `modules/` with `modules-load.list`. apt checks the package against Debian's signatures; nothing
 # is installed.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
 cache=${SANDPOD_CACHE:-/var/cache/sandpod}
 
 # Loaded at boot, by the agent, in this order (each after what it depends on).

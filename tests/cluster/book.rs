@@ -14,6 +14,7 @@ use tests::{
     kubernetes::ApiServer,
     places,
     run::{self, finish, refusal},
+    suite,
 };
 
 use self::page::{Block, Placed};
@@ -70,7 +71,7 @@ const DEADLINE: Duration = Duration::from_secs(300);
 pub fn trials() -> impl Iterator<Item = Trial> {
     STORIES
         .iter()
-        .map(|(name, tell)| Trial::test(format!("book/{name}"), move || Ok(tell()?)))
+        .map(|(name, tell)| suite::trial(format!("book/{name}"), *tell))
 }
 
 fn read(path: &str) -> Result<String> {

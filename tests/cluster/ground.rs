@@ -13,6 +13,7 @@ use tests::{
     images,
     kubernetes::ApiServer,
     node::Node,
+    suite,
 };
 
 /// How long a pod may take to be ready: more than an emulated machine on a loaded node.
@@ -42,11 +43,11 @@ impl Site {
     /// A story as a trial; it fails also when it has touched the pod that is none of its business.
     pub fn trial(self: &Arc<Self>, (name, tell): Story) -> Trial {
         let site = Arc::clone(self);
-        Trial::test(format!("real-node/{name}"), move || {
+        suite::trial(format!("real-node/{name}"), move || {
             let ground = site.0.get_or_init(Ground::prepare).as_ref();
             let ground = ground.map_err(|failure| Failure::Claim(format!("there is no node: {failure}")))?;
             tell(ground)?;
-            Ok(ground.neighbour.is_untouched(&ground.cluster)?)
+            ground.neighbour.is_untouched(&ground.cluster)
         })
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
+use tests::suite;
 
 mod book;
 mod ground;
@@ -21,14 +22,14 @@ fn main() {
     let site = Arc::new(ground::Site::default());
     let alone = server::STORIES
         .iter()
-        .map(|(name, tell)| Trial::test(format!("api-server/{name}"), move || Ok(tell()?)));
+        .map(|(name, tell)| suite::trial(format!("api-server/{name}"), *tell));
     let (of_the_operator, stage) = operator::trials();
     let life = life::STORIES
         .iter()
-        .map(|(name, tell)| Trial::test(format!("life/{name}"), move || Ok(tell()?)));
+        .map(|(name, tell)| suite::trial(format!("life/{name}"), *tell));
     let release = release::STORIES
         .iter()
-        .map(|(name, tell)| Trial::test(format!("release/{name}"), move || Ok(tell()?)));
+        .map(|(name, tell)| suite::trial(format!("release/{name}"), *tell));
     let real = real::STORIES.iter().chain(insight::STORIES);
     let real = real.map(|story| site.trial(*story));
     let trials = alone
@@ -39,7 +40,7 @@ fn main() {
         .chain(release)
         .chain(real)
         .collect();
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion = suite::run(&arguments, trials);
     stage.clear();
     // Ends the node, if a story needed it.
     drop(site);

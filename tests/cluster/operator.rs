@@ -2,7 +2,7 @@
 //! played by [`kubelet::Kubelet`], which really runs the installer, in a folder per node.
 
 use libtest_mimic::Trial;
-use tests::failure::Result;
+use tests::{failure::Result, suite};
 
 use self::{ground::Stage, rig::Rig};
 
@@ -47,10 +47,10 @@ pub fn trials() -> (Vec<Trial>, Stage) {
     let stories = STORIES.iter().copied().flatten();
     let trials = stories.map(|(name, tell)| {
         let stage = stage.clone();
-        Trial::test(format!("operator/{name}"), move || Ok(stage.play(tell)?))
+        suite::trial(format!("operator/{name}"), move || stage.play(tell))
     });
     let long = scale::LONG.iter().map(|(name, tell)| {
-        let trial = Trial::test(format!("operator/{name}"), move || Ok(ground::alone(tell)?));
+        let trial = suite::trial(format!("operator/{name}"), move || ground::alone(tell));
         trial.with_ignored_flag(true)
     });
     (trials.chain(long).collect(), stage)

@@ -16,6 +16,7 @@ use tests::{
     kubernetes::ApiServer,
     places,
     run::{self, finish, succeed},
+    suite,
     wait::Bell,
 };
 
@@ -50,11 +51,9 @@ pub fn trials() -> Vec<Trial> {
     let server: Arc<OnceLock<Result<ApiServer>>> = Arc::default();
     let trial = |(name, tell): &Story| {
         let (server, tell) = (Arc::clone(&server), *tell);
-        Trial::test(format!("packages/{name}"), move || {
+        suite::trial(format!("packages/{name}"), move || {
             let server = server.get_or_init(ApiServer::start).as_ref();
-            Ok(tell(server.map_err(|failure| {
-                Failure::Claim(format!("there is no server: {failure}"))
-            })?)?)
+            tell(server.map_err(|failure| Failure::Claim(format!("there is no server: {failure}")))?)
         })
     };
     STORIES.iter().map(trial).collect()

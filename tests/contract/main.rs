@@ -19,9 +19,9 @@ mod task;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
 use node::{Node, Role};
-use tests::{failure::Result, stage};
+use tests::{failure::Result, stage, suite};
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -29,9 +29,9 @@ fn main() -> ExitCode {
         // A list needs no node, and so no root.
         Role::Outside if arguments.list => {
             let names = stories::all()
-                .map(|story| Trial::test(story.name(), || Ok(())))
+                .map(|story| suite::trial(story.name(), || Ok(())))
                 .collect();
-            Ok(libtest_mimic::run(&arguments, names).exit_code())
+            Ok(suite::run(&arguments, names).exit_code())
         }
         Role::Outside => node::outside(),
         Role::Init => node::init(),
@@ -47,6 +47,6 @@ fn client(arguments: &mut Arguments) -> Result<ExitCode> {
     // The node's census is the machine's to one story at a time.
     arguments.test_threads = Some(1);
     let node: &'static Node = Box::leak(Box::new(Node::here()?));
-    let trial = |story: stories::Story| Trial::test(story.name(), move || Ok(node.play(&story)?));
-    Ok(libtest_mimic::run(arguments, stage::chosen(stories::all().map(trial).collect())).exit_code())
+    let trial = |story: stories::Story| suite::trial(story.name(), move || node.play(&story));
+    Ok(suite::run(arguments, stage::chosen(stories::all().map(trial).collect())).exit_code())
 }

@@ -26,9 +26,8 @@ hierarchies=$(findmnt -rn -t cgroup,cgroup2 -o TARGET | sort -u)
 thaw() {
   local hierarchy frozen
   for hierarchy in $hierarchies; do
-    for frozen in $(find "$hierarchy/${folder##*/}" -name freezer.state 2>/dev/null); do
-      echo THAWED >"$frozen" || :
-    done
+    find "$hierarchy/${folder##*/}" -name freezer.state 2>/dev/null |
+      while read -r frozen; do echo THAWED >"$frozen" || :; done || :
   done
 }
 remove() {

@@ -29,7 +29,7 @@ qemu() {
     --aptopt='APT::Sandbox::User "root"' --aptopt='APT::Default-Release "trixie-backports"' \
     --setup-hook="$backports >\"\$1/etc/apt/sources.list.d/backports.list\"" \
     trixie "$1"
-  rm -rf "$1"/usr/share/{doc,man,locale} "$1"/var
+  rm -rf "${1:?}"/usr/share/{doc,man,locale} "${1:?}"/var
 }
 
 # What stands on a virtual disk: the initrd needs no more.
@@ -88,7 +88,7 @@ trap failed EXIT
     e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer
   selinux "$root"
   cp -L "$root/vmlinuz" "$root/initrd.img" "$build/"
-  rm -rf "$root"/boot/* "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin
+  rm -rf "${root:?}"/boot/* "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin
   truncate -s 12G "$build/root.img"
   mke2fs -q -t ext4 -E lazy_itable_init=1,lazy_journal_init=1 -d "$root" "$build/root.img"
   rm -rf "$root"

@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 use tests::{
     failure::Result,
     machine::{Machine, MachineSpec, Security},
+    suite,
 };
 
 mod cgroups;
@@ -92,9 +93,7 @@ fn main() {
     let trials_on = |spec: MachineSpec, kind: &str, stories: &[Story]| -> Vec<Trial> {
         let trial = |(name, story): &Story| {
             let (shared, story) = (Arc::clone(&shared), *story);
-            Trial::test(format!("{kind}/{name}"), move || {
-                Ok(shared.play(spec, |node| story(node))?)
-            })
+            suite::trial(format!("{kind}/{name}"), move || shared.play(spec, |node| story(node)))
         };
         stories.iter().map(trial).collect()
     };
@@ -102,7 +101,7 @@ fn main() {
     let trials_of_power = |stories: &[PowerStory]| -> Vec<Trial> {
         let trial = |(name, story): &PowerStory| {
             let (shared, story) = (Arc::clone(&shared), *story);
-            Trial::test(format!("power/{name}"), move || Ok(shared.play(usual, story)?))
+            suite::trial(format!("power/{name}"), move || shared.play(usual, story))
         };
         stories.iter().map(trial).collect()
     };
@@ -128,7 +127,7 @@ fn main() {
     let at_length = at_length.into_iter().flatten();
     let mut trials: Vec<_> = by_default.into_iter().flatten().collect();
     trials.extend(at_length.map(|trial| trial.with_ignored_flag(true)));
-    let conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion = suite::run(&arguments, trials);
     // The exit would leave it.
     drop(shared.node().take());
     conclusion.exit()

@@ -1,6 +1,8 @@
-//! Which crate may need which: what is built for one program is not paid for by another.
+//! Which crate may need which: what is built for one program is not paid for by another. Which licences crates may have.
 
 use std::{collections::BTreeSet, process::Command};
+
+use spdx::{Expression, LicenseReq, ParseMode};
 
 /// A member of the workspace, the other members that it may need, and crates of others that it never builds.
 const RULES: &[(&str, &[&str], &[&str])] = &[
@@ -32,17 +34,38 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
     ("vmm-host", &[], &["kube", "libcontainer", "tokio"]),
 ];
 
-/// Every crate that building a member takes, without itself and what only its tests take.
-fn needs(member: &str) -> BTreeSet<String> {
+/// The licences of which a crate of others has to offer one, as SPDX names them.
+const LICENCES: &[&str] = &[
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "MPL-2.0",
+    "Unicode-3.0",
+    "Zlib",
+];
+
+/// A crate whose manifest names no licence, and the one whose text it brings.
+const UNNAMED: (&str, &str) = ("rust-criu ", "MIT");
+
+/// What `cargo tree` says of the crates that building a member takes, a line each, in its words for `--format`. What
+/// only its tests take is left out.
+fn tree(member: &str, format: &str) -> String {
     let told = Command::new(env!("CARGO"))
         .args(["tree", "--locked", "--offline", "--edges", "normal,build"])
-        .args(["--prefix", "none", "--format", "{p}", "--package", member])
+        .args(["--prefix", "none", "--format", format, "--package", member])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .output()
         .expect("cargo runs");
     assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
-    let mut names: BTreeSet<String> = String::from_utf8(told.stdout)
-        .expect("names of crates are UTF-8")
+    String::from_utf8(told.stdout).expect("names of crates are UTF-8")
+}
+
+/// Every crate that building a member takes, without itself.
+fn needs(member: &str) -> BTreeSet<String> {
+    let mut names: BTreeSet<String> = tree(member, "{p}")
         .lines()
         .filter_map(|line| Some(line.split_whitespace().next()?.to_owned()))
         .collect();
@@ -82,4 +105,25 @@ fn every_crate_has_its_rule() {
         .expect("the workspace names its members");
     // The harness needs what it likes.
     assert_eq!(members.matches('"').count() / 2, RULES.len() + 1, "{members}");
+}
+
+#[test]
+fn every_crate_has_a_licence_that_may_be_shipped() {
+    for (member, ..) in RULES {
+        for line in tree(member, "{p}|{l}").lines() {
+            let (name, licence) = line.split_once('|').expect("the format has the bar");
+            // A line says so when it is not the first of its crate.
+            let licence = match licence.trim_end_matches(" (*)") {
+                "" if name.starts_with(UNNAMED.0) => UNNAMED.1,
+                named => named,
+            };
+            let licence = Expression::parse_mode(licence, ParseMode::LAX)
+                .unwrap_or_else(|error| panic!("the licence of {name}, {licence:?}: {error}"));
+            let may = |licence: &LicenseReq| licence.license.id().is_some_and(|id| LICENCES.contains(&id.name));
+            assert!(
+                licence.evaluate(may),
+                "{name} has the licence {licence}: do without it, or add it to LICENCES"
+            );
+        }
+    }
 }

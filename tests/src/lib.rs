@@ -20,6 +20,8 @@ pub mod events;
 pub mod failure;
 pub mod footprint;
 pub mod images;
+#[cfg(test)]
+mod imports;
 pub mod installer;
 pub mod kubernetes;
 pub mod machine;
@@ -32,6 +34,7 @@ pub mod procs;
 pub mod registry;
 pub mod run;
 pub mod stage;
+pub mod suite;
 pub mod tasks;
 pub mod tree;
 pub mod wait;

@@ -14,6 +14,7 @@ use libtest_mimic::Trial;
 use crate::{
     failure::{Failure, Result},
     node::{Node, NodeSpec},
+    suite,
 };
 
 /// How long the last process, mount or socket of a pod may outlive its removal: containerd calls a shim's `delete`
@@ -37,7 +38,7 @@ pub fn chosen(trials: Vec<Trial>) -> Vec<Trial> {
         .collect();
     let named = names.split(',').map(|name| match trials.remove(name) {
         Some(trial) => trial.with_ignored_flag(false),
-        None => Trial::test(name, || Err("there is no such story".into())),
+        None => suite::trial(name, || Err(Failure::Claim("there is no such story".into()))),
     });
     named.collect()
 }
@@ -101,7 +102,7 @@ impl Stage {
 /// A story as a trial with a name.
 pub fn trial(name: String, stage: &Arc<Stage>, story: impl FnOnce(&Node) -> Result + Send + 'static) -> Trial {
     let stage = Arc::clone(stage);
-    Trial::test(name, move || Ok(stage.play(story)?))
+    suite::trial(name, move || stage.play(story))
 }
 
 /// Runs the trials, as many at once as there are processors, clears the stages, and exits.
@@ -109,7 +110,7 @@ pub fn perform(trials: Vec<Trial>, stages: &[Arc<Stage>]) -> ! {
     let mut arguments = libtest_mimic::Arguments::from_args();
     let processors = thread::available_parallelism().map_or(2, usize::from);
     arguments.test_threads = arguments.test_threads.or(Some(processors));
-    let conclusion = libtest_mimic::run(&arguments, chosen(trials));
+    let conclusion = suite::run(&arguments, chosen(trials));
     let mut clean = true;
     for stage in stages {
         if let Err(failure) = stage.clear() {
