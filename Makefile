@@ -94,7 +94,8 @@ screenshots: deps-test ## docs/images: the page of `kata-ctl monitor`, light and
 lint: ## formatting, clippy, documentation and scripts, warnings denied
 	echo 'lint: rustfmt, shellcheck, clippy and rustdoc, usually 2 minutes the first time'
 	cargo fmt --all --check
-	git ls-files -- '*.sh' .ci/run | xargs shellcheck --severity=warning
+	shopt -s globstar
+	shellcheck --severity=warning .ci/run deploy/**/*.sh tests/**/*.sh
 	cargo clippy --quiet --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --release --workspace --no-deps
 
