@@ -68,17 +68,30 @@ fn test_item(tokens: &[TokenTree]) -> Option<usize> {
     Some(2 + rest.iter().position(ends)? + 1)
 }
 
-/// Adds the names that follow `crate::` in `stream`, or as many `super::` as lead to the crate's root from a module that
-/// lies `depth` below it.
-fn collect(stream: TokenStream, depth: usize, names: &mut BTreeSet<String>) {
+/// The tokens without items that are for tests alone.
+fn without_tests(stream: TokenStream) -> Vec<TokenTree> {
     let tokens: Vec<TokenTree> = stream.into_iter().collect();
+    let mut kept = Vec::new();
+    let mut at = 0;
+    while at < tokens.len() {
+        match test_item(&tokens[at..]) {
+            Some(length) => at += length,
+            None => {
+                kept.push(tokens[at].clone());
+                at += 1;
+            }
+        }
+    }
+    kept
+}
+
+/// Adds the names that follow `crate::` in `stream`, or as many `super::` as lead to the crate's root from a module
+/// that lies `depth` below it.
+fn collect(stream: TokenStream, depth: usize, names: &mut BTreeSet<String>) {
+    let tokens = without_tests(stream);
     let mut at = 0;
     while at < tokens.len() {
         let rest = &tokens[at..];
-        if let Some(length) = test_item(rest) {
-            at += length;
-            continue;
-        }
         let supers = iter::successors(Some(0), |step| Some(step + 3))
             .take_while(|step| rest.len() > step + 2 && is_word(&rest[*step], "super"))
             .take_while(|step| is_path_separator(&rest[step + 1..]))
@@ -116,15 +129,9 @@ fn parse(path: &Path) -> TokenStream {
 /// (`pub use`) the module.
 fn root(file: &Path) -> (BTreeSet<String>, BTreeMap<String, String>) {
     let (mut modules, mut taken) = (BTreeSet::new(), BTreeMap::new());
-    let tokens: Vec<TokenTree> = parse(file).into_iter().collect();
-    let mut at = 0;
-    while at < tokens.len() {
-        let rest = &tokens[at..];
-        if let Some(length) = test_item(rest) {
-            at += length;
-            continue;
-        }
-        match rest {
+    let tokens = without_tests(parse(file));
+    for at in 0..tokens.len() {
+        match &tokens[at..] {
             [word, TokenTree::Ident(name), end, ..] if is_word(word, "mod") && is_punctuation(end, ';') => {
                 modules.insert(name.to_string());
             }
@@ -135,7 +142,6 @@ fn root(file: &Path) -> (BTreeSet<String>, BTreeMap<String, String>) {
             }
             _ => {}
         }
-        at += 1;
     }
     taken.retain(|_, module| modules.contains(module));
     (modules, taken)
@@ -206,10 +212,9 @@ fn circle(imports: &Imports) -> Option<Vec<String>> {
         None
     }
     let mut done = BTreeSet::new();
-    let starts = imports.keys();
-    starts
-        .filter_map(|start| walk(imports, &mut vec![start.clone()], &mut done))
-        .next()
+    imports
+        .keys()
+        .find_map(|start| walk(imports, &mut vec![start.clone()], &mut done))
 }
 
 /// What is wrong with a crate's imports by its layers, a sentence each.
